@@ -1,0 +1,212 @@
+"""How a model is trained, and `RunConfig`, the whole of a run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megagate.config.model import ModelConfig
+
+DType = Literal["auto", "fp32", "bf16"]
+GradDType = Literal["fp32", "model"]
+OptimizerName = Literal["adamw", "sgd"]
+ScheduleKind = Literal["cosine", "wsd", "constant"]
+OnNonfinite = Literal["stop", "skip"]
+WandbMode = Literal["disabled", "offline", "online"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: Optimizer steps of the run; >= 1.
+        global_batch_size: Sequences per optimizer step, over all ranks.
+        micro_batch_size: Sequences that one data-parallel rank holds at a time.
+        seq_len: Tokens per sequence.
+        seed: Seed of the initial weights and of the sample order.
+        output_dir: Folder of the run; made if missing.
+        resume: `auto` goes on from the newest checkpoint of `output_dir`, `never` refuses a folder with checkpoints, anything else
+            is the path of a checkpoint to start from.
+        recompute: Recompute each block in the backward pass instead of keeping its activations.
+        on_nonfinite: What a loss or gradient norm that is not finite does: `stop` the run, or `skip` the step.
+    """
+
+    steps: int = 1000
+    global_batch_size: int = 8
+    micro_batch_size: int = 1
+    seq_len: int = 4096
+    seed: int = 1234
+    output_dir: str = "runs/default"
+    resume: str = "auto"
+    recompute: bool = False
+    on_nonfinite: OnNonfinite = "stop"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The tokens.
+
+    Args:
+        path: Folder of a prepared data set, `embedded` (English text of the running Python, prepared on first use), or `synthetic`
+            (random tokens with learnable structure, made in memory).
+        cache_dir: Where `embedded` keeps its prepared shards; by default `data` inside `train.output_dir`.
+    """
+
+    path: str = "embedded"
+    cache_dir: str = ""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer.
+
+    Args:
+        name: `adamw`, or `sgd` (tests of layouts: Adam hides errors of scale).
+        lr: Peak learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay of matrices; norms and biases have none.
+        grad_clip: Largest global gradient norm; 0 switches clipping off.
+    """
+
+    name: OptimizerName = "adamw"
+    lr: float = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over steps.
+
+    Args:
+        kind: `cosine` to the floor, `wsd` (warm-up, stable, linear decay to the floor; arXiv 2404.06395), or `constant`.
+        warmup_steps: Steps of linear warm-up from 0.
+        decay_steps: Length of the final decay of `wsd`, in steps.
+        min_lr: The floor.
+    """
+
+    kind: ScheduleKind = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share the work; data parallelism is the world divided by tp.
+
+    Args:
+        tp: Tensor-parallel (and sequence-parallel) ranks.
+        ep: Expert-parallel ranks, folded over data and tensor parallelism.
+        zero_stage: DeepSpeed ZeRO: 1 shards optimizer states, 2 also gradients.
+    """
+
+    tp: int = 1
+    ep: int = 1
+    zero_stage: int = 1
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """The numbers.
+
+    Args:
+        dtype: Of weights and activations; `auto` is bf16 on GPUs and fp32 on CPUs. Masters, moments, router, softmax, gate, norm
+            statistics and loss are fp32 always.
+        grad_dtype: In which gradients are accumulated and summed over ranks.
+    """
+
+    dtype: DType = "auto"
+    grad_dtype: GradDType = "fp32"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints.
+
+    Args:
+        every: Steps between checkpoints; 0 saves only at the end and on a signal.
+        keep: Newest checkpoints to keep, besides the best; 0 keeps all.
+    """
+
+    every: int = 1000
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation.
+
+    Args:
+        every: Steps between validations; 0 validates only at the end.
+        batches: Micro-batches of the whole world per validation.
+        min_gain_nats: At the end the validation loss must be this far below the unigram entropy of the same tokens, else the run
+            fails with exit code 1; 0 switches the check off.
+        prompt: Text that the trained model continues at the end; empty for none.
+        sample_tokens: Length of that continuation.
+    """
+
+    every: int = 0
+    batches: int = 8
+    min_gain_nats: float = 0.0
+    prompt: str = ""
+    sample_tokens: int = 48
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """The log.
+
+    Args:
+        every: Steps between lines of the log where there is no terminal for a progress bar; metrics.jsonl gets every step.
+    """
+
+    every: int = 10
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases, as a second sink of the metrics.
+
+    Args:
+        mode: `offline` needs no key and no network.
+        project: Name of the project.
+    """
+
+    mode: WandbMode = "disabled"
+    project: str = "megagate"
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A torch profiler trace, written to RUN/profile.
+
+    Args:
+        start_step: First step of the trace, counted from 1.
+        steps: Steps to trace; 0 switches it off.
+    """
+
+    start_step: int = 10
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run is what its config says: model, data, layout, numbers and loop."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
