@@ -1,0 +1,110 @@
+"""`data.path` to a data set: `synthetic`, `embedded`, or a folder with a manifest."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagate.data.embedded import embedded_folder, prepare_embedded
+from megagate.data.manifest import SplitName, check_vocabulary, open_shards, read_manifest
+from megagate.data.split import ShardSplit, Split
+from megagate.data.synthetic import SyntheticSplit
+from megagate.data.tokenizer import Tokenizer, load_tokenizer
+from megagate.errors import DataError
+
+SYNTHETIC = "synthetic"
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """An open data set.
+
+    Attributes:
+        name: The `data.path` that was opened.
+        train: To learn from.
+        valid: To measure on; may have no tokens.
+        tokenizer: None where ids have no text.
+        vocab_size: Ids are below this.
+        fingerprint: Equal for equal tokens in equal order (hex).
+    """
+
+    name: str
+    train: Split
+    valid: Split
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    fingerprint: str
+
+    def describe(self) -> str:
+        """One line for a log."""
+        return (
+            f"{self.name}: {self.train.tokens:,} training and {self.valid.tokens:,} validation tokens, vocabulary {self.vocab_size:,},"
+            f" fingerprint {self.fingerprint[:12]}"
+        )
+
+
+def prepare(path: str, *, vocab_size: int, directory: Path) -> None:
+    """Writes what `open_dataset` will read: the shards of `embedded`, and nothing for other data sets.
+
+    One process per machine calls it, before any calls `open_dataset`.
+
+    Raises:
+        DataError: See `prepare_embedded`.
+    """
+    if path == EMBEDDED:
+        prepare_embedded(directory, vocab_size)
+
+
+def open_dataset(path: str, *, vocab_size: int, directory: Path) -> DataSet:
+    """Opens a data set without reading or writing its tokens.
+
+    Args:
+        path: `synthetic`, `embedded`, or a folder with a `dataset.json`.
+        vocab_size: The model's.
+        directory: Where `prepare` put `embedded`.
+
+    Raises:
+        DataError: It is missing, damaged, not prepared, or was made for a larger vocabulary.
+    """
+    if path == SYNTHETIC:
+        return _open_synthetic(vocab_size)
+    if path == EMBEDDED:
+        folder = embedded_folder(directory, vocab_size)
+        if not folder.exists():
+            raise DataError(f"data.path embedded is not prepared: {folder} does not exist; one process per machine must prepare it first")
+        return _open_folder(folder, name=EMBEDDED, vocab_size=vocab_size)
+    if not Path(path).is_dir():
+        raise DataError(
+            f"data.path is {path!r}, and there is no such folder; it must be {EMBEDDED}, {SYNTHETIC}, or a folder with a prepared data set;"
+            " check the path"
+        )
+    return _open_folder(Path(path), name=path, vocab_size=vocab_size)
+
+
+def _open_synthetic(vocab_size: int) -> DataSet:
+    train = SyntheticSplit("train", vocab_size=vocab_size)
+    valid = SyntheticSplit("valid", vocab_size=vocab_size)
+    return DataSet(
+        name=SYNTHETIC, train=train, valid=valid, tokenizer=None, vocab_size=vocab_size, fingerprint=train.fingerprint
+    )
+
+
+def _open_folder(folder: Path, *, name: str, vocab_size: int) -> DataSet:
+    manifest = read_manifest(folder)
+    check_vocabulary(manifest, vocab_size=vocab_size, where=folder)
+
+    def split(split_name: SplitName) -> ShardSplit:
+        return ShardSplit(
+            split_name,
+            shards=open_shards(folder, manifest, split=split_name),
+            vocab_size=manifest.tokenizer.vocab_size,
+            fingerprint=manifest.fingerprint,
+        )
+
+    return DataSet(
+        name=name,
+        train=split("train"),
+        valid=split("valid"),
+        tokenizer=load_tokenizer(folder, manifest.tokenizer),
+        vocab_size=manifest.tokenizer.vocab_size,
+        fingerprint=manifest.fingerprint,
+    )

@@ -1,0 +1,118 @@
+"""Files that appear whole or not at all, and errors of the operating system told as one clean message."""
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from megagate.errors import DataError
+
+_READ_BLOCK = 1 << 22  # bytes
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def clean_errors(action: str, path: Path) -> Iterator[None]:
+    """Turns an `OSError` of the body into a `DataError` that says what could not be done, where, why and what to do.
+
+    Args:
+        action: A verb, as in "write".
+        path: What the body works on.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            remedy = "free some space, or choose a folder on another disk"
+        elif error.errno in _NO_PERMISSION:
+            remedy = "change its permissions, or choose another folder"
+        elif error.errno in (errno.ENOENT, errno.ENOTDIR):
+            remedy = "check the path"
+        else:
+            remedy = "check the disk and the path"
+        raise DataError(f"cannot {action} {path}: {error.strerror or error}; {remedy}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable: a rename alone may be lost when the machine stops."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's bytes, in constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_READ_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class AtomicFile:
+    """A new file that is written under a temporary name, hashed on the way, and gets its own name only when it is complete.
+
+    As a context manager it publishes at a clean end and leaves nothing behind after an exception. `OSError` is not translated here:
+    the caller knows which file to name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self._digest = hashlib.sha256()
+        # A random name, because writers on other machines may share the folder; not tempfile, whose files only the owner can read.
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        self._stream = open(self._temporary, "xb")  # noqa: SIM115  closed by publish and discard
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far (hex)."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends bytes."""
+        self._stream.write(data)
+        self._digest.update(data)
+        self.bytes += len(data)
+
+    def sync(self) -> None:
+        """Closes the file with its content on the disk, still under the temporary name; may be called twice."""
+        if not self._stream.closed:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+
+    def publish(self) -> None:
+        """Gives the file its name."""
+        self.sync()
+        os.replace(self._temporary, self.path)
+        sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Removes what was written; does nothing after `publish`."""
+        with suppress(OSError):  # a full disk fails again when the last buffer is flushed; the file goes away all the same
+            self._stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> "AtomicFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self.publish()
+        except BaseException:
+            self.discard()
+            raise

@@ -1,0 +1,181 @@
+"""From splits to batches. The order is a function of (data set, seed, step) alone: one counter is the whole state, for any layout."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+
+from megagate.data.hashing import IntArray, canonical_sha256, stable_key
+from megagate.data.permutation import PERMUTATION_VERSION, KeyedPermutation
+from megagate.data.split import Split, Windows
+from megagate.errors import ConfigError, DataError
+
+IGNORE_INDEX = -100  # a label that is no target
+_KEPT_ORDERS = 4  # a step touches one epoch, or two at a border
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and their targets.
+
+    Shapes: both [..., s], int64. labels[..., t] is the token that follows tokens[..., t], or `IGNORE_INDEX`.
+    """
+
+    tokens: IntArray
+    labels: IntArray
+
+
+class TrainLoader:
+    """The training batches of one data-parallel rank, by step.
+
+    Sample g of the run is window P_e(g mod n) of epoch e = g // n, where n is the number of windows and P_e a permutation keyed by
+    (seed, e, data set). Micro-step k of step b holds the samples b*gbs + k*mbs*dp and the mbs*dp - 1 after it, rank r the r-th part of
+    them: a step, and each of its micro-steps, has the same content for every layout with the same mbs * dp. In each epoch all borders
+    move by a keyed number of tokens.
+
+    Args:
+        split: What is read.
+        seq_len: Tokens per sample (s).
+        global_batch_size: Samples per step over all ranks (gbs).
+        micro_batch_size: Samples per micro-step and rank (mbs).
+        dp_rank: This rank's place (r).
+        dp_size: Data-parallel ranks (dp).
+        seed: Of the order.
+
+    Raises:
+        DataError: The split is shorter than one window.
+        ConfigError: mbs * dp does not divide gbs.
+    """
+
+    def __init__(
+        self, split: Split, *, seq_len: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, seed: int
+    ) -> None:
+        assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
+        if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
+            raise ConfigError(
+                f"train.global_batch_size ({global_batch_size}) must be a multiple of train.micro_batch_size ({micro_batch_size}) times the"
+                f" data-parallel size ({dp_size}); change one of them"
+            )
+        self._windows = _windows_or_refuse(split, seq_len=seq_len, movable=True)
+        self._data_fingerprint = split.fingerprint
+        self._seq_len = seq_len
+        self._seed = seed
+        self._global_batch_size = global_batch_size
+        # [accumulation, micro_batch_size]: this rank's samples, counted from the first of the step
+        micro_steps = np.arange(0, global_batch_size, micro_batch_size * dp_size)[:, None]
+        self._offsets: IntArray = micro_steps + dp_rank * micro_batch_size + np.arange(micro_batch_size)[None, :]
+        self._orders: OrderedDict[int, KeyedPermutation] = OrderedDict()
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Samples after which all have been seen once."""
+        return self._windows.count
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides which tokens sample g has; a run may only go on from a counter of the same fingerprint."""
+        return canonical_sha256(
+            {"data": self._data_fingerprint, "seed": self._seed, "seq_len": self._seq_len, "permutation": PERMUTATION_VERSION}
+        )
+
+    def step(self, index: int) -> Batch:
+        """The batch of step `index`, counted from 0. Shapes: [accumulation, micro_batch_size, s]."""
+        samples = index * self._global_batch_size + self._offsets  # [a, mbs]
+        windows = self._read(samples.reshape(-1)).reshape(*samples.shape, self._seq_len + 1)
+        return _batch(windows)
+
+    def _read(self, samples: IntArray) -> IntArray:
+        epochs, positions = np.divmod(samples, self._windows.count)
+        out = np.empty((samples.size, self._seq_len + 1), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            rows = np.flatnonzero(epochs == epoch)
+            shift = stable_key("border", self._seed, epoch) % self._seq_len
+            out[rows] = self._windows.read(self._order(epoch).lookup(positions[rows]), shift=shift)
+        return out
+
+    def _order(self, epoch: int) -> KeyedPermutation:
+        if epoch not in self._orders:
+            key = stable_key("order", self._seed, epoch, self._data_fingerprint)
+            self._orders[epoch] = KeyedPermutation(self._windows.count, key)
+            if len(self._orders) > _KEPT_ORDERS:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+
+class ValidLoader:
+    """The first windows of a split in file order, each once: the same set for every layout with the same mbs * dp.
+
+    Iterating yields `batches` batches. Rows after the last window are there for the shape and hold no target.
+
+    Args:
+        split: What is read.
+        seq_len: Tokens per window (s).
+        micro_batch_size: Rows per batch and rank (mbs).
+        dp_rank: This rank's place.
+        dp_size: Data-parallel ranks (dp).
+        batches: Batches per rank; all ranks together see batches * mbs * dp rows.
+
+    Raises:
+        DataError: The split is shorter than one window.
+    """
+
+    def __init__(self, split: Split, *, seq_len: int, micro_batch_size: int, dp_rank: int, dp_size: int, batches: int) -> None:
+        assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
+        self._windows = _windows_or_refuse(split, seq_len=seq_len, movable=False)
+        self._seq_len = seq_len
+        self._rows_per_batch = micro_batch_size * dp_size
+        self._mine: IntArray = dp_rank * micro_batch_size + np.arange(micro_batch_size)
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Shapes: [micro_batch_size, s] each."""
+        for number in range(self._batches):
+            rows = number * self._rows_per_batch + self._mine
+            there = rows < self._windows.count
+            windows = np.zeros((rows.size, self._seq_len + 1), dtype=np.int64)
+            windows[there] = self._windows.read(rows[there])
+            batch = _batch(windows)
+            batch.labels[~there] = IGNORE_INDEX
+            yield batch
+
+    def target_counts(self, vocab_size: int) -> IntArray:
+        """[vocab_size] how often each token is a target, over the batches of all ranks."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        rows = min(self._batches * self._rows_per_batch, self._windows.count)
+        for first in range(0, rows, self._rows_per_batch):
+            index = np.arange(first, min(first + self._rows_per_batch, rows))
+            counts += np.bincount(self._windows.read(index)[:, 1:].reshape(-1), minlength=vocab_size)
+        return counts
+
+
+def unigram_entropy(counts: IntArray) -> float:
+    """Entropy in nats of the distribution of counts: the mean loss of the best model that ignores all context.
+
+    Raises:
+        ValueError: All counts are 0.
+    """
+    total = int(counts.sum())
+    if total == 0:
+        raise ValueError("the entropy of no tokens")
+    shares = counts[counts > 0] / total
+    return log(total) - float((shares * np.log(counts[counts > 0])).sum())
+
+
+def _batch(windows: IntArray) -> Batch:
+    """[..., s + 1] -> [..., s] each, as copies that own their memory in order."""
+    return Batch(tokens=windows[..., :-1].copy(), labels=windows[..., 1:].copy())
+
+
+def _windows_or_refuse(split: Split, *, seq_len: int, movable: bool) -> Windows:
+    windows = split.windows(seq_len, movable=movable)
+    if windows.count < 1:
+        raise DataError(
+            f"the {split.name} split has {split.tokens} tokens, and no shard of it holds one window of {seq_len + 1} (train.seq_len + 1);"
+            " lower train.seq_len, or give more data"
+        )
+    return windows

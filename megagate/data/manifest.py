@@ -1,0 +1,254 @@
+"""`dataset.json`: what a folder of shards holds, who made the ids, and one fingerprint for all of it."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from megagate.data.files import AtomicFile, clean_errors, file_sha256
+from megagate.data.hashing import canonical_sha256
+from megagate.data.shards import Shard, ShardStats, bin_path, idx_path
+from megagate.errors import DataError
+
+MANIFEST_NAME = "dataset.json"
+FORMAT_VERSION = 1
+SplitName = Literal["train", "valid"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+_AGAIN = "prepare the data set again"
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer made the ids.
+
+    Args:
+        kind: `tokenizers` (a `tokenizer.json` of that package), or `none` when the text cannot be had back.
+        file: Its file, relative to the manifest; empty for `none`.
+        sha256: Of that file (hex); empty for `none`.
+        vocab_size: Ids are below this.
+        eod_id: Ends each document; -1 for none.
+        pad_id: Fills rows, never a target; differs from `eod_id`; -1 for none.
+    """
+
+    kind: str
+    file: str
+    sha256: str
+    vocab_size: int
+    eod_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard: its prefix relative to the manifest, its split, counts, largest id (-1 if empty), bytes and sha256 of both files."""
+
+    prefix: str
+    split: str
+    tokens: int
+    documents: int
+    max_id: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+
+    @classmethod
+    def of(cls, prefix: str, *, split: SplitName, stats: ShardStats) -> "ShardEntry":
+        """The entry of a shard just written."""
+        return cls(prefix=prefix, split=split, **asdict(stats))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `dataset.json`.
+
+    Args:
+        tokenizer: Who made the ids.
+        dtype: Type of the stored ids, as numpy names it.
+        shards: In the order in which their windows are numbered.
+        source: Free facts about where the text came from, part of the fingerprint.
+    """
+
+    tokenizer: TokenizerIdentity
+    dtype: str
+    shards: tuple[ShardEntry, ...]
+    source: dict[str, str | int]
+
+    def of_split(self, split: SplitName) -> tuple[ShardEntry, ...]:
+        """The shards of one split."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def body(self) -> dict[str, Any]:
+        """The manifest as JSON values, without its fingerprint."""
+        totals = {
+            split: {"shards": len(parts), "tokens": sum(p.tokens for p in parts), "documents": sum(p.documents for p in parts)}
+            for split in SPLITS
+            for parts in [self.of_split(split)]
+        }
+        return {"format_version": FORMAT_VERSION, **asdict(self), "shards": [asdict(shard) for shard in self.shards], "totals": totals}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of everything else: equal fingerprints are equal tokens in equal order."""
+        return canonical_sha256(self.body())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Publishes the manifest; the last step of making a data set."""
+    path = folder / MANIFEST_NAME
+    text = json.dumps({**manifest.body(), "fingerprint": manifest.fingerprint}, indent=2) + "\n"
+    with clean_errors("write", path), AtomicFile(path) as file:
+        file.write(text.encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks `dataset.json` alone; see `open_shards` and `verify` for its files.
+
+    Raises:
+        DataError: It is missing, not JSON, of an unknown version, incomplete, or contradicts itself.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise DataError(f"{folder} is not a prepared data set: it has no {MANIFEST_NAME}; check data.path, or prepare it again")
+    with clean_errors("read", path):
+        raw = path.read_bytes()
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: not JSON ({error}); {_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is damaged: a JSON {type(value).__name__} instead of an object; {_AGAIN}")
+    version = _take(value, "format_version", kind=int, where=path)
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version is {version}; this version of megagate reads {FORMAT_VERSION}; {_AGAIN}")
+    manifest = _parse(value, path)
+    _check_content(manifest, path)
+    stored = _take(value, "fingerprint", kind=str, where=path)
+    if value != {**manifest.body(), "fingerprint": stored}:
+        raise DataError(f"{path} contradicts itself: unknown keys, or totals that are not the sums of its shards; {_AGAIN}")
+    if stored != manifest.fingerprint:
+        raise DataError(
+            f"{path}: its fingerprint is {stored[:12]}, and its content has {manifest.fingerprint[:12]}; it was changed by hand; {_AGAIN}"
+        )
+    return manifest
+
+
+def check_vocabulary(manifest: Manifest, *, vocab_size: int, where: Path) -> None:
+    """Refuses ids that the model has no embedding for.
+
+    Raises:
+        DataError: The data set's vocabulary is larger than the model's.
+    """
+    made_for = manifest.tokenizer.vocab_size
+    if made_for > vocab_size:
+        raise DataError(
+            f"the data set {where} was made for a vocabulary of {made_for}; model.vocab_size is {vocab_size}; the model's must be at"
+            f" least as large; set model.vocab_size to {made_for}, or choose another data.path"
+        )
+
+
+def open_shards(folder: Path, manifest: Manifest, *, split: SplitName) -> tuple[Shard, ...]:
+    """Opens the shards of a split and checks their sizes and types, without reading them.
+
+    Raises:
+        DataError: A file is missing, truncated, or is not the one that the manifest describes.
+    """
+    return tuple(_open_shard(folder, manifest, entry) for entry in manifest.of_split(split))
+
+
+def verify(folder: Path) -> Manifest:
+    """Reads every byte of a data set and compares it with the manifest.
+
+    Raises:
+        DataError: At the first file that differs.
+    """
+    manifest = read_manifest(folder)
+    for entry in manifest.shards:
+        _open_shard(folder, manifest, entry).check_index()
+        prefix = folder / entry.prefix
+        _check_sha256(bin_path(prefix), entry.bin_sha256)
+        _check_sha256(idx_path(prefix), entry.idx_sha256)
+    if manifest.tokenizer.file:
+        _check_sha256(folder / manifest.tokenizer.file, manifest.tokenizer.sha256)
+    return manifest
+
+
+def _open_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> Shard:
+    shard = Shard(folder / entry.prefix)
+    if shard.dtype.name != manifest.dtype:
+        raise DataError(
+            f"{idx_path(shard.prefix)} stores {shard.dtype.name}, and {MANIFEST_NAME} says {manifest.dtype}; the shard is of another data"
+            f" set; {_AGAIN}"
+        )
+    found = {"tokens": shard.tokens, "documents": shard.documents}
+    for what, value in found.items():
+        if value != getattr(entry, what):
+            raise DataError(
+                f"{shard.prefix} has {value} {what}, and {MANIFEST_NAME} says {getattr(entry, what)}; the shard is truncated or of another"
+                f" data set; {_AGAIN}"
+            )
+    return shard
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with clean_errors("read", path):
+        found = file_sha256(path)
+    if found != expected:
+        raise DataError(f"{path} is damaged: its sha256 is {found}, and {MANIFEST_NAME} says {expected}; {_AGAIN}")
+
+
+def _take(value: dict[str, Any], key: str, *, kind: type, where: Path | str) -> Any:
+    found = value.get(key)
+    # bool is a kind of int to Python, and not to JSON.
+    if not isinstance(found, kind) or isinstance(found, bool):
+        what = "missing" if key not in value else f"{found!r}"
+        raise DataError(f"{where} is damaged: {key} is {what}; it must be of type {kind.__name__}; {_AGAIN}")
+    return found
+
+
+def _record(kind: type, value: dict[str, Any], where: str) -> Any:
+    return kind(**{field.name: _take(value, field.name, kind=field.type, where=where) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _parse(value: dict[str, Any], path: Path) -> Manifest:
+    shards: Iterable[Any] = _take(value, "shards", kind=list, where=path)
+    entries = []
+    for index, entry in enumerate(shards):
+        if not isinstance(entry, dict):
+            raise DataError(f"{path} is damaged: shards[{index}] is {entry!r}; it must be an object; {_AGAIN}")
+        entries.append(_record(ShardEntry, entry, f"{path} (shards[{index}])"))
+    source = _take(value, "source", kind=dict, where=path)
+    for key in source:
+        _take(source, key, kind=(str | int), where=path)  # type: ignore[arg-type]
+    return Manifest(
+        tokenizer=_record(TokenizerIdentity, _take(value, "tokenizer", kind=dict, where=path), f"{path} (tokenizer)"),
+        dtype=_take(value, "dtype", kind=str, where=path),
+        shards=tuple(entries),
+        source=source,
+    )
+
+
+def _check_content(manifest: Manifest, path: Path) -> None:
+    tokenizer = manifest.tokenizer
+    itemsize = {"uint16": 2, "int32": 4}.get(manifest.dtype)
+    if itemsize is None:
+        raise DataError(f"{path}: dtype is {manifest.dtype!r}; it must be uint16 or int32; {_AGAIN}")
+    if not 0 < tokenizer.vocab_size <= int(np.iinfo(manifest.dtype).max) + 1:
+        raise DataError(f"{path}: a vocabulary of {tokenizer.vocab_size} does not fit {manifest.dtype}; {_AGAIN}")
+    if tokenizer.eod_id >= 0 and tokenizer.eod_id == tokenizer.pad_id:
+        raise DataError(f"{path}: eod_id and pad_id are both {tokenizer.eod_id}; they must differ, or no end would be learned; {_AGAIN}")
+    for name in [tokenizer.file, *(entry.prefix for entry in manifest.shards)]:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataError(f"{path}: {name!r} lies outside of the data set; names must be relative to {MANIFEST_NAME}; {_AGAIN}")
+    for entry in manifest.shards:
+        if entry.split not in SPLITS:
+            raise DataError(f"{path}: {entry.prefix} is of split {entry.split!r}; splits are {', '.join(SPLITS)}; {_AGAIN}")
+        if entry.bin_bytes != entry.tokens * itemsize:
+            raise DataError(f"{path}: {entry.prefix} has {entry.bin_bytes} bytes for {entry.tokens} tokens of {manifest.dtype}; {_AGAIN}")
+        if entry.max_id >= tokenizer.vocab_size:
+            raise DataError(
+                f"{path}: {entry.prefix} holds id {entry.max_id}, and the tokenizer's ids are below {tokenizer.vocab_size}; {_AGAIN}"
+            )

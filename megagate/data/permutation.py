@@ -1,0 +1,76 @@
+"""Random orders that nobody has to build or store: keyed bijections of [0, n)."""
+
+from math import isqrt
+
+import numpy as np
+
+from megagate.data.hashing import IntArray, WordArray, mix64, stable_key
+
+PERMUTATION_VERSION = 1  # part of the loader's fingerprint: raise it when any order changes
+MATERIALISED_LIMIT = 65_536  # below, a Feistel network is measurably not uniform, and a table costs nothing
+_ROUNDS = 8
+_LARGEST = 1 << 62
+
+
+class KeyedPermutation:
+    """A pseudo-random order of n things: position -> thing, for any position at once.
+
+    Up to `MATERIALISED_LIMIT` things: the order of their 64-bit hashes, as a table (a bijective hash has no ties, so this is a fair
+    shuffle; numpy's own shuffles may change with its version, which would change the order of a resumed run). Above: a Feistel
+    network over a x b >= n with a ~ b ~ sqrt(n), eight rounds of
+    `left = (left + F(right)) mod a`, then the same for right mod b, and cycle walking for the less than a values that exceed n.
+
+    Shapes: positions of any shape -> things of the same shape, int64.
+
+    Raises:
+        ValueError: n is not in [1, 2**62].
+
+    Source: scheme FE2 of Bellare, Ristenpart, Rogaway, Stegers, Format-Preserving Encryption (2009, IACR eprint 2009/251).
+    """
+
+    def __init__(self, n: int, key: int) -> None:
+        if not 1 <= n <= _LARGEST:
+            raise ValueError(f"a permutation of {n} things: n must be in [1, {_LARGEST}]")
+        self.n = n
+        self._table: IntArray | None = None
+        if n <= MATERIALISED_LIMIT:
+            words = np.arange(n, dtype=np.uint64) + np.uint64(stable_key("table", key))
+            self._table = np.argsort(mix64(mix64(words)), kind="stable").astype(np.int64)
+            return
+        rows = isqrt(n - 1) + 1
+        self._rows = np.uint64(rows)
+        self._columns = np.uint64(-(-n // rows))
+        self._round_keys = [np.uint64(stable_key("round", key, index)) for index in range(_ROUNDS)]
+
+    def lookup(self, positions: IntArray) -> IntArray:
+        """The things at these positions.
+
+        Raises:
+            IndexError: A position is outside [0, n).
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size and (int(positions.min()) < 0 or int(positions.max()) >= self.n):
+            raise IndexError(f"positions {positions.min()} to {positions.max()} of a permutation of {self.n} things")
+        if self._table is not None:
+            return self._table[positions]
+        values = self._network(positions.astype(np.uint64).reshape(-1))
+        # Cycle walking: a value beyond n is encrypted again, which ends because the start lies below n.
+        while (outside := np.flatnonzero(values >= np.uint64(self.n))).size:
+            values[outside] = self._network(values[outside])
+        return values.astype(np.int64).reshape(positions.shape)
+
+    def __getitem__(self, position: int) -> int:
+        """The thing at one position."""
+        return int(self.lookup(np.array([position], dtype=np.int64))[0])
+
+    def __len__(self) -> int:
+        return self.n
+
+    def _network(self, values: WordArray) -> WordArray:
+        left, right = np.divmod(values, self._columns)
+        for index, key in enumerate(self._round_keys):
+            if index % 2 == 0:
+                left = (left + mix64(right ^ key) % self._rows) % self._rows
+            else:
+                right = (right + mix64(left ^ key) % self._columns) % self._columns
+        return left * self._columns + right

@@ -1,0 +1,113 @@
+"""What a loader reads: a split is a stream of tokens that is cut into windows, from shards or made up."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from megagate.data.hashing import IntArray
+from megagate.data.shards import Shard, bin_path
+from megagate.errors import DataError
+
+
+class Windows(Protocol):
+    """A split cut into windows of seq_len + 1 tokens; neighbours share one token, the last target of one and first input of the next.
+
+    Attributes:
+        count: Number of windows.
+    """
+
+    count: int
+
+    def read(self, index: IntArray, *, shift: int = 0) -> IntArray:
+        """[rows] window numbers -> [rows, seq_len + 1] tokens, int64.
+
+        Args:
+            index: In [0, count).
+            shift: Tokens by which all borders move to the right, in [0, seq_len); 0 unless the windows are movable.
+        """
+        ...
+
+
+class Split(Protocol):
+    """A part of a data set.
+
+    Attributes:
+        name: `train` or `valid`.
+        tokens: Its length.
+        vocab_size: Its ids are below this.
+        fingerprint: Of the whole data set.
+    """
+
+    name: str
+    tokens: int
+    vocab_size: int
+    fingerprint: str
+
+    def windows(self, seq_len: int, *, movable: bool) -> Windows:
+        """The windows of a length; movable ones leave room at the end, so that their number is the same for every shift."""
+        ...
+
+
+class ShardSplit:
+    """A split over shards, in their order. Windows run over borders of documents and never over borders of shards.
+
+    Args:
+        name: `train` or `valid`.
+        shards: Opened shards; may be none.
+        vocab_size: Ids must be below this.
+        fingerprint: Of the data set.
+    """
+
+    def __init__(self, name: str, *, shards: Sequence[Shard], vocab_size: int, fingerprint: str) -> None:
+        self.name = name
+        self.shards = tuple(shards)
+        self.tokens = sum(shard.tokens for shard in shards)
+        self.vocab_size = vocab_size
+        self.fingerprint = fingerprint
+
+    def windows(self, seq_len: int, *, movable: bool) -> "ShardWindows":
+        """The windows of a length."""
+        return ShardWindows(self.shards, seq_len=seq_len, movable=movable, vocab_size=self.vocab_size)
+
+
+class ShardWindows:
+    """Windows over shards: number i of a shard is its tokens [shift + i * seq_len, + seq_len + 1).
+
+    Nothing is built but one number per shard, whatever the size of the data.
+    """
+
+    def __init__(self, shards: Sequence[Shard], *, seq_len: int, movable: bool, vocab_size: int) -> None:
+        self._shards = tuple(shards)
+        self._seq_len = seq_len
+        self._vocab_size = vocab_size
+        tokens = np.array([shard.tokens for shard in shards], dtype=np.int64)
+        counts = np.maximum(tokens - 1, 0) // seq_len
+        if movable:
+            # The largest shift is seq_len - 1. A shard of a single window keeps it and moves it as far as there is room.
+            counts = np.maximum((tokens - seq_len) // seq_len, np.minimum(counts, 1))
+        self._ends: IntArray = np.cumsum(counts)
+        self._starts: IntArray = self._ends - counts
+        self._room: IntArray = tokens - 1 - counts * seq_len
+        self.count = int(self._ends[-1]) if counts.size else 0
+
+    def read(self, index: IntArray, *, shift: int = 0) -> IntArray:
+        """[rows] window numbers -> [rows, seq_len + 1] tokens, int64.
+
+        Raises:
+            DataError: An id of a shard is not below the vocabulary, as after damage that keeps the size.
+        """
+        out = np.empty((len(index), self._seq_len + 1), dtype=np.int64)
+        owners = np.searchsorted(self._ends, index, side="right")
+        locals_ = index - self._starts[owners]
+        shifts = shift % (self._room[owners] + 1) if shift else np.zeros_like(index)
+        begins = (locals_ * self._seq_len + shifts).tolist()
+        for row, (owner, begin) in enumerate(zip(owners.tolist(), begins, strict=True)):
+            out[row] = self._shards[owner].stream[begin : begin + self._seq_len + 1]
+        if out.size and (int(out.min()) < 0 or int(out.max()) >= self._vocab_size):
+            wrong = int(np.flatnonzero(((out < 0) | (out >= self._vocab_size)).any(axis=1))[0])
+            raise DataError(
+                f"{bin_path(self._shards[int(owners[wrong])].prefix)} holds ids {int(out[wrong].min())} to {int(out[wrong].max())} near"
+                f" token {begins[wrong]}; ids must be in [0, {self._vocab_size}); the shard is damaged: prepare the data set again"
+            )
+        return out

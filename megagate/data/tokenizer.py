@@ -1,0 +1,137 @@
+"""Byte-level BPE: training, encoding of documents, decoding, identity. The `tokenizers` package is imported only where it is used."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megagate.data.files import AtomicFile, clean_errors, file_sha256
+from megagate.data.hashing import IntArray
+from megagate.data.manifest import TokenizerIdentity
+from megagate.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as _Model
+
+TOKENIZER_NAME = "tokenizer.json"
+EOD = "<|endoftext|>"
+PAD = "<|pad|>"  # not EOD: who masks padding must not mask the ends of documents
+_SMALLEST_VOCABULARY = 256 + 2  # every byte, EOD and PAD
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: Ids are below this.
+        eod_id: Appended to each document.
+        pad_id: Never made by encoding; differs from `eod_id`.
+
+    Raises:
+        DataError: The tokenizer has no `<|endoftext|>` or `<|pad|>`.
+    """
+
+    def __init__(self, model: "_Model", *, name: str = "the tokenizer") -> None:
+        self._model = model
+        # Text that spells a special token must not become one: a document could end itself.
+        self._model.encode_special_tokens = True
+        self.vocab_size: int = model.get_vocab_size(with_added_tokens=True)
+        ids = {token: model.token_to_id(token) for token in (EOD, PAD)}
+        missing = [token for token, index in ids.items() if index is None]
+        if missing:
+            raise DataError(f"{name} has no {' and no '.join(missing)}; megagate needs both; add them as special tokens")
+        self.eod_id: int = ids[EOD]
+        self.pad_id: int = ids[PAD]
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Reads a `tokenizer.json`."""
+        from tokenizers import Tokenizer as Model  # noqa: PLC0415  heavy, and only needed here
+
+        with clean_errors("read", path):
+            text = path.read_bytes().decode(errors="replace")
+        try:
+            model = Model.from_str(text)
+        except Exception as error:  # the package raises bare exceptions
+            raise DataError(f"{path} is not a tokenizer.json: {error}; prepare the data set again") from error
+        return cls(model, name=str(path))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
+        """Learns a byte-level BPE; equal texts give an equal tokenizer.
+
+        Args:
+            texts: The training documents.
+            vocab_size: Tokens in total, with the two special ones and the 256 bytes; fewer when the texts have no more pairs to merge.
+
+        Raises:
+            DataError: The vocabulary is too small for bytes and special tokens.
+        """
+        from tokenizers import Tokenizer as Model  # noqa: PLC0415  heavy, and only needed here
+        from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
+
+        if vocab_size < _SMALLEST_VOCABULARY:
+            raise DataError(
+                f"a byte-level tokenizer of {vocab_size} tokens cannot be made; it needs at least {_SMALLEST_VOCABULARY} (256 bytes,"
+                f" {EOD}, {PAD}); raise model.vocab_size"
+            )
+        model = Model(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOD, PAD],
+            # Sorted, because the package hands the bytes out in an order that changes from process to process.
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        model.train_from_iterator(texts, trainer=trainer)
+        return cls(model)
+
+    def save(self, path: Path) -> TokenizerIdentity:
+        """Writes a `tokenizer.json` and returns its identity."""
+        with clean_errors("write", path), AtomicFile(path) as file:
+            file.write(self._model.to_str(pretty=True).encode())
+        return TokenizerIdentity(
+            kind="tokenizers",
+            file=path.name,
+            sha256=file.sha256,
+            vocab_size=self.vocab_size,
+            eod_id=self.eod_id,
+            pad_id=self.pad_id,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without an end of document."""
+        return list(self._model.encode(text, add_special_tokens=False).ids)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[IntArray]:
+        """For each text its ids [tokens + 1], the last of which is the end of document."""
+        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array([*encoding.ids, self.eod_id], dtype=np.int64) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | IntArray) -> str:
+        """The text of ids; special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
+        return str(self._model.decode([int(index) for index in ids], skip_special_tokens=True))
+
+
+def load_tokenizer(folder: Path, identity: TokenizerIdentity) -> Tokenizer | None:
+    """The tokenizer of a data set, or None where it has none.
+
+    Raises:
+        DataError: Its file is not the one that made the ids, or its kind is unknown.
+    """
+    if identity.kind == "none":
+        return None
+    if identity.kind != "tokenizers":
+        raise DataError(f"{folder}: tokenizer kind is {identity.kind!r}; it must be tokenizers or none; prepare the data set again")
+    path = folder / identity.file
+    with clean_errors("read", path):
+        found = file_sha256(path)
+    if found != identity.sha256:
+        raise DataError(
+            f"{path} is not the tokenizer that made the data set: its sha256 is {found[:12]}, the manifest says {identity.sha256[:12]};"
+            " put the right file back, or prepare the data set again"
+        )
+    return Tokenizer.load(path)
