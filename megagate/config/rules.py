@@ -152,7 +152,7 @@ def _range_rules(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _size_rules(model: ModelConfig) -> Iterator[str]:
     values = flatten(RunConfig(model=model))
-    needed = {key: "" for key in _SIZE_KEYS}
+    needed = dict.fromkeys(_SIZE_KEYS, "")
     if model.is_moe:
         needed["model.moe.ffn_size"] = " for a mixture of experts"
     else:
