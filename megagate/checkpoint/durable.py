@@ -1,0 +1,74 @@
+"""Writing that survives a crash: bytes reach the disk before the name that promises them does."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megagate.errors import RunError
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write every byte of `data` (one write may take only a part of them)."""
+    while len(data):
+        data = data[os.write(descriptor, data) :]
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` (files created, renamed, removed) durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def create(path: Path) -> Iterator[int]:
+    """A descriptor to write the new file `path`, flushed to the disk at the end; a file there before is replaced."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace the small file `path` at once: a reader, or a crash, meets the old content or the new, never a part.
+
+    Raises:
+        RunError: no space; the old content stays.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    with explaining_no_space(path, len(content)):
+        try:
+            with create(unfinished) as descriptor:
+                write_all(descriptor, memoryview(content))
+            os.replace(unfinished, path)
+            sync_directory(path.parent)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def explaining_no_space(path: Path, size: int) -> Iterator[None]:
+    """Turn "no space" and "over quota" while writing `size` bytes to `path` into a message that helps.
+
+    Raises:
+        RunError: the disk or the quota is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        raise RunError(
+            f"{path}: no space for its {size / 1e6:,.1f} MB ({error.strerror}; {shutil.disk_usage(existing).free / 1e6:,.1f} MB are free "
+            "there); a checkpoint is written whole or not at all, and those written before are untouched; free space or quota, lower "
+            "checkpoint.keep, or move the run's folder to a larger disk, then start the same command again"
+        ) from error

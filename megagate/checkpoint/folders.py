@@ -1,0 +1,194 @@
+"""The folder of a run's checkpoints: names, the pointers `latest` and `best`, and which folders may go.
+
+    ROOT/step-00000100/        complete: it got this name only after its last byte was on the disk
+    ROOT/step-00000100.tmp/    being written, or left by a run that died
+    ROOT/step-00000100.old/    complete; its step was saved anew, and it stands in until the new one has the name
+    ROOT/step-00000100.trash/  being deleted
+    ROOT/latest, ROOT/best     text files, each naming one step folder
+
+One process (rank 0) calls what changes a folder here; any may call what reads.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from megagate.checkpoint.durable import explaining_no_space, sync_directory, write_file
+from megagate.errors import CheckpointError
+
+INDEX_NAME = "index.json"
+PointerName = Literal["latest", "best"]
+POINTERS: tuple[PointerName, ...] = ("latest", "best")
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def step_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is published; it need not exist."""
+    return root / f"step-{step:08d}"
+
+
+def staging_path(root: Path, step: int) -> Path:
+    """Where the ranks write the checkpoint of `step` before it is published; it need not exist."""
+    return _beside(step_path(root, step), "tmp")
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make the empty folder into which all ranks then write; what a dead run left under that name is removed.
+
+    Raises:
+        RunError: no space.
+    """
+    staging = staging_path(root, step)
+    with explaining_no_space(staging, 0):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    return staging
+
+
+def discard(root: Path, step: int) -> None:
+    """Give up the save of `step` that `begin` started; complete checkpoints stay. Call it when no rank writes any more."""
+    shutil.rmtree(staging_path(root, step), ignore_errors=True)
+
+
+def install(root: Path, step: int) -> Path:
+    """Give the finished staging folder of `step` its final name and let `latest` name it.
+
+    A complete folder of the same step (saved anew after a resume) steps aside as `.old` and counts as complete until the new one
+    stands, so that at no moment a reader finds less than before.
+    """
+    staging, final = staging_path(root, step), step_path(root, step)
+    aside = _beside(final, "old")
+    if _is_complete(final):
+        _delete(aside)
+        os.rename(final, aside)
+    else:
+        _delete(final)
+    os.rename(staging, final)
+    sync_directory(root)
+    set_pointer(root, "latest", step)
+    _delete(aside)
+    return final
+
+
+def complete_steps(root: Path) -> list[int]:
+    """The steps of all complete checkpoints in `root`, ascending; empty when there is no such folder."""
+    names = (path.name.removesuffix(".old") for path in root.glob("step-*"))
+    steps = {int(match[1]) for name in names if (match := _STEP.fullmatch(name))}
+    return sorted(step for step in steps if _folder(root, step))
+
+
+def set_pointer(root: Path, name: PointerName, step: int) -> None:
+    """Let the pointer file `name` name the checkpoint of `step`, at once and durably.
+
+    Raises:
+        CheckpointError: that checkpoint is not complete.
+        RunError: no space.
+    """
+    if _folder(root, step) is None:
+        raise CheckpointError(
+            f"{root / name}: cannot point to step {step}, which has no complete checkpoint there; complete are {complete_steps(root)}"
+        )
+    write_file(root / name, f"{step_path(root, step).name}\n".encode())
+
+
+def read_pointer(root: Path, name: PointerName) -> int | None:
+    """The step that the pointer file `name` names; None when it is missing, unreadable, or names no complete checkpoint."""
+    try:
+        match = _STEP.fullmatch((root / name).read_text().strip())
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(match[1]) if match and _folder(root, int(match[1])) else None
+
+
+def resolve(path: Path) -> Path:
+    """The step folder that `path` means: itself, or, for a root, what `latest` names, or the newest complete one without it.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    path = Path(path)
+    if match := _STEP.fullmatch(path.name):
+        folder = _folder(path.parent, int(match[1]))
+    elif _is_complete(path) and path.suffix not in (".tmp", ".trash"):
+        folder = path
+    else:
+        latest = read_pointer(path, "latest")
+        step = latest if latest is not None else max(complete_steps(path), default=None)
+        folder = None if step is None else _folder(path, step)
+    if folder is None:
+        state = "holds no complete checkpoint" if path.is_dir() else "is no folder" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"{path} {state}; name a step-* folder that has an {INDEX_NAME}, or the folder around it; a name ending in .tmp is an "
+            "unfinished save and cannot be loaded"
+        )
+    return folder
+
+
+def prune(root: Path, *, keep: int) -> list[int]:
+    """Delete the complete checkpoints older than the newest `keep` (0 keeps all), never one that `latest` or `best` names.
+
+    Returns:
+        The steps deleted, ascending.
+    """
+    named = {read_pointer(root, name) for name in POINTERS}
+    spare = [step for step in complete_steps(root)[:-keep] if step not in named] if keep else []
+    for step in spare:
+        _delete(_beside(step_path(root, step), "old"))
+        _delete(step_path(root, step))
+    return spare
+
+
+def clean_leftovers(root: Path) -> list[str]:
+    """Remove what a killed run left (`.tmp`, `.trash`), and settle a re-save that it interrupted. Call it before any save begins.
+
+    Returns:
+        The names that are gone, sorted.
+    """
+    gone = sorted(path for path in root.glob("*.*") if path.name in {f"{name}.tmp" for name in POINTERS} or _leftover(path))
+    for path in gone:
+        final = path.with_suffix("")
+        if path.suffix == ".old" and not _is_complete(final):
+            _delete(final)
+            os.rename(path, final)
+            sync_directory(root)
+        elif path.suffix == ".old":
+            _delete(path)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return [path.name for path in gone]
+
+
+def _leftover(path: Path) -> bool:
+    return path.suffix in (".tmp", ".trash", ".old") and _STEP.fullmatch(path.stem) is not None
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / INDEX_NAME).is_file()
+
+
+def _folder(root: Path, step: int) -> Path | None:
+    """The complete folder of `step`: the published one, or the one that stands in while it is replaced."""
+    final = step_path(root, step)
+    return next((folder for folder in (final, _beside(final, "old")) if _is_complete(folder)), None)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder that may look complete: first its name, durably, then its files, so that a crash leaves no half of it.
+
+    Files that cannot be removed now (held open on a network disk) stay under `.trash` for `clean_leftovers`.
+    """
+    if not folder.exists():
+        return
+    trash = folder.with_suffix(".trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    sync_directory(folder.parent)
+    shutil.rmtree(trash, ignore_errors=True)

@@ -1,0 +1,223 @@
+"""What one rank writes: its pieces of logical tensors as one safetensors file, digested while they are written, and a manifest.
+
+The file is plain safetensors (8 bytes of header length, JSON header, data), so any safetensors reader opens it. That library's
+own writer would hold the whole file in memory and need a second pass for the digests.
+"""
+
+import json
+import mmap
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from megagate.checkpoint.box import Box, Shape
+from megagate.checkpoint.durable import create, explaining_no_space, write_all, write_file
+from megagate.checkpoint.index import DTYPE_NAMES, Contents, StoredPiece, StoredTensor, piece_key
+from megagate.errors import CheckpointError
+
+CHUNK_BYTES = 16 << 20
+"""Bytes that are copied from the device, digested and written at a time: all the memory that a save needs."""
+
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A box of a logical tensor, as one rank holds it.
+
+    Args:
+        name: The logical tensor, such as `exp_avg/layers.0.attention.q.weight`.
+        full_shape: Shape of the whole logical tensor.
+        offset: Where the box begins in it, one number per dim.
+        tensor: The elements, of the box's shape, on any device; may be a view. It is read when it is written, not before.
+
+    Raises:
+        CheckpointError: the box does not lie in the tensor, or the store does not hold the dtype.
+    """
+
+    name: str
+    full_shape: Shape
+    offset: Shape
+    tensor: torch.Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full_shape", tuple(self.full_shape))
+        object.__setattr__(self, "offset", tuple(self.offset))
+        if not self.box.fits(self.full_shape):
+            raise CheckpointError(
+                f"{self.name}: a piece of shape {self.box.shape} at offset {self.offset} does not lie in the full shape {self.full_shape}"
+            )
+        if self.tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{self.name}: {self.tensor.dtype} cannot be saved; the store holds {', '.join(map(str, DTYPE_NAMES))}")
+
+    @property
+    def box(self) -> Box:
+        """The elements of the logical tensor that the piece holds."""
+        return Box(self.offset, tuple(self.tensor.shape))
+
+
+def rank_file(rank: int) -> str:
+    """The name of the data file of `rank`."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def manifest_path(directory: Path, rank: int) -> Path:
+    """Where `rank` says what it wrote; its presence means that the data file is whole and on the disk."""
+    return directory / f"rank-{rank:05d}.json"
+
+
+def write_rank(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
+    """Write the pieces of one rank into the folder that `begin` made; the manifest last.
+
+    Uses no collective and, beside the pieces, at most `CHUNK_BYTES` of memory, so it may run in a thread. Pieces without elements
+    of a tensor that has some are left out. When it fails it removes its own files, and the folder if nothing else is in it.
+
+    Raises:
+        CheckpointError: two pieces begin at the same offset of one tensor, or disagree on its shape or dtype.
+        RunError: no space.
+    """
+    # Larger items first: the format allows no gaps, and this keeps every piece aligned to its item size.
+    ordered = sorted(
+        (piece for piece in pieces if piece.box.volume or 0 in piece.full_shape),
+        key=lambda piece: (-piece.tensor.element_size(), piece.name, piece.offset),
+    )
+    tensors = _group(ordered)
+    header = _encode_header(ordered)
+    size = _LENGTH_BYTES + len(header) + sum(piece.tensor.nbytes for piece in ordered)
+    path, manifest = directory / rank_file(rank), manifest_path(directory, rank)
+    try:
+        with explaining_no_space(path, size), create(path) as descriptor:
+            write_all(descriptor, memoryview(len(header).to_bytes(_LENGTH_BYTES, "little") + header))
+            for piece in ordered:
+                digest = _write_tensor(descriptor, piece.tensor)
+                tensors[piece.name].append(StoredPiece(path.name, piece.box, digest))
+        first = {piece.name: piece for piece in ordered}
+        stored = {name: StoredTensor(first[name].full_shape, first[name].tensor.dtype, tuple(tensors[name])) for name in tensors}
+        write_file(manifest, json.dumps(Contents({path.name: size}, stored).to_json(), separators=(",", ":")).encode())
+    except BaseException:
+        for file in (manifest, path):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # other ranks may still be writing here
+            directory.rmdir()
+        raise
+
+
+def read_manifest(path: Path) -> Contents:
+    """What the manifest `path` says that its rank wrote."""
+    return Contents.from_json(json.loads(path.read_bytes()))
+
+
+def chunks(tensor: torch.Tensor, limit: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
+    """The elements of `tensor`, [...], in row-major order as 1-D CPU tensors of at most `limit` bytes (or one element).
+
+    What is contiguous and on the CPU is not copied; of anything else one chunk at a time is.
+    """
+    if tensor.is_contiguous():
+        for part in tensor.view(-1).split(max(1, limit // tensor.element_size())):
+            yield part.cpu()
+    elif tensor[0].nbytes > limit:
+        for row in tensor:
+            yield from chunks(row, limit)
+    else:
+        for rows in tensor.split(max(1, limit // max(1, tensor[0].nbytes))):
+            yield rows.contiguous().view(-1).cpu()
+
+
+class PieceFile:
+    """One data file, open for reading: memory-mapped, so that reading costs file cache and no memory of the process's own.
+
+    Raises:
+        CheckpointError: the header is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            # A private writable mapping: torch warns about read-only ones, and nothing is ever written to it.
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._start = _LENGTH_BYTES + int.from_bytes(self._bytes[:_LENGTH_BYTES], "little")
+        try:
+            entries = json.loads(self._bytes[_LENGTH_BYTES : self._start])
+            self._entries = {key: (entry["dtype"], entry["shape"], *entry["data_offsets"]) for key, entry in entries.items() if "@" in key}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path}: its header is damaged ({error!r}); load another step") from error
+
+    def span(self, name: str, box: Box, dtype: torch.dtype) -> tuple[int, int]:
+        """The range of bytes in the file that holds a piece.
+
+        Raises:
+            CheckpointError: the file's header says otherwise than the index.
+        """
+        entry = self._entries.get(piece_key(name, box))
+        begin = entry[2] if entry else 0
+        end = begin + box.volume * dtype.itemsize
+        if entry != (DTYPE_NAMES[dtype], list(box.shape), begin, end) or not 0 <= begin <= end <= len(self._bytes) - self._start:
+            raise CheckpointError(
+                f"{name}, piece at {list(box.offset)} in {self._path}: the file's header gives {entry} (dtype, shape, bytes from, to), "
+                f"the index {DTYPE_NAMES[dtype]} and {list(box.shape)}; the file is damaged, load another step"
+            )
+        return self._start + begin, self._start + end
+
+    def tensor(self, name: str, box: Box, dtype: torch.dtype) -> torch.Tensor:
+        """A piece with at least one element as a tensor of `box.shape` on the mapped file; let go of it before `close`."""
+        begin, _ = self.span(name, box, dtype)
+        return torch.frombuffer(self._bytes, dtype=dtype, count=box.volume, offset=begin).view(box.shape)
+
+    def digest(self, name: str, box: Box, dtype: torch.dtype) -> str:
+        """The blake3 digest, hexadecimal, of a piece's bytes as they are on the disk now."""
+        begin, end = self.span(name, box, dtype)
+        hasher = blake3()
+        with memoryview(self._bytes) as content:
+            for start in range(begin, end, CHUNK_BYTES):
+                with content[start : min(start + CHUNK_BYTES, end)] as chunk:
+                    hasher.update(chunk)
+        return hasher.hexdigest()
+
+    def close(self) -> None:
+        """Let the mapping go."""
+        with suppress(BufferError):  # an error on its way up keeps a tensor alive; the mapping then goes with it
+            self._bytes.close()
+
+
+def _group(pieces: list[Piece]) -> dict[str, list[StoredPiece]]:
+    """An empty list for each tensor, after a check that its pieces agree."""
+    kinds: dict[str, tuple[Shape, torch.dtype]] = {}
+    keys: set[str] = set()
+    for piece in pieces:
+        kind = (piece.full_shape, piece.tensor.dtype)
+        if kinds.setdefault(piece.name, kind) != kind:
+            raise CheckpointError(f"{piece.name}: pieces of one rank give it the shape and dtype {kinds[piece.name]} and {kind}; give one")
+        key = piece_key(piece.name, piece.box)
+        if key in keys:
+            raise CheckpointError(f"{piece.name}: two pieces of one rank begin at {list(piece.offset)}; each element is given once")
+        keys.add(key)
+    return {name: [] for name in kinds}
+
+
+def _encode_header(pieces: list[Piece]) -> bytes:
+    """The safetensors header: dtype, shape and byte range of each piece, padded so that the data is aligned."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for piece in pieces:
+        end = position + piece.tensor.nbytes
+        entry = {"dtype": DTYPE_NAMES[piece.tensor.dtype], "shape": piece.box.shape, "data_offsets": [position, end]}
+        header[piece_key(piece.name, piece.box)] = entry
+        position = end
+    content = json.dumps(header, separators=(",", ":")).encode()
+    return content + b" " * (-len(content) % _ALIGNMENT)
+
+
+def _write_tensor(descriptor: int, tensor: torch.Tensor) -> str:
+    """Write the elements of `tensor` and return their blake3 digest, hexadecimal."""
+    hasher = blake3()
+    for chunk in chunks(tensor.detach()):
+        content = memoryview(chunk.view(torch.uint8).numpy())
+        hasher.update(content)
+        write_all(descriptor, content)
+    return hasher.hexdigest()

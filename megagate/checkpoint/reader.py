@@ -1,0 +1,150 @@
+"""Reading a complete checkpoint: any box of any logical tensor, however the ranks that wrote it had cut it."""
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+
+from megagate.checkpoint.box import Box, Shape
+from megagate.checkpoint.folders import resolve
+from megagate.checkpoint.index import Index, StoredTensor, read_index
+from megagate.checkpoint.rankfile import PieceFile
+from megagate.errors import CheckpointError
+
+
+class Checkpoint:
+    """A complete checkpoint, open for reading; close it, or use it as a context manager. Build it with `open`.
+
+    Args:
+        folder: The step folder.
+        index: Its index.
+        max_open_files: Data files that are kept open at a time.
+    """
+
+    def __init__(self, folder: Path, index: Index, *, max_open_files: int) -> None:
+        self.folder = folder
+        self._index = index
+        self._max_open_files = max_open_files
+        self._files: OrderedDict[str, PieceFile] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: Path, *, max_open_files: int = 16) -> "Checkpoint":
+        """Open the checkpoint that `path` means (`resolve`) and check its index, and that every file has its size.
+
+        Raises:
+            CheckpointError: there is none, or the index or a file is missing, damaged or truncated.
+        """
+        folder = resolve(path)
+        index = read_index(folder)
+        index.contents.require_files(folder)
+        return cls(folder, index, max_open_files=max_open_files)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+        return self._index.step
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The JSON values that were given to `publish`."""
+        return self._index.metadata
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every logical tensor by name: its full shape, dtype and pieces."""
+        return MappingProxyType(self._index.contents.tensors)
+
+    def stored(self, name: str) -> StoredTensor:
+        """The shape, dtype and pieces of the logical tensor `name`.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        tensor = self._index.contents.tensors.get(name)
+        if tensor is None:
+            nearest = difflib.get_close_matches(name, self._index.contents.tensors, n=1, cutoff=0.0)
+            hint = f"; the nearest name is {nearest[0]!r}" if nearest else ""
+            raise CheckpointError(f"{self.folder} holds no tensor {name!r}{hint}; it was saved from another model or by another version")
+        return tensor
+
+    def read(self, name: str, offset: Shape, out: torch.Tensor) -> None:
+        """Fill `out` with the box of the logical tensor `name` that begins at `offset` and has the shape of `out`.
+
+        Streams from the files, on any device, into any strides; only the parts of pieces that overlap the box are read.
+
+        Raises:
+            CheckpointError: no such tensor, another dtype, a box that leaves the tensor, or a file that does not hold its pieces.
+        """
+        stored = self.stored(name)
+        wanted = Box(tuple(offset), tuple(out.shape))
+        if out.dtype != stored.dtype:
+            raise CheckpointError(f"{name} is stored as {stored.dtype}, not {out.dtype}; read it as that and convert it afterwards")
+        if not wanted.fits(stored.shape):
+            raise CheckpointError(f"{name}: the box {wanted} asked for does not lie in its shape {stored.shape} in {self.folder}")
+        target = out.detach()
+        filled = 0
+        for piece in stored.pieces:
+            common = piece.box.overlap(wanted)
+            if common is not None:
+                source = self._file(piece.file).tensor(name, piece.box, stored.dtype)
+                target[common.slices_of(wanted)] = source[common.slices_of(piece.box)]
+                filled += common.volume
+        if filled != wanted.volume:
+            raise CheckpointError(f"{name}: its pieces in {self.folder} hold {filled} of the {wanted.volume} elements of {wanted}")
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """The whole logical tensor `name`, on the CPU.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        stored = self.stored(name)
+        out = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read(name, (0,) * out.dim(), out)
+        return out
+
+    def verify(self, *, rank: int = 0, world_size: int = 1) -> int:
+        """Digest the bytes on the disk again and compare; rank r of the world takes every world-th piece from the r-th on.
+
+        Returns:
+            The number of pieces that this rank checked.
+
+        Raises:
+            CheckpointError: the first damaged piece, by tensor, offset and file.
+        """
+        tensors = self._index.contents.tensors
+        pieces = [(piece, name) for name, tensor in tensors.items() for piece in tensor.pieces]
+        # By file, so that each is opened once however many there are.
+        mine = sorted(pieces, key=lambda item: item[0].file)[rank::world_size]
+        for piece, name in mine:
+            actual = self._file(piece.file).digest(name, piece.box, tensors[name].dtype)
+            if actual != piece.digest:
+                raise CheckpointError(
+                    f"{name}, piece at {list(piece.box.offset)} in {self.folder / piece.file}: its bytes have the digest {actual}, "
+                    f"{piece.digest} was recorded when it was saved; the file is damaged, load another step"
+                )
+        return len(mine)
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _file(self, name: str) -> PieceFile:
+        """The open data file `name`; the one unused for longest is closed when too many are open."""
+        if name not in self._files:
+            if len(self._files) >= self._max_open_files:
+                self._files.popitem(last=False)[1].close()
+            self._files[name] = PieceFile(self.folder / name)
+        self._files.move_to_end(name)
+        return self._files[name]
