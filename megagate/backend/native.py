@@ -1,0 +1,44 @@
+"""The backend in plain PyTorch, for CPUs and GPUs."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megagate.parallel.comm import enter, leave
+from megagate.parallel.mesh import Axis
+
+CPU_ROW_MULTIPLE = 32
+"""oneDNN compiles a kernel for every row count it has not seen, which dominates a dropless step; multiples of 32 make counts repeat."""
+GPU_ROW_MULTIPLE = 16
+"""What FP8 grouped GEMMs need."""
+
+
+class NativeBackend:
+    """See `Backend` for shapes and collectives."""
+
+    def __init__(self, device: torch.device):
+        self.row_multiple = GPU_ROW_MULTIPLE if device.type == "cuda" else CPU_ROW_MULTIPLE
+
+    def column_linears(self, x: Tensor, weights: list[Tensor], tp: Axis) -> list[Tensor]:
+        """One GEMM over the concatenated weights."""
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
+        out = F.linear(enter(x, tp, dim=1), joined)  # [b, s, sum(rows)/tp]
+        return list(out.split([w.shape[0] for w in weights], dim=-1))
+
+    def row_linear(self, x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+        """A GEMM of partial sums."""
+        return leave(F.linear(x, weight), tp, dim=1)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Statistics and product in fp32, one cast at the end."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+    def attention_core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """PyTorch's scaled dot product attention."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [b, heads, s, d]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def grouped_linear(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """PyTorch's grouped GEMM."""
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)

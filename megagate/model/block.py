@@ -1,0 +1,40 @@
+"""One transformer block."""
+
+import torch
+from torch import Tensor
+
+from megagate.backend.base import Backend
+from megagate.config.model import ModelConfig
+from megagate.nn.attention import GatedAttention
+from megagate.nn.base import Layer
+from megagate.nn.mlp import DenseFFN
+from megagate.nn.moe.layer import MoE
+from megagate.nn.moe.router import RouterStats
+from megagate.nn.norm import RMSNorm
+from megagate.parallel.mesh import ParallelMesh
+
+
+class Block(Layer):
+    """x + attention(norm(x)), then x + ffn(norm(x)); the feed-forward is dense or a mixture of experts.
+
+    Shapes: [b, s/tp, h] -> [b, s/tp, h], and the router's statistics (None in a dense block).
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):
+        super().__init__(dtype)
+        norm = {"eps": config.norm_eps, "dtype": dtype, "backend": backend, "tp": mesh.tp}
+        self.attention_norm = RMSNorm(config.hidden_size, **norm)
+        self.attention = GatedAttention(config, dtype=dtype, backend=backend, tp=mesh.tp)
+        self.ffn_norm = RMSNorm(config.hidden_size, **norm)
+        self.is_moe = config.is_moe
+        if config.is_moe:
+            self.moe = MoE(config.moe, config.hidden_size, dtype=dtype, backend=backend, mesh=mesh)
+        else:
+            self.ffn = DenseFFN(config.hidden_size, config.ffn_size, dtype=dtype, backend=backend, tp=mesh.tp)
+
+    def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, RouterStats | None]:
+        """Apply the block."""
+        x = x + self.attention(self.attention_norm(x), rope)
+        normed = self.ffn_norm(x)
+        out, stats = self.moe(normed) if self.is_moe else (self.ffn(normed), None)
+        return x + out, stats

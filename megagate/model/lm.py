@@ -1,0 +1,88 @@
+"""The language model."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megagate.backend.base import Backend
+from megagate.config.model import ModelConfig
+from megagate.model.block import Block
+from megagate.nn.base import Layer, Weight
+from megagate.nn.embedding import Embedding
+from megagate.nn.init import initialize
+from megagate.nn.loss import cross_entropy_sum
+from megagate.nn.moe.router import RouterStats
+from megagate.nn.norm import RMSNorm
+from megagate.nn.rope import rope_table
+from megagate.parallel.comm import enter, gather
+from megagate.parallel.mesh import ParallelMesh
+
+
+class LossParts(NamedTuple):
+    """What one micro-step of one data-parallel rank yields; sums, so that one division by a global count makes a mean.
+
+    Args:
+        ce_sum: scalar fp32, sum of -log p over this rank's targets, equal on its tp ranks.
+        stats: Router statistics of each MoE layer, over this rank's own tokens.
+    """
+
+    ce_sum: Tensor
+    stats: list[RouterStats]
+
+
+class LanguageModel(Layer):
+    """Embedding, blocks, final norm, output projection (the embedding's own matrix when tied).
+
+    Parallel: the vocabulary is cut over tp; between blocks the sequence is cut over tp.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh, recompute: bool = False):
+        super().__init__(dtype)
+        self.config, self.mesh, self.recompute = config, mesh, recompute
+        self.embedding = Embedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=mesh.tp)
+        self.layers = nn.ModuleList(Block(config, dtype=dtype, backend=backend, mesh=mesh) for _ in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, backend=backend, tp=mesh.tp)
+        if not config.tie_embeddings:
+            self.head = Weight((config.padded_vocab_size, config.hidden_size), dtype, axis=mesh.tp)
+
+    def initialize(self, *, seed: int, device: torch.device) -> "LanguageModel":
+        """Give the parameters their values, the same for every layout, and return the model."""
+        initialize(self, seed=seed, std=self.config.init_std, num_layers=self.config.num_layers, device=device)
+        return self
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> LossParts:
+        """The loss of a micro-batch.
+
+        Shapes: tokens and labels [b, s] int64, the same on all tp ranks.
+        """
+        x, stats = self._hidden(tokens)
+        ce_sum = cross_entropy_sum(x, self._output_weight(), labels, vocab_size=self.config.vocab_size, tp=self.mesh.tp)
+        return LossParts(ce_sum, stats)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits of every position, without padding rows, for sampling and export checks.
+
+        Shapes: tokens [b, s] -> [b, s, vocab_size] fp32; s a multiple of tp.
+        """
+        x, _ = self._hidden(tokens)
+        local = F.linear(enter(x, self.mesh.tp, dim=1), self._output_weight()).float()
+        return gather(local, self.mesh.tp, dim=2)[..., : self.config.vocab_size]
+
+    def _output_weight(self) -> Tensor:
+        return self.embedding.weight if self.config.tie_embeddings else self.head.weight
+
+    def _hidden(self, tokens: Tensor) -> tuple[Tensor, list[RouterStats]]:
+        """Normed final hidden states [b, s/tp, h] and the statistics of the MoE layers."""
+        attention = self.config.attention
+        rope = rope_table(tokens.shape[1], attention.head_dim, base=attention.rope.base, device=tokens.device)
+        x, stats = self.embedding(tokens), []
+        for block in self.layers:
+            # The balance losses are formed from the returned sums outside the recomputed region, so nothing is counted twice.
+            x, layer_stats = checkpoint(block, x, rope, use_reentrant=False) if self.recompute and self.training else block(x, rope)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.final_norm(x), stats

@@ -1,0 +1,60 @@
+"""Gated grouped-query attention."""
+
+import torch
+from torch import Tensor
+
+from megagate.backend.base import Backend
+from megagate.config.model import ModelConfig
+from megagate.nn.base import Layer, Weight
+from megagate.nn.gate import AttentionGate, gate_rows
+from megagate.nn.norm import RMSNorm
+from megagate.nn.rope import rotate
+from megagate.parallel.comm import enter
+from megagate.parallel.mesh import Axis
+
+
+class GatedAttention(Layer):
+    """softmax(q k^T / sqrt(d)) v, gated, projected: one GEMM yields q, k, v and the gate's logits.
+
+    Shapes: x [b, s/tp, h] (normed), rope [2, s, 1, d/2] -> [b, s/tp, h].
+    Parallel: q, gate and o are cut by query heads, k and v by kv heads. With more tp ranks than kv heads k and v are wholly replicated,
+        their gradient summed over tp, and each rank uses the one kv head of its query heads. All-gather of the sequence before,
+        reduce-scatter after, and their adjoints backward.
+    Source: arXiv 2505.06708, section 2.
+    """
+
+    def __init__(self, model: ModelConfig, *, dtype: torch.dtype, backend: Backend, tp: Axis):
+        super().__init__(dtype)
+        config = model.attention
+        self.config, self.backend, self.tp = config, backend, tp
+        self.kv_axis = tp if tp.size <= config.num_kv_heads else None
+        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = Weight((q_rows, model.hidden_size), dtype, axis=tp)
+        self.k = Weight((kv_rows, model.hidden_size), dtype, axis=self.kv_axis)
+        self.v = Weight((kv_rows, model.hidden_size), dtype, axis=self.kv_axis)
+        self.o = Weight((model.hidden_size, q_rows), dtype, init="output", axis=tp, dim=1)
+        self.gate = AttentionGate(config, model.hidden_size, dtype=dtype, tp=tp) if gate_rows(config) else None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
+            self.k_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Attend, gate, project."""
+        weights = [self.q.weight, self._local_kv(self.k.weight), self._local_kv(self.v.weight)]
+        if self.gate is not None:
+            weights.append(self.gate.weight)
+        q, k, v, *logits = self.backend.column_linears(x, weights, self.tp)
+        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (q, k, v))  # [b, s, heads/tp, d]
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        y = self.backend.attention_core(rotate(q, rope), rotate(k, rope), v)
+        if self.gate is not None:
+            y = self.gate(y, *logits)
+        return self.backend.row_linear(y.flatten(2), self.o.weight, self.tp)
+
+    def _local_kv(self, weight: Tensor) -> Tensor:
+        if self.kv_axis is not None:
+            return weight
+        head = self.tp.rank * self.config.num_kv_heads // self.tp.size
+        whole = enter(weight.float(), self.tp).to(weight.dtype)
+        return whole.narrow(0, head * self.config.head_dim, self.config.head_dim)

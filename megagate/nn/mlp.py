@@ -1,0 +1,60 @@
+"""The dense SwiGLU block, and SwiGLU itself."""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from megagate.backend.base import Backend
+from megagate.nn.base import Layer, Weight
+from megagate.parallel.mesh import Axis
+
+
+def swiglu(gate: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, times `scale` per row; keeps only its inputs for the backward pass.
+
+    Shapes: gate and up [..., f], scale [..., 1] fp32 or None -> [..., f].
+    Source: arXiv 2002.05202, equation 6.
+    """
+    return _SwiGLU.apply(gate, up, scale)
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx, gate, up, scale):
+        ctx.save_for_backward(gate, up, scale)
+        out = F.silu(gate) * up
+        return out if scale is None else out * scale.to(out.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, scale = ctx.saved_tensors
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        grad_scale = None
+        if scale is not None:
+            grad_scale = (grad * (silu * up)).sum(-1, keepdim=True, dtype=scale.dtype)
+            grad = grad * scale.to(grad.dtype)
+        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+        return grad_gate, grad * silu, grad_scale
+
+
+class DenseFFN(Layer):
+    """down(silu(gate x) * up x).
+
+    Shapes: [b, s/tp, h] -> [b, s/tp, h].
+    Parallel: gate and up are cut by rows, down by columns over tp; all-gather of the sequence before, reduce-scatter after.
+    Source: arXiv 2002.05202, equation 6.
+    """
+
+    def __init__(self, hidden_size: int, ffn_size: int, *, dtype: torch.dtype, backend: Backend, tp: Axis):
+        super().__init__(dtype)
+        self.backend, self.tp = backend, tp
+        self.gate = Weight((ffn_size, hidden_size), dtype, axis=tp)
+        self.up = Weight((ffn_size, hidden_size), dtype, axis=tp)
+        self.down = Weight((hidden_size, ffn_size), dtype, init="output", axis=tp, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        gate, up = self.backend.column_linears(x, [self.gate.weight, self.up.weight], self.tp)
+        return self.backend.row_linear(swiglu(gate, up), self.down.weight, self.tp)

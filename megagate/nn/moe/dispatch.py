@@ -1,0 +1,139 @@
+"""Bring tokens to their experts and back: dropless, rows grouped by expert and padded to a multiple."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from megagate.nn.moe.router import Route
+from megagate.parallel.comm import all_to_all
+from megagate.parallel.mesh import Axis
+
+
+class Rows(NamedTuple):
+    """Rows in the order of this rank's experts.
+
+    Args:
+        x: [P, h], hidden states; padding rows hold zeros.
+        probs: [P, 1] fp32, router weight of each row; 0 for padding.
+        ends: [e] int32, where each local expert's rows end, padding included.
+    """
+
+    x: Tensor
+    probs: Tensor
+    ends: Tensor
+
+
+class Plan(NamedTuple):
+    """How to bring rows back.
+
+    Args:
+        token: [R], token of each sent row.
+        slots: [T, k], sent row of each token's choices.
+        place: [P], received row at each padded row; -1 for padding.
+        padded: [received, 1], padded row of each received row.
+        send: Rows to each rank.
+        receive: Rows from each rank.
+    """
+
+    token: Tensor
+    slots: Tensor
+    place: Tensor
+    padded: Tensor
+    send: list[int]
+    receive: list[int]
+
+
+class Dispatcher:
+    """Routed rows over the expert axis.
+
+    Parallel: rows sorted by expert (stably, so that the order does not depend on anything but the tokens) go by all-to-all to the ranks
+        of their experts, with their router weights, and come back the same way.
+    """
+
+    def __init__(self, num_experts: int, *, row_multiple: int, ep: Axis):
+        self.num_experts, self.row_multiple, self.ep = num_experts, row_multiple, ep
+
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Rows, Plan]:
+        """Send tokens to their experts.
+
+        Shapes: x [T, h] -> rows [P, h].
+        """
+        order = torch.argsort(route.ids.flatten(), stable=True)  # [T*k]
+        slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device)).view_as(route.ids)
+        token = order // route.ids.shape[1]
+        counts = torch.bincount(route.ids.flatten(), minlength=self.num_experts).view(self.ep.size, -1)  # [ep, e] to send
+        arriving = all_to_all(counts, self.ep, send=[1] * self.ep.size, receive=[1] * self.ep.size)  # [ep, e] to receive
+        send, receive = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
+        place, padded, ends = self._group(arriving)
+        plan = Plan(token, slots, place, padded, send, receive)
+        sent = all_to_all(_Spread.apply(x, token, slots), self.ep, send=send, receive=receive)
+        sent_probs = all_to_all(route.probs.flatten()[order].unsqueeze(-1), self.ep, send=send, receive=receive)
+        return Rows(_Spread.apply(sent, place, padded), _Spread.apply(sent_probs, place, padded), ends), plan
+
+    def combine(self, y: Tensor, plan: Plan) -> Tensor:
+        """Bring the experts' (already weighted) outputs back and sum them per token.
+
+        Shapes: y [P, h] -> [T, h].
+        """
+        received = _Collect.apply(y, plan.place, plan.padded)
+        returned = all_to_all(received, self.ep, send=plan.receive, receive=plan.send)
+        return _Collect.apply(returned, plan.token, plan.slots)
+
+    def _group(self, arriving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Order of received rows (by source rank, then expert) regrouped by expert and padded: place, padded, ends."""
+        device = arriving.device
+        rows = arriving.sum(0)  # [e]
+        sizes = (rows + self.row_multiple - 1) // self.row_multiple * self.row_multiple
+        ends = sizes.cumsum(0)
+        # A run is what one source sends to one expert. Runs arrive source-major and are laid out expert-major.
+        within = arriving.cumsum(0) - arriving  # [ep, e], rows of lower sources for the same expert
+        run_start = (ends - sizes) + within  # [ep, e], padded row at which each run begins
+        runs = arriving.flatten()
+        arrival = torch.arange(int(runs.sum()), device=device)
+        run_shift = (run_start.flatten() - (runs.cumsum(0) - runs)).repeat_interleave(runs, output_size=arrival.numel())
+        padded = arrival + run_shift  # [received]
+        place = torch.full((int(ends[-1]),), -1, device=device).scatter_(0, padded, arrival)
+        return place, padded.unsqueeze(-1), ends.to(torch.int32)
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], zeros where index is -1."""
+    if x.shape[0] == 0:
+        return x.new_zeros((index.shape[0], *x.shape[1:]))
+    return x.index_select(0, index.clamp(min=0)).masked_fill_((index < 0).unsqueeze(-1), 0)
+
+
+def _sum_slots(x: Tensor, slots: Tensor) -> Tensor:
+    """Sum over k of x[slots[:, k]], in the order of k, without atomics, so that it is the same every time."""
+    out = x.index_select(0, slots[:, 0])
+    for column in range(1, slots.shape[1]):
+        out = out + x.index_select(0, slots[:, column])
+    return out
+
+
+class _Spread(Function):
+    """Row r of the output is row source[r] of the input (zeros for -1); slots[t] lists the output rows of input row t. Adjoint of _Collect."""
+
+    @staticmethod
+    def forward(ctx, x, source, slots):
+        ctx.save_for_backward(slots)
+        return _gather_rows(x, source)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _sum_slots(grad, *ctx.saved_tensors), None, None
+
+
+class _Collect(Function):
+    """Row t of the output is the sum of the input rows slots[t]. Adjoint of _Spread."""
+
+    @staticmethod
+    def forward(ctx, x, source, slots):
+        ctx.save_for_backward(source)
+        return _sum_slots(x, slots)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather_rows(grad, *ctx.saved_tensors), None, None

@@ -1,0 +1,34 @@
+"""The mixture-of-experts block: route, dispatch, experts, combine."""
+
+import torch
+from torch import Tensor
+
+from megagate.backend.base import Backend
+from megagate.config.model import MoEConfig
+from megagate.nn.base import Layer
+from megagate.nn.moe.dispatch import Dispatcher
+from megagate.nn.moe.experts import Experts
+from megagate.nn.moe.router import Router, RouterStats
+from megagate.parallel.mesh import ParallelMesh
+
+
+class MoE(Layer):
+    """The sum of each token's k experts, weighted by the router.
+
+    Shapes: [b, s/tp, h] -> [b, s/tp, h], and the router's statistics of this rank's tokens.
+    Parallel: every rank owns distinct tokens (the sequence is cut over tp); rows travel over ep and back.
+    Source: arXiv 2101.03961, equation 2.
+    """
+
+    def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):
+        super().__init__(dtype)
+        self.router = Router(config, hidden_size, dtype=dtype, tp=mesh.tp)
+        self.dispatcher = Dispatcher(config.num_experts, row_multiple=backend.row_multiple, ep=mesh.ep)
+        self.experts = Experts(config, hidden_size, dtype=dtype, backend=backend, ep=mesh.ep)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+        """Apply the block."""
+        tokens = x.flatten(0, 1)  # [T, h]
+        route, stats = self.router(tokens)
+        rows, plan = self.dispatcher.dispatch(tokens, route)
+        return self.dispatcher.combine(self.experts(rows), plan).view_as(x), stats

@@ -1,0 +1,63 @@
+"""The router: which experts a token goes to, and with what weight."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megagate.config.model import MoEConfig
+from megagate.nn.base import Layer
+from megagate.parallel.comm import enter
+from megagate.parallel.mesh import Axis
+
+
+class RouterStats(NamedTuple):
+    """Sums over one rank's tokens of one layer; the balance losses are formed from them in the engine.
+
+    Args:
+        counts: [E] fp32, tokens sent to each expert, without gradient.
+        prob_sums: [E] fp32, sum of the full softmax, with gradient.
+        z_sum: scalar fp32, sum of logsumexp(logits)^2, with gradient.
+    """
+
+    counts: Tensor
+    prob_sums: Tensor
+    z_sum: Tensor
+
+
+class Route(NamedTuple):
+    """Where tokens go.
+
+    Args:
+        ids: [T, k] int64.
+        probs: [T, k] fp32, with gradient.
+    """
+
+    ids: Tensor
+    probs: Tensor
+
+
+class Router(Layer):
+    """softmax over all experts in fp32, then the k largest, renormalised to sum 1 if so configured.
+
+    Shapes: x [T, h] -> ids [T, k], probs [T, k].
+    Parallel: the weight is replicated; under sequence parallelism each rank routes its own tokens and the gradient is summed over tp.
+    Source: arXiv 2101.03961, equation 1, with k experts.
+    """
+
+    weight: Tensor
+
+    def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, tp: Axis):
+        super().__init__(dtype)
+        self.config, self.tp = config, tp
+        self.add_weight("weight", (config.num_experts, hidden_size), init="normal")
+
+    def forward(self, x: Tensor) -> tuple[Route, RouterStats]:
+        """Route tokens."""
+        logits = x.float() @ enter(self.weight.float(), self.tp).t()  # [T, E]
+        scores = logits.softmax(-1)
+        probs, ids = scores.topk(self.config.top_k, dim=-1)
+        if self.config.renormalize:
+            probs = probs / probs.sum(-1, keepdim=True)
+        counts = torch.bincount(ids.flatten(), minlength=self.config.num_experts).to(torch.float32)
+        return Route(ids, probs), RouterStats(counts, scores.sum(0), logits.logsumexp(-1).square().sum())
