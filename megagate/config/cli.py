@@ -1,12 +1,13 @@
 """argv -> RunConfig, and RunConfig -> YAML.
 
-jsonargparse merges files and overrides in their order of appearance, converts values, and serves `--help` and
-`--print_config`. Keys are checked here *before* it runs, because it accepts a few mistakes in silence (a number where a group
-belongs is ignored, `null` passes as any type, a prefix passes as a key) and names neither line nor remedy for the others.
+jsonargparse merges files and overrides in their order of appearance, converts values, and serves `--help`. Keys are checked here
+*before* it runs, because it accepts a few mistakes in silence (a number where a group belongs is ignored, `null` passes as any
+type, a prefix passes as a key) and names neither line nor remedy for the others.
 """
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,13 @@ def parse(argv: Sequence[str], *, prog: str) -> RunConfig:
     except argparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), origins)) from None
     settings = namespace.as_dict()
-    settings.pop("config", None)
-    return from_dict(settings)
+    del settings["config"]
+    print_config = settings.pop("print_config")
+    config = from_dict(settings)
+    if print_config:
+        sys.stdout.write(to_yaml(config))
+        raise SystemExit(0)
+    return config
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -63,8 +69,10 @@ def _parser(prog: str) -> jsonargparse.ArgumentParser:
         description="Any key can be set in a YAML file (--config F, several, later wins) or as --key value; the last one counts.",
         exit_on_error=False,
         default_env=False,
+        print_config=None,  # jsonargparse's own prints what precedes it and one file more, not the whole command line
     )
     parser.add_argument("--config", action="config", metavar="F", help="A YAML file of settings. Can be given several times.")
+    parser.add_argument("--print_config", action="store_true", help="Print the merged config as YAML and exit.")
     for key in all_keys().values():
         parser.add_argument(f"--{key.name}", type=key.type, default=key.default, help=key.help.replace("%", "%%"))
     return parser
