@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,13 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     text = to_yaml(config)
     assert parse(["--config", write(tmp_path, "config.yaml", text)], prog="megagate") == config
     assert from_dict(yaml.safe_load(text)) == config
+    assert list(yaml.safe_load(text)) == [item.name for item in fields(RunConfig)], "keys keep the order of the dataclasses"
     assert from_dict(flatten(config)) == config
 
 
 def test_from_dict_refuses_what_is_not_a_config() -> None:
     assert from_dict({}) == RunConfig()
+    assert isinstance(from_dict({"optim": {"lr": 1}}).optim.lr, float)
     for settings, words in (
         ({"train": {"stepz": 1}}, "train.stepz is not a known key; did you mean train.steps?"),
         ({"train": {"steps": None}}, "train.steps (None) must be a whole number"),
@@ -119,7 +122,7 @@ def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
     assert "is not valid YAML" in refusal("--config", path)
 
 
-@pytest.mark.parametrize("text", ["", "# only a comment\n", "[1, 2]\n", "5\n"])
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "{}\n", "[1, 2]\n", "5\n"])
 def test_a_file_without_settings(tmp_path: Path, text: str) -> None:
     assert "holds no settings" in refusal("--config", write(tmp_path, "empty.yaml", text))
 
@@ -131,6 +134,7 @@ def test_a_file_without_settings(tmp_path: Path, text: str) -> None:
         ("train.lr", "optim.lr"),
         ("lr", "optim.lr"),
         ("steps", "train.steps"),
+        ("optim_lr", "optim.lr"),
         ("model.hidden", "model.hidden_size"),
         ("model.attention.gates.position", "model.attention.gate.position"),
         ("parallel.expert", None),
@@ -151,6 +155,7 @@ def test_an_unknown_key_deep_in_a_file(tmp_path: Path) -> None:
     assert f"model.attention.gate.positon ({path} line 4) is not a known key; did you mean model.attention.gate.position?" in refusal(
         "--config", path
     )
+    assert "trian (" in refusal("--config", write(tmp_path, "c.yaml", "trian:\n  steps: 1\n"))
     assert "config (" in refusal("--config", write(tmp_path, "b.yaml", f"config: {path}\n"))
 
 

@@ -169,8 +169,10 @@ def test_all_violations_come_at_once() -> None:
 
 def test_zeros_and_negatives_never_divide() -> None:
     for key in ("parallel.tp", "parallel.ep", "train.micro_batch_size", "train.global_batch_size", "model.attention.num_kv_heads"):
-        for value in (0, -2):
+        for value in (0, -2, -3):
             assert len(violations({key: value}, world_size=2)) == 1
+    for key in ("train.seq_len", "model.attention.num_heads", "model.attention.num_kv_heads"):
+        assert len(violations({key: -3, "parallel.tp": 2}, world_size=2)) == 1
 
 
 def test_what_a_resumed_run_may_change() -> None:
