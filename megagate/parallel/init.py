@@ -16,16 +16,33 @@ class LaunchEnv:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_size: int = 1
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> "LaunchEnv":
-        """From RANK, LOCAL_RANK and WORLD_SIZE; a process without them is a world of one."""
-        return cls(*(int(environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
+        """From RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_SIZE (LOCAL_WORLD_SIZE); a process without them is a world of one."""
+
+        def number(*keys: str, default: int) -> int:
+            return int(next((environ[key] for key in keys if key in environ), default))
+
+        return cls(
+            rank=number("RANK", default=0),
+            local_rank=number("LOCAL_RANK", default=0),
+            world_size=number("WORLD_SIZE", default=1),
+            local_size=number("LOCAL_SIZE", "LOCAL_WORLD_SIZE", default=1),
+        )
 
 
-def pick_device(local_rank: int) -> torch.device:
-    """The GPU of this rank, or the CPU where there is none."""
+def pick_device(local_rank: int, *, local_size: int = 1) -> torch.device:
+    """The GPU of this rank, or the CPU where there is none; ranks that share a CPU share its cores, unless OMP_NUM_THREADS says otherwise.
+
+    Args:
+        local_rank: Place of this rank on its machine.
+        local_size: Ranks on this machine.
+    """
     if not torch.cuda.is_available():
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -40,6 +57,9 @@ def init_process_group(env: LaunchEnv, *, device: torch.device, init_method: str
         init_method: Rendezvous; None takes MASTER_ADDR and MASTER_PORT, or, for a lone process, no network at all.
         timeout: Of collectives; None is the backend's default.
     """
+    # DeepSpeed looks these up, also where no launcher set them.
+    for key, value in (("RANK", env.rank), ("LOCAL_RANK", env.local_rank), ("WORLD_SIZE", env.world_size), ("DS_ACCELERATOR", device.type)):
+        os.environ.setdefault(key, str(value))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if init_method is None and env.world_size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -114,7 +114,10 @@ def _sum_slots(x: Tensor, slots: Tensor) -> Tensor:
 
 
 class _Spread(Function):
-    """Row r of the output is row source[r] of the input (zeros for -1); slots[t] lists the output rows of input row t. Adjoint of _Collect."""
+    """Row r of the output is row source[r] of the input, zeros for -1; slots[t] lists the output rows of input row t.
+
+    Adjoint of `_Collect`.
+    """
 
     @staticmethod
     def forward(ctx, x, source, slots):
@@ -127,7 +130,7 @@ class _Spread(Function):
 
 
 class _Collect(Function):
-    """Row t of the output is the sum of the input rows slots[t]. Adjoint of _Spread."""
+    """Row t of the output is the sum of the input rows slots[t]. Adjoint of `_Spread`."""
 
     @staticmethod
     def forward(ctx, x, source, slots):

@@ -12,7 +12,9 @@ from megagate.parallel.mesh import Axis
 
 
 class Experts(Layer):
-    """p * down(silu(gate x) * up x) for each row and its expert; the router's weight p is applied before `down`, which keeps one tensor less.
+    """p * down(silu(gate x) * up x) for each row and its expert.
+
+    The router's weight p is applied before `down`, which keeps one tensor less for the backward pass.
 
     Shapes: rows [P, h] -> [P, h]; gate_up [e, 2f, h] (gate rows first), down [e, h, f].
     Parallel: whole experts are spread over ep; an expert without rows still takes part, since skipping it would hang ZeRO.

@@ -1,0 +1,34 @@
+"""Errors of one rank, known to all."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from megagate.errors import MegagateError
+from megagate.parallel.comm import gather_objects
+from megagate.parallel.mesh import Axis
+
+T = TypeVar("T")
+
+
+def everywhere(world: Axis, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it fails on any, all ranks raise the first rank's error, so that none waits for one that left.
+
+    Collective over `world`. Only errors that a user can mend are shared; a bug shows as that rank's own traceback.
+
+    Raises:
+        MegagateError: What the first failing rank raised.
+    """
+    value, problem = None, None
+    try:
+        value = action()
+    except MegagateError as error:
+        problem = error
+    for found in gather_objects(problem, world):
+        if found is not None:
+            raise found
+    return value
+
+
+def on_first(world: Axis, action: Callable[[], T]) -> T | None:
+    """Run `action` on the first rank alone, its errors shared with all; the others get None. Collective over `world`."""
+    return everywhere(world, lambda: action() if world.rank == 0 else None)

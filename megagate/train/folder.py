@@ -1,0 +1,108 @@
+"""The folder of a run: one config, its metrics, its checkpoints."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagate.checkpoint.folders import complete_steps, resolve
+from megagate.checkpoint.store import Checkpoint
+from megagate.config.cli import parse, to_yaml
+from megagate.config.keys import from_dict
+from megagate.config.rules import changed_keys
+from megagate.config.run import RunConfig
+from megagate.errors import CheckpointError, RunError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """RUN/config.yaml, RUN/metrics.jsonl, RUN/checkpoints, and RUN/data where the run prepares its own."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The merged config, itself a valid --config."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """step-NNNNNNNN folders, `latest`, `best`."""
+        return self.path / "checkpoints"
+
+    @property
+    def profile(self) -> Path:
+        """Profiler traces."""
+        return self.path / "profile"
+
+    def claim(self, config: RunConfig) -> None:
+        """Make the folder this config's own.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            new = self.config.with_suffix(".yaml.tmp")
+            new.write_text(to_yaml(config), encoding="utf-8")
+            os.replace(new, self.config)
+        except OSError as error:
+            raise RunError(
+                f"train.output_dir ({self.path}) cannot be written ({error.strerror}); free space or choose another folder"
+            ) from error
+
+    def require_same_run(self, config: RunConfig) -> None:
+        """Refuse a folder that belongs to another config.
+
+        Raises:
+            RunError: With the keys that differ.
+        """
+        if not self.config.exists():
+            return
+        changes = changed_keys(parse(["--config", str(self.config)], prog="megagate"), config)
+        if changes:
+            listed = "\n".join(f"  {key}: {old} there, {new} here" for key, old, new in changes)
+            raise RunError(
+                f"train.output_dir ({self.path}) holds a run of another config:\n{listed}\n"
+                "a folder belongs to one config; choose another --train.output_dir (add --train.resume "
+                f"{self.checkpoints} to start there from this run's newest checkpoint), or undo the change"
+            )
+
+    def starting_point(self, config: RunConfig) -> Path | None:
+        """The checkpoint to start from by `train.resume`; None starts from initial weights. Reads only.
+
+        Raises:
+            RunError: `never`, but there are checkpoints.
+            CheckpointError: The path holds no complete checkpoint.
+        """
+        own = complete_steps(self.checkpoints)
+        if config.train.resume == "never":
+            if own:
+                raise RunError(
+                    f"train.resume is never, but {self.checkpoints} holds checkpoints up to step {own[-1]}; "
+                    "use --train.resume auto to go on, or another --train.output_dir"
+                )
+            return None
+        if own:  # a run that began from another checkpoint goes on from its own
+            return resolve(self.checkpoints)
+        return None if config.train.resume == "auto" else resolve(Path(config.train.resume))
+
+
+def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuse a checkpoint of another model or optimizer.
+
+    Raises:
+        CheckpointError: With the keys that differ.
+    """
+    changes = changed_keys(from_dict(checkpoint.metadata["config"]), config)
+    fatal = [change for change in changes if change[0].startswith("model.") or change[0] == "optim.name"]
+    if fatal:
+        listed = "\n".join(f"  {key}: {old} there, {new} here" for key, old, new in fatal)
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} holds another model:\n{listed}\n"
+            "a checkpoint continues only the model it was saved from; use its config, or start without --train.resume"
+        )

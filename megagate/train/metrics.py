@@ -1,0 +1,131 @@
+"""What a run records: one JSON object per optimizer step in metrics.jsonl, and the same record to Weights & Biases."""
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megagate.config.count import flops_per_token
+from megagate.config.keys import to_dict
+from megagate.config.run import RunConfig
+from megagate.engine.base import StepResult
+from megagate.errors import RunError
+
+PEAK_BF16_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
+"""Dense bf16 peak by a part of the GPU's name (NVIDIA's data sheets, SXM)."""
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(self, record: Record) -> None:
+        """Take one step's record."""
+
+    def close(self) -> None:
+        """No more records come."""
+
+
+class MetricsFile:
+    """RUN/metrics.jsonl; each step stands in it once, also after a resume."""
+
+    def __init__(self, path: Path, *, last_step: int):
+        """Open for appending; records after `last_step`, of a run that went on past its last checkpoint, are dropped."""
+        self.path = path
+        try:
+            if path.exists():
+                self._drop_after(last_step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def write(self, record: Record) -> None:
+        """Append one line, flushed. A number that is not finite becomes null, which JSON can hold."""
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _drop_after(self, last_step: int) -> None:
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= last_step]
+        new = self.path.with_suffix(".jsonl.tmp")
+        new.write_text("".join(kept), encoding="utf-8")
+        os.replace(new, self.path)
+
+    def _cannot_write(self, error: OSError) -> RunError:
+        return RunError(f"{self.path}: cannot be written ({error.strerror}); free space or choose another train.output_dir")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for a line that a killed run left half written."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class WandbSink:
+    """A Weights & Biases run that goes on when the run is resumed."""
+
+    def __init__(self, config: RunConfig, folder: Path):
+        import wandb  # noqa: PLC0415  slow to import, and only needed here
+
+        self.run = wandb.init(
+            mode=config.wandb.mode,
+            project=config.wandb.project,
+            name=folder.name,
+            dir=str(folder),
+            config=to_dict(config),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def write(self, record: Record) -> None:
+        """Log one step."""
+        self.run.log(record, step=record["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+class Speed:
+    """From seconds to tokens per second, FLOP/s and the share of the device's peak."""
+
+    def __init__(self, config: RunConfig, *, world_size: int, device: torch.device):
+        self.step_tokens = config.train.global_batch_size * config.train.seq_len
+        self.tflop_per_device = flops_per_token(config.model, config.train.seq_len) * self.step_tokens / world_size / 1e12
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
+        self.device = device
+
+    def fields(self, seconds: float) -> Record:
+        """The speed fields of a record."""
+        tflops = self.tflop_per_device / seconds
+        record = {"step_seconds": seconds, "tokens_per_second": self.step_tokens / seconds, "tflops_per_device": tflops}
+        if self.peak is not None:
+            record["mfu"] = tflops / self.peak
+        return record | {"peak_memory_bytes": self._peak_memory()}
+
+    def _peak_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step_fields(step: int, result: StepResult, *, lr: float, tokens: int) -> Record:
+    """The fields of a record that say what the step did; `tokens` counts from the start of the run."""
+    record = {"step": step, "tokens": tokens, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+    if result.aux is not None:
+        record |= {"aux_loss": result.aux.balance, "z_loss": result.aux.z}
+    return record if result.applied else record | {"skipped": True}

@@ -1,0 +1,78 @@
+"""Checkpoints of a whole world: every rank writes its part, the first publishes."""
+
+from pathlib import Path
+from typing import Any
+
+from megagate import __version__
+from megagate.checkpoint import folders
+from megagate.checkpoint.rankfile import write_rank
+from megagate.checkpoint.store import Checkpoint, publish
+from megagate.config.keys import to_dict
+from megagate.config.run import RunConfig
+from megagate.engine.base import Engine
+from megagate.errors import CheckpointError, DataError
+from megagate.parallel.mesh import ParallelMesh
+from megagate.train.agree import everywhere, on_first
+
+
+class Saver:
+    """Saves and loads the state of an engine.
+
+    Args:
+        root: Folder of the run's checkpoints, on a disk that all ranks share.
+        config: The run.
+        mesh: Its ranks.
+        data: What identifies the order of samples.
+    """
+
+    def __init__(self, root: Path, *, config: RunConfig, mesh: ParallelMesh, data: str):
+        self.root, self.config, self.world, self.data = root, config, mesh.world, data
+
+    def save(self, engine: Engine, *, step: int, best_val_loss: float | None, best: bool = False) -> None:
+        """Write and publish the checkpoint of `step`, mark it `best` if so told, delete old ones. Collective.
+
+        Raises:
+            RunError: No space; earlier checkpoints stand.
+        """
+        metadata = {
+            "config": to_dict(self.config),
+            "applied_steps": engine.applied_steps,
+            "data": {"order": self.data, "samples": step * self.config.train.global_batch_size},
+            "best_val_loss": best_val_loss,
+            "megagate": __version__,
+        }
+        on_first(self.world, lambda: folders.begin(self.root, step))
+        everywhere(self.world, lambda: self._write(engine, step))
+        on_first(self.world, lambda: self._publish(step, metadata, best=best))
+
+    def _write(self, engine: Engine, step: int) -> None:
+        staging = folders.staging_path(self.root, step)
+        if not staging.is_dir():
+            raise CheckpointError(f"{staging} is not there on every node; train.output_dir must be on a disk that all nodes share")
+        write_rank(staging, self.world.rank, engine.state_pieces())
+
+    def _publish(self, step: int, metadata: dict[str, Any], *, best: bool) -> None:
+        publish(self.root, step, world_size=self.world.size, metadata=metadata)
+        if best:
+            folders.set_pointer(self.root, "best", step)
+        folders.prune(self.root, keep=self.config.checkpoint.keep)
+
+    def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
+        """Take the state of a checkpoint of any layout. Collective: a rank that cannot read stops all.
+
+        Raises:
+            CheckpointError: A piece is missing or damaged.
+            DataError: The checkpoint was trained on other data, or in another order.
+        """
+        everywhere(self.world, lambda: self._load(engine, checkpoint))
+
+    def _load(self, engine: Engine, checkpoint: Checkpoint) -> None:
+        order = checkpoint.metadata["data"]["order"]
+        if order != self.data:
+            raise DataError(
+                f"the checkpoint of step {checkpoint.step} was trained on another data set or sample order ({order[:12]} there, "
+                f"{self.data[:12]} here); a resumed run must see the samples it would have seen: use the same data.path, train.seed and "
+                "train.seq_len"
+            )
+        checkpoint.verify(rank=self.world.rank, world_size=self.world.size)
+        engine.load_state(checkpoint, applied_steps=checkpoint.metadata["applied_steps"])

@@ -1,0 +1,170 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagate.config.run import RunConfig
+from megagate.data.loader import TrainLoader, ValidLoader
+from megagate.engine.base import Engine
+from megagate.errors import RunError
+from megagate.log import logger
+from megagate.train.folder import RunFolder
+from megagate.train.metrics import Record, Sink, Speed, step_fields
+from megagate.train.progress import Progress
+from megagate.train.saver import Saver
+from megagate.train.schedule import learning_rate
+from megagate.train.stop import StopSignal
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is.
+
+    Args:
+        step: Optimizer steps done.
+        best_val_loss: Lowest validation loss so far, nats; None before the first.
+        val_loss: The newest, if it was taken at `step`.
+    """
+
+    step: int = 0
+    best_val_loss: float | None = None
+    val_loss: float | None = None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the validation at this step gave the lowest loss so far."""
+        return self.val_loss is not None and self.val_loss == self.best_val_loss
+
+
+class Trainer:
+    """Steps, validations, checkpoints and records of one run.
+
+    Args:
+        config: The run.
+        engine: The model and its optimizer.
+        train: Batches by step.
+        valid: The validation batches; None where there are none.
+        saver: Writes checkpoints.
+        folder: Of the run.
+        sinks: Where records go; empty on all ranks but the first.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        engine: Engine,
+        train: TrainLoader,
+        valid: ValidLoader | None,
+        saver: Saver,
+        folder: RunFolder,
+        sinks: list[Sink],
+    ):
+        self.config, self.engine, self.train, self.valid = config, engine, train, valid
+        self.saver, self.folder, self.sinks = saver, folder, sinks
+        self.world = engine.mesh.world
+        self.device = engine.model.embedding.weight.device
+        self.speed = Speed(config, world_size=self.world.size, device=self.device)
+
+    def run(self, position: Position) -> tuple[Position, int]:
+        """Train to the end, or until a signal asks to stop.
+
+        Returns:
+            The position reached, and the signal (0 when the run is finished). In both cases its checkpoint is saved.
+
+        Raises:
+            RunError: A loss or norm was not finite and `train.on_nonfinite` is `stop`; the newest checkpoint stands.
+        """
+        steps = self.config.train.steps
+        progress = Progress(first=position.step, steps=steps, log_every=self.config.log.every, visible=self.world.rank == 0)
+        with StopSignal() as stop, ExitStack() as closing:
+            closing.callback(progress.close)
+            profiler = closing.enter_context(self._profiler(position.step))
+            while position.step < steps:
+                position, record = self._step(position)
+                asked = stop.agreed(self.world, self.device)
+                if not asked:
+                    position, record = self._validate(position, record)
+                # The record first: a run killed between the two resumes from an older checkpoint and drops the record again.
+                for sink in self.sinks:
+                    sink.write(record)
+                progress.step(record)
+                if asked or self._save_is_due(position):
+                    self._save(position)
+                profiler()
+                if asked:
+                    return position, asked
+        return position, 0
+
+    def validate(self) -> float:
+        """Mean loss over the validation batches, nats. Collective."""
+        assert self.valid is not None, "a data set without validation tokens is never validated"
+        return self.engine.evaluate((self._tensor(b.tokens), self._tensor(b.labels)) for b in self.valid)
+
+    def _step(self, position: Position) -> tuple[Position, Record]:
+        began, step = time.perf_counter(), position.step + 1
+        batch = self.train.step(position.step)
+        lr = learning_rate(self.config, step)
+        result = self.engine.train_step(self._tensor(batch.tokens), self._tensor(batch.labels), lr=lr)
+        seconds = time.perf_counter() - began
+        if not (result.applied and math.isfinite(result.loss)):
+            self._not_finite(step, result.loss, result.grad_norm, applied=result.applied)
+        tokens = step * self.config.train.global_batch_size * self.config.train.seq_len
+        record = step_fields(step, result, lr=lr, tokens=tokens) | self.speed.fields(seconds)
+        return replace(position, step=step, val_loss=None), record
+
+    def _not_finite(self, step: int, loss: float, grad_norm: float, *, applied: bool) -> None:
+        what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm}"
+        if self.config.train.on_nonfinite == "skip" and not applied:
+            logger.warning("%s; the parameters keep their values (train.on_nonfinite: skip)", what)
+            return
+        raise RunError(
+            f"{what}; training stops (train.on_nonfinite: {self.config.train.on_nonfinite}) and the checkpoints in "
+            f"{self.folder.checkpoints} stay as they were; lower optim.lr or raise schedule.warmup_steps, and start again in another "
+            "train.output_dir"
+        )
+
+    def _validate(self, position: Position, record: Record) -> tuple[Position, Record]:
+        """At the steps that `eval.every` names, and at the end: the validation loss, whether it is the lowest."""
+        last = position.step == self.config.train.steps
+        if self.valid is None or not (last or self._due(self.config.eval.every, position.step)):
+            return position, record
+        loss = self.validate()
+        best = loss if position.best_val_loss is None else min(loss, position.best_val_loss)
+        position = replace(position, val_loss=loss, best_val_loss=best)
+        logger.info("step %d: validation loss %.4f nats%s", position.step, loss, ", the lowest so far" if position.is_best else "")
+        return position, record | {"val_loss": loss}
+
+    def _save_is_due(self, position: Position) -> bool:
+        every, last = self.config.checkpoint.every, position.step == self.config.train.steps
+        return last or position.is_best or self._due(every, position.step)
+
+    def _save(self, position: Position) -> None:
+        self.saver.save(self.engine, step=position.step, best_val_loss=position.best_val_loss, best=position.is_best)
+
+    @contextmanager
+    def _profiler(self, first: int) -> Iterator[Callable[[], None]]:
+        """Yields what is called after each step; traces the configured steps on the first rank."""
+        wanted = self.config.profile
+        if not wanted.steps or self.world.rank:
+            yield lambda: None
+            return
+        skipped = max(0, wanted.start_step - 1 - first)
+        schedule = torch.profiler.schedule(skip_first=max(0, skipped - 1), wait=0, warmup=min(1, skipped), active=wanted.steps, repeat=1)
+        handler = torch.profiler.tensorboard_trace_handler(str(self.folder.profile), worker_name="rank-0")
+        with torch.profiler.profile(schedule=schedule, on_trace_ready=handler) as profile:
+            yield profile.step
+
+    def _tensor(self, array: Any) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
