@@ -1,0 +1,434 @@
+"""Start local ranks, run a function in all of them with a time limit, and leave no process behind.
+
+Ranks are forked from a server that has torch loaded, so that a start costs a fraction of a second. They meet in a file, new for each call:
+no port to choose, and no name service (a TCPStore looks 127.0.0.1 up for every connection, and a slow server then costs seconds).
+"""
+
+import faulthandler
+import gc
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import pickle
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagate.parallel.init import LaunchEnv, init_process_group
+
+_OUTPUT_LINES = 20  # of a failed rank's output, shown with its error
+_GRACE_S = 0.2  # between the first failure that is seen and the report: the cause may arrive after its consequences
+_DUMP_S = 1.0  # for a hanging rank to write where it stands
+_KILL_S = 10.0  # for the kernel to end a killed process
+_SEED = 1234
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a function that runs in all ranks is told about its own."""
+
+    rank: int
+    world_size: int
+
+
+class RankError(RuntimeError):
+    """A rank raised or died. The message carries its traceback; its own exception, where it can be pickled, is `__cause__`.
+
+    Args:
+        message: What is shown.
+        ranks: The ranks that failed, the likely cause first.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+class RankTimeoutError(RankError):
+    """Some ranks (`ranks`) had not finished in time. The message says where they stood."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One call, as sent to one rank."""
+
+    context: RankContext
+    call: bytes  # pickled (before, function, args, after): a failing import is reported like any error
+    rendezvous: str  # the file of this call
+    environment: dict[str, str]
+    folder: str
+    path: list[str]
+    timeout: float
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """A rank's answer: `result`, then, once released, `idle`; or `error`, and nothing more."""
+
+    kind: str
+    payload: bytes = b""  # pickled result, or the pickled exception where that is possible
+    text: str = ""  # traceback
+    moment: float = field(default_factory=time.monotonic)
+
+
+def start_server(*, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+    """Start the process that ranks are forked from; where it runs already, nothing happens.
+
+    Returns at once: the server loads its modules while the caller goes on.
+
+    Args:
+        preload: Modules to load beside torch. Only what is safe to fork (no threads, no CUDA context).
+        environment: Set for the server alone, for modules that read the environment when they are loaded.
+    """
+    multiprocessing.set_forkserver_preload(["torch", *preload])
+    # One OpenMP thread must be asked for before torch and numpy are loaded: a pool of threads would not survive the fork.
+    with _environ({"OMP_NUM_THREADS": "1", **(environment or {})}):
+        multiprocessing.forkserver.ensure_running()
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float) -> list[Any]:
+    """Run `function(RankContext, *args)` in `world_size` new processes, inside a gloo process group.
+
+    Args:
+        function: Importable by name.
+        world_size: Number of ranks.
+        args: Passed on; pickled.
+        timeout: Seconds for everything, the start of the processes included.
+
+    Returns:
+        list[Any]: What the ranks returned, in rank order; pickled (tensors are fine).
+
+    Raises:
+        RankError: A rank raised or died. The others were killed.
+        RankTimeoutError: Not all ranks finished in time. All were killed.
+    """
+    with RankPool() as pool:
+        return pool.run(function, world_size, *args, timeout=timeout)
+
+
+class RankPool:
+    """Ranks that stay alive between calls, so that imports are paid once. A context manager.
+
+    Processes are started when a call first needs them; a call of world size n uses the first n. Every call has a fresh default process
+    group and the caller's present environment, working folder and import path. A failure kills all ranks; the next call starts new ones.
+
+    Args:
+        environment: Variables for the ranks, over the caller's.
+        before: Called in each rank before the process group of a call is made. Importable by name.
+        after: Called in each rank after the process group of a call is destroyed. Importable by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        environment: Mapping[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        self._environment = dict(environment or {})
+        self._before, self._after = before, after
+        self._ranks: list[_Rank] = []
+        self._calls = 0
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the living ranks, in rank order."""
+        return [rank.process.pid for rank in self._ranks if rank.process.pid is not None]
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float) -> list[Any]:
+        """As `run_ranks`, in this pool's processes."""
+        deadline = time.monotonic() + timeout
+        name = f"{function.__module__}.{function.__qualname__}"
+        call = pickle.dumps((self._before, function, args, self._after))
+        try:
+            self._start(world_size)
+            self._calls += 1
+            ranks = self._ranks[:world_size]
+            for index, rank in enumerate(ranks):
+                rank.send(self._task(RankContext(index, world_size), call, timeout))
+            results = _collect(ranks, name, deadline, timeout)
+            # Only now may a rank leave the group: its peers may still be reading what it sent.
+            for rank in ranks:
+                rank.send(None)
+            _collect(ranks, f"the end of {name}", deadline, timeout)
+            return [pickle.loads(result) for result in results]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill all ranks and what they started. The pool may be used again."""
+        for rank in self._ranks:
+            rank.kill()
+        for rank in self._ranks:
+            rank.join()
+        self._ranks.clear()
+        if self._files is not None:
+            self._files.cleanup()
+            self._files = None
+
+    def _start(self, world_size: int) -> None:
+        if self._files is None:
+            self._files = tempfile.TemporaryDirectory(prefix="megagate-ranks-")
+        start_server()
+        while len(self._ranks) < world_size:
+            self._ranks.append(_Rank.start(len(self._ranks), Path(self._files.name)))
+
+    def _task(self, context: RankContext, call: bytes, timeout: float) -> _Task:
+        launch = {
+            "RANK": str(context.rank),
+            "LOCAL_RANK": str(context.rank),
+            "WORLD_SIZE": str(context.world_size),
+            "LOCAL_WORLD_SIZE": str(context.world_size),
+            "OMP_NUM_THREADS": "1",
+        }
+        if sys.platform == "linux":  # else gloo looks the host name up, which need not resolve
+            launch["GLOO_SOCKET_IFNAME"] = "lo"
+        return _Task(
+            context=context,
+            call=call,
+            rendezvous=str(Path(self._files.name) / f"call{self._calls}"),
+            environment={**os.environ, **launch, **self._environment},
+            folder=os.getcwd(),
+            path=list(sys.path),
+            timeout=timeout,
+        )
+
+
+# ---- the caller's side
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """The caller's end of one rank."""
+
+    index: int
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+    output: Path
+    stacks: Path
+
+    @classmethod
+    def start(cls, index: int, files: Path) -> "_Rank":
+        context = multiprocessing.get_context("forkserver")
+        ours, theirs = context.Pipe()
+        output, stacks = files / f"rank{index}.output", files / f"rank{index}.stacks"
+        process = context.Process(target=_serve, args=(theirs, output, stacks), name=f"rank{index}", daemon=True)
+        process.start()
+        theirs.close()  # so that our end reads end-of-file when the rank dies
+        return cls(index, process, ours, output, stacks)
+
+    def send(self, message: _Task | None) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # a dead rank is reported by `receive`
+            self.connection.send_bytes(pickle.dumps(message))
+
+    def receive(self) -> _Reply:
+        """The next reply; a death is an `error` too."""
+        try:
+            return pickle.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self.process.join(_KILL_S)
+            return _Reply("error", text=f"the process {_exit_text(self.process.exitcode)}\n{self.stack()}", moment=0.0)
+
+    def kill(self) -> None:
+        """Kill the rank and all processes it started (a rank leads its own process group)."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+
+    def join(self) -> None:
+        self.process.join(_KILL_S)
+        self.connection.close()
+
+    def ask_stack(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGQUIT)
+
+    def stack(self) -> str:
+        """What faulthandler wrote, without the thread that watches for the caller's death."""
+        blocks = self.stacks.read_text(errors="replace").split("\n\n") if self.stacks.exists() else []
+        return "\n\n".join(block.strip() for block in blocks if _end_with_parent.__name__ not in block)
+
+    def tail(self) -> str:
+        """The end of the rank's output in this call."""
+        lines = self.output.read_text(errors="replace").splitlines() if self.output.exists() else []
+        return "\n".join(["its last output:", *lines[-_OUTPUT_LINES:]]) if lines else ""
+
+
+def _collect(ranks: Sequence[_Rank], name: str, deadline: float, timeout: float) -> list[bytes]:
+    """One reply of each rank, or the error that tells why not."""
+    replies: dict[int, _Reply] = {}
+    while len(replies) < len(ranks):
+        waiting = [rank for rank in ranks if rank.index not in replies]
+        replies.update(_receive(waiting, deadline - time.monotonic()) or _timed_out(waiting, len(ranks), name, timeout))
+        if any(reply.kind == "error" for reply in replies.values()):
+            time.sleep(_GRACE_S)
+            replies.update(_receive([rank for rank in ranks if rank.index not in replies], 0.0))
+            failures = {index: reply for index, reply in replies.items() if reply.kind == "error"}
+            raise _failed(ranks, failures, name)
+    return [replies[rank.index].payload for rank in ranks]
+
+
+def _receive(ranks: Sequence[_Rank], seconds: float) -> dict[int, _Reply]:
+    """The replies that are there, by rank; waits for the first."""
+    ready = multiprocessing.connection.wait([rank.connection for rank in ranks], timeout=max(0.0, seconds))
+    return {rank.index: rank.receive() for rank in ranks if rank.connection in ready}
+
+
+def _failed(ranks: Sequence[_Rank], failures: Mapping[int, _Reply], name: str) -> RankError:
+    """The error for failed ranks: the first in full, the others, most often its consequences, by their last lines."""
+    order = sorted(failures, key=lambda index: failures[index].moment)  # deaths, then exceptions by their time
+    first = order[0]
+    parts = [f"rank {first} of {len(ranks)} failed in {name}", failures[first].text.strip(), ranks[first].tail()]
+    parts += [f"rank {index} failed after it: {failures[index].text.strip().splitlines()[-1]}" for index in order[1:]]
+    error = RankError("\n\n".join(part for part in parts if part), order)
+    with suppress(Exception):  # an exception whose class cannot be rebuilt here; its traceback is in the text
+        error.__cause__ = pickle.loads(failures[first].payload)
+    return error
+
+
+def _timed_out(waiting: Sequence[_Rank], world_size: int, name: str, timeout: float) -> dict[int, _Reply]:
+    """Raise the error for ranks that have not finished, with the place where each stands."""
+    for rank in waiting:
+        rank.ask_stack()
+    give_up = time.monotonic() + _DUMP_S
+    while time.monotonic() < give_up and not all(rank.stack() for rank in waiting):
+        time.sleep(_DUMP_S / 20)
+    time.sleep(_DUMP_S / 20)  # a dump is written line by line
+    indices = [rank.index for rank in waiting]
+    listed = ", ".join(map(str, indices))
+    parts = [f"{name} did not finish in {timeout:g} s; of {world_size} ranks these were still running: {listed}"]
+    parts += [f"rank {rank.index} stood at:\n{rank.stack() or '(it did not answer)'}\n{rank.tail()}".strip() for rank in waiting]
+    raise RankTimeoutError("\n\n".join(parts), indices)
+
+
+def _exit_text(code: int | None) -> str:
+    if code is None:
+        return "closed its connection"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name}"
+
+
+@contextmanager
+def _environ(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process for a moment."""
+    saved = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        _set_environ(saved)
+
+
+def _set_environ(values: Mapping[str, str]) -> None:
+    for key in set(os.environ) - set(values):
+        del os.environ[key]
+    os.environ.update(values)
+
+
+# ---- the rank's side
+
+
+def _serve(connection: Connection, output: Path, stacks: Path) -> None:
+    """The life of a rank: one task after the other, until the caller closes the connection or dies."""
+    with suppress(PermissionError):  # already a leader
+        os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _redirect_output(output)
+    dumps = stacks.open("w")
+    faulthandler.enable(dumps)
+    faulthandler.register(signal.SIGQUIT, dumps)
+    torch.set_num_threads(1)
+    gc.freeze()  # what the server loaded stays: a collection after each call need not visit it
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    while True:
+        try:
+            task = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        os.truncate(output, 0)
+        try:
+            _run(task, connection)
+        except BaseException as error:  # SystemExit too: the caller must hear of it; then it kills this process
+            connection.send_bytes(pickle.dumps(_error_reply(error)))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _run(task: _Task, connection: Connection) -> None:
+    """One call in this rank: the state a new process would have, the process group, the function, and everything undone."""
+    _set_environ(task.environment)
+    os.chdir(task.folder)
+    sys.path[:] = task.path
+    before, function, args, after = pickle.loads(task.call)
+    random.seed(_SEED)
+    torch.manual_seed(_SEED)
+    dtype = torch.get_default_dtype()
+    if before is not None:
+        before()
+    # Later than the caller's own limit: its report says more than a collective's time-out would.
+    limit = timedelta(seconds=task.timeout + 60)
+    init_process_group(LaunchEnv.read(), device=torch.device("cpu"), init_method=f"file://{task.rendezvous}", timeout=limit)
+    result = pickle.dumps(function(task.context, *args))
+    connection.send_bytes(pickle.dumps(_Reply("result", result)))
+    connection.recv_bytes()
+    torch.set_default_dtype(dtype)
+    del args, result
+    gc.collect()  # engines are cycles that hold process groups
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if after is not None:
+        after()
+    connection.send_bytes(pickle.dumps(_Reply("idle")))
+
+
+def _error_reply(error: BaseException) -> _Reply:
+    text = "".join(traceback.format_exception(error))
+    try:
+        return _Reply("error", pickle.dumps(error), text)
+    except Exception:  # anything may be inside an exception
+        return _Reply("error", b"", text)
+
+
+def _redirect_output(path: Path) -> None:
+    """Send everything this process prints, libraries in C included, to a file: ranks would write over each other."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
+
+
+def _end_with_parent() -> None:
+    """Thread: end this rank and what it started when the caller's process is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)

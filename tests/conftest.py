@@ -1,0 +1,72 @@
+"""The session: one thread per process, the ranks' server, and no skip that is not on the list."""
+
+import os
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: ranks share few cores
+
+TESTS = Path(__file__).parent
+ALLOWED_SKIPS = TESTS / "allowed_skips.txt"
+
+if str(TESTS) not in sys.path:
+    sys.path.insert(0, str(TESTS))  # for `import ranks`
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if "ranks" in sys.modules and not session.config.option.collectonly:
+        sys.modules["ranks"].start()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "ranks" in sys.modules:
+        sys.modules["ranks"].POOL.close()
+    if unlisted_skips(session.config) and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    unlisted = unlisted_skips(config)
+    if not skips(config):
+        return
+    terminalreporter.section("skipped")
+    for skip in skips(config):
+        node, reason = skip
+        terminalreporter.write_line(f"{'NOT ALLOWED ' if skip in unlisted else ''}{node} | {reason}")
+    if unlisted:
+        terminalreporter.write_line(f"{len(unlisted)} skips are not in {ALLOWED_SKIPS.name}: the session fails", red=True)
+
+
+def skips(config: pytest.Config) -> list[tuple[str, str]]:
+    """Node id and reason of every test or file that was skipped."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    return [(report.nodeid, skip_reason(report)) for report in reporter.stats.get("skipped", [])]
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def unlisted_skips(config: pytest.Config) -> list[tuple[str, str]]:
+    """Skips whose node id and reason match no line of the list."""
+    lines = [line.split(" | ", 1) for line in ALLOWED_SKIPS.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        (node, reason)
+        for node, reason in skips(config)
+        if not any(fnmatchcase(node, pattern) and fnmatchcase(reason, why) for pattern, why in lines)
+    ]
