@@ -124,6 +124,7 @@ class ValidLoader:
     def __init__(self, split: Split, *, seq_len: int, micro_batch_size: int, dp_rank: int, dp_size: int, batches: int) -> None:
         assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
         self._windows = _windows_or_refuse(split, seq_len=seq_len, movable=False)
+        self._vocab_size = split.vocab_size
         self._seq_len = seq_len
         self._rows_per_batch = micro_batch_size * dp_size
         self._mine: IntArray = dp_rank * micro_batch_size + np.arange(micro_batch_size)
@@ -145,6 +146,7 @@ class ValidLoader:
 
     def target_counts(self, vocab_size: int) -> IntArray:
         """[vocab_size] how often each token is a target, over the batches of all ranks."""
+        assert vocab_size >= self._vocab_size, f"{vocab_size} counts for a vocabulary of {self._vocab_size}"
         counts = np.zeros(vocab_size, dtype=np.int64)
         rows = min(self._batches * self._rows_per_batch, self._windows.count)
         for first in range(0, rows, self._rows_per_batch):

@@ -200,12 +200,13 @@ def _check_sha256(path: Path, expected: str) -> None:
         raise DataError(f"{path} is damaged: its sha256 is {found}, and {MANIFEST_NAME} says {expected}; {_AGAIN}")
 
 
-def _take(value: dict[str, Any], key: str, *, kind: type, where: Path | str) -> Any:
+def _take(value: dict[str, Any], key: str, *, kind: type | tuple[type, ...], where: Path | str) -> Any:
     found = value.get(key)
     # bool is a kind of int to Python, and not to JSON.
     if not isinstance(found, kind) or isinstance(found, bool):
         what = "missing" if key not in value else f"{found!r}"
-        raise DataError(f"{where} is damaged: {key} is {what}; it must be of type {kind.__name__}; {_AGAIN}")
+        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise DataError(f"{where} is damaged: {key} is {what}; it must be of type {names}; {_AGAIN}")
     return found
 
 
@@ -222,7 +223,7 @@ def _parse(value: dict[str, Any], path: Path) -> Manifest:
         entries.append(_record(ShardEntry, entry, f"{path} (shards[{index}])"))
     source = _take(value, "source", kind=dict, where=path)
     for key in source:
-        _take(source, key, kind=(str | int), where=path)  # type: ignore[arg-type]
+        _take(source, key, kind=(str, int), where=path)
     return Manifest(
         tokenizer=_record(TokenizerIdentity, _take(value, "tokenizer", kind=dict, where=path), f"{path} (tokenizer)"),
         dtype=_take(value, "dtype", kind=str, where=path),

@@ -6,7 +6,7 @@ import numpy as np
 
 from megagate.data.hashing import IntArray, WordArray, mix64, stable_key
 
-PERMUTATION_VERSION = 1  # part of the loader's fingerprint: raise it when any order changes
+PERMUTATION_VERSION = 1  # part of the loader's fingerprint: raise it when any order or border changes
 MATERIALISED_LIMIT = 65_536  # below, a Feistel network is measurably not uniform, and a table costs nothing
 _ROUNDS = 8
 _LARGEST = 1 << 62

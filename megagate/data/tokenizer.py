@@ -82,8 +82,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[EOD, PAD],
-            # Sorted, because the package hands the bytes out in an order that changes from process to process.
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         model.train_from_iterator(texts, trainer=trainer)
