@@ -114,19 +114,19 @@ def read_manifest(path: Path) -> Contents:
 
 
 def chunks(tensor: torch.Tensor, limit: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
-    """The elements of `tensor`, [...], in row-major order as 1-D CPU tensors of at most `limit` bytes (or one element).
+    """The elements of `tensor`, [...], in row-major order as contiguous 1-D CPU tensors of at most `limit` bytes (or one element).
 
-    What is contiguous and on the CPU is not copied; of anything else one chunk at a time is.
+    What is contiguous and on the CPU is not copied. Anything else goes through one buffer, so a chunk holds until the next is asked for.
     """
-    if tensor.is_contiguous():
-        for part in tensor.view(-1).split(max(1, limit // tensor.element_size())):
-            yield part.cpu()
-    elif tensor[0].nbytes > limit:
-        for row in tensor:
-            yield from chunks(row, limit)
-    else:
-        for rows in tensor.split(max(1, limit // max(1, tensor[0].nbytes))):
-            yield rows.contiguous().view(-1).cpu()
+    elements = max(1, limit // tensor.element_size())
+    if tensor.is_contiguous() and tensor.device.type == "cpu":
+        yield from tensor.view(-1).split(elements)
+        return
+    buffer = torch.empty(min(elements, tensor.numel()), dtype=tensor.dtype)
+    for part in _parts(tensor, elements):
+        chunk = buffer[: part.numel()]
+        chunk.view(part.shape).copy_(part)
+        yield chunk
 
 
 class PieceFile:
@@ -211,6 +211,17 @@ def _encode_header(pieces: list[Piece]) -> bytes:
         position = end
     content = json.dumps(header, separators=(",", ":")).encode()
     return content + b" " * (-len(content) % _ALIGNMENT)
+
+
+def _parts(tensor: torch.Tensor, elements: int) -> Iterator[torch.Tensor]:
+    """Views that give `tensor` in row-major order, each of at most `elements` elements."""
+    if tensor.is_contiguous():
+        yield from tensor.view(-1).split(elements)
+    elif (row := tensor[0].numel()) > elements:
+        for rows in tensor:
+            yield from _parts(rows, elements)
+    else:
+        yield from tensor.split(elements // row)
 
 
 def _write_tensor(descriptor: int, tensor: torch.Tensor) -> str:
