@@ -16,7 +16,7 @@ from megagate.data import shards
 from megagate.data.shards import Shard, ShardWriter, bin_path, idx_path, token_dtype
 from megagate.errors import DataError
 
-DOCUMENTS = [[5, 6, 7], [1], [], list(range(300)), [65_000, 2]]
+DOCUMENTS = [[5, 6, 7], [1], [], [65_000, 2], list(range(300))]
 
 
 def write(prefix: Path, documents: list[list[int]], *, vocab_size: int = 65_499) -> shards.ShardStats:
@@ -125,7 +125,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         (0, b"X", "not an index of a token shard"),
         (9, b"\x02", "has version 2; only version 1"),
         (17, b"\x07", "token type code 7"),
-        (17, b"\x04", "a.bin is truncated: 612 bytes, and its index promises 616 .5 sequences of int32"),
+        (17, b"\x04", "a.bin is truncated: 612 bytes, and its index promises 1212 .5 sequences of int32"),
         (18, b"\x06", "promises"),
     ],
 )
@@ -148,6 +148,25 @@ def test_check_index_finds_what_opening_does_not(tmp_path: Path) -> None:
         idx_path(tmp_path / "a").write_bytes(bytes(raw))
         with pytest.raises(DataError, match=message):
             Shard(tmp_path / "a").check_index()
+
+
+def test_an_index_whose_parts_contradict_each_other_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[1, 2, 3], [4, 5]])
+
+    def index(lengths: list[int], starts: list[int], borders: list[int]) -> None:
+        parts = [np.array(lengths, "<i4"), np.array(starts, "<i8"), np.array(borders, "<i8")]
+        header = idx_path(tmp_path / "a").read_bytes()[:34]
+        idx_path(tmp_path / "a").write_bytes(header + b"".join(part.tobytes() for part in parts))
+
+    index([3, 2], [0, 6], [0, 1, 2])
+    Shard(tmp_path / "a").check_index()
+    for borders in ([0, 1, 1], [1, 1, 2], [0, 1, 3]):
+        index([3, 2], [0, 6], borders)
+        with pytest.raises(DataError, match="its documents do not span its 2 sequences"):
+            Shard(tmp_path / "a")
+    index([-1, 6], [0, -2], [0, 1, 2])
+    with pytest.raises(DataError, match="sequence 0 has a wrong start or length"):
+        Shard(tmp_path / "a").check_index()
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
