@@ -3,6 +3,7 @@
 `run_ranks(function, world_size, *args)` runs a module-level function of a test file in worlds of 1, 2 or 4.
 """
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -38,17 +39,20 @@ DEEPSPEED_STATE: dict[str, dict[str, Any]] = {
     "deepspeed.runtime.zero.parameter_offload": {"FWD_MODULE_STACK": []},
     "deepspeed.runtime.zero.partition_parameters": {"zero_init_context": 0, "top_level_context": None, "reuse_buffers": False},
 }
+ZERO_IMPORTS = ["torch._dynamo", "torch._inductor.compile_fx"]  # by ZeRO's first step: seconds in each rank
 ZERO_INIT_COUNTERS = {"param_id": 0, "num_persisted_parameters": 0, "num_persisted_elements": 0, "apply_param_persistence": False}
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
     """What `function(RankContext, *args)` returned in each rank; see `megagate.parallel.spawn.run_ranks`."""
+    start()
     return POOL.run(function, world_size, *args, timeout=timeout)
 
 
 def start() -> None:
-    """Let the ranks' server load torch and DeepSpeed while the first tests run."""
-    start_server(preload=["deepspeed"], environment=ENVIRONMENT)
+    """Start the server of the ranks, which loads torch and DeepSpeed while the first tests run; nothing to do where it runs already."""
+    tests_of_engines = "deepspeed" in sys.modules
+    start_server(preload=["deepspeed", *(ZERO_IMPORTS if tests_of_engines else [])], environment=ENVIRONMENT)
 
 
 def before_call() -> None:
@@ -60,11 +64,15 @@ def before_call() -> None:
 
 
 def after_call() -> None:
-    """In a rank: give DeepSpeed's module-level state the values it has after import."""
+    """In a rank: end DeepSpeed's engines and give its module-level state the values it has after import."""
     if "deepspeed" not in sys.modules:
         return
+    from deepspeed import DeepSpeedEngine
     from deepspeed.utils import groups
 
+    # An engine hangs on its parameters' gradient hooks, a cycle through C++ that no collection sees: it must be told to let go.
+    for engine in [thing for thing in gc.get_objects() if issubclass(type(thing), DeepSpeedEngine)]:
+        engine.destroy()
     groups._release_process_group_references()
     for module_name, values in DEEPSPEED_STATE.items():
         module = sys.modules.get(module_name)

@@ -131,7 +131,7 @@ class RankPool:
     Args:
         environment: Variables for the ranks, over the caller's.
         before: Called in each rank before the process group of a call is made. Importable by name.
-        after: Called in each rank after the process group of a call is destroyed. Importable by name.
+        after: Called in each rank when all have finished, before the process group of a call is destroyed. Importable by name.
     """
 
     def __init__(
@@ -363,7 +363,7 @@ def _serve(connection: Connection, output: Path, stacks: Path) -> None:
     faulthandler.enable(dumps)
     faulthandler.register(signal.SIGQUIT, dumps)
     torch.set_num_threads(1)
-    gc.freeze()  # what the server loaded stays: a collection after each call need not visit it
+    gc.freeze()  # what is loaded stays: the collection after each call need not visit it
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     while True:
         try:
@@ -398,11 +398,12 @@ def _run(task: _Task, connection: Connection) -> None:
     connection.recv_bytes()
     torch.set_default_dtype(dtype)
     del args, result
-    gc.collect()  # engines are cycles that hold process groups
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if after is not None:
         after()
+    gc.collect()  # what holds groups in a cycle would keep their threads and sockets
+    gc.freeze()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     connection.send_bytes(pickle.dumps(_Reply("idle")))
 
 
