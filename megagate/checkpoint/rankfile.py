@@ -132,6 +132,9 @@ def chunks(tensor: torch.Tensor, limit: int = CHUNK_BYTES) -> Iterator[torch.Ten
 class PieceFile:
     """One data file, open for reading: memory-mapped, so that reading costs file cache and no memory of the process's own.
 
+    There is no `close`: the mapping goes when the last reference to it does. Tensors refer to it without locking it, and to unmap it
+    under one that is still alive (in the traceback of an error, say) would crash the process.
+
     Raises:
         CheckpointError: the header is damaged.
     """
@@ -165,7 +168,7 @@ class PieceFile:
         return self._start + begin, self._start + end
 
     def tensor(self, name: str, box: Box, dtype: torch.dtype) -> torch.Tensor:
-        """A piece with at least one element as a tensor of `box.shape` on the mapped file; let go of it before `close`."""
+        """A piece with at least one element as a tensor of `box.shape` on the mapped file."""
         begin, _ = self.span(name, box, dtype)
         return torch.frombuffer(self._bytes, dtype=dtype, count=box.volume, offset=begin).view(box.shape)
 
@@ -178,11 +181,6 @@ class PieceFile:
                 with content[start : min(start + CHUNK_BYTES, end)] as chunk:
                     hasher.update(chunk)
         return hasher.hexdigest()
-
-    def close(self) -> None:
-        """Let the mapping go."""
-        with suppress(BufferError):  # an error on its way up keeps a tensor alive; the mapping then goes with it
-            self._bytes.close()
 
 
 def _group(pieces: list[Piece]) -> dict[str, list[StoredPiece]]:

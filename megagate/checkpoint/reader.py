@@ -131,8 +131,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close all files."""
-        while self._files:
-            self._files.popitem()[1].close()
+        self._files.clear()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -144,7 +143,7 @@ class Checkpoint:
         """The open data file `name`; the one unused for longest is closed when too many are open."""
         if name not in self._files:
             if len(self._files) >= self._max_open_files:
-                self._files.popitem(last=False)[1].close()
+                self._files.popitem(last=False)
             self._files[name] = PieceFile(self.folder / name)
         self._files.move_to_end(name)
         return self._files[name]

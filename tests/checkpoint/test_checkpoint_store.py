@@ -12,9 +12,9 @@ from checkpoint_helpers import numbered, save_pieces
 from safetensors import safe_open
 
 import megagate
-from megagate.checkpoint import rankfile, store
-from megagate.checkpoint.index import DTYPE_NAMES
-from megagate.checkpoint.store import Checkpoint, Piece
+from megagate.checkpoint import rankfile, reader, store
+from megagate.checkpoint.index import DTYPE_NAMES, encode_index, read_index
+from megagate.checkpoint.store import Box, Checkpoint, Piece, StoredTensor
 from megagate.errors import CheckpointError, RunError
 
 
@@ -112,6 +112,41 @@ def test_handles_are_bounded_and_closed(tmp_path: Path) -> None:
     assert mapped() == 0
 
 
+def test_the_handle_unused_for_longest_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pieces(tmp_path, 1, [[whole(name, torch.zeros(1))] for name in "abc"])
+    opened = []
+
+    class Counted(rankfile.PieceFile):
+        def __init__(self, path: Path) -> None:
+            opened.append(path.name)
+            super().__init__(path)
+
+    monkeypatch.setattr(reader, "PieceFile", Counted)
+    with Checkpoint.open(tmp_path, max_open_files=2) as checkpoint:
+        for name in "abacab":
+            checkpoint.read_whole(name)
+    assert opened == [f"rank-0000{rank}.safetensors" for rank in (0, 1, 2, 1)]
+
+
+def test_closing_does_not_pull_the_file_from_under_a_tensor(saved: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), Checkpoint.open(saved) as checkpoint:
+        held = checkpoint._file("rank-00000.safetensors").tensor("w", Box((0, 0), (3, 6)), torch.float32)
+        raise RuntimeError("boom")
+    assert (held == 30).all()
+
+
+def test_an_index_with_a_gap_is_found_when_reading(saved: Path) -> None:
+    folder = saved / "step-00000030"
+    index = read_index(folder)
+    tensor = index.contents.tensors["w"]
+    index.contents.tensors["w"] = StoredTensor(tensor.shape, tensor.dtype, tensor.pieces[:1])
+    (folder / "index.json").write_bytes(encode_index(index))
+    with Checkpoint.open(saved) as checkpoint:
+        checkpoint.read("w", (1, 0), torch.zeros(2, 6))
+        with pytest.raises(CheckpointError, match=r"w: its pieces in .* hold 6 of the 12 elements of \[2:4, 0:6\]"):
+            checkpoint.read("w", (2, 0), torch.zeros(2, 6))
+
+
 def flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
@@ -152,6 +187,9 @@ def test_missing_and_truncated_files_are_named_at_open(saved: Path) -> None:
     size = path.stat().st_size
     os.truncate(path, size - 1)
     with pytest.raises(CheckpointError, match=f"rank-00001.safetensors has {size - 1} bytes, {size} are recorded"):
+        Checkpoint.open(saved)
+    path.write_bytes(path.read_bytes() + b"12")
+    with pytest.raises(CheckpointError, match=f"rank-00001.safetensors has {size + 1} bytes, {size} are recorded"):
         Checkpoint.open(saved)
     path.unlink()
     with pytest.raises(CheckpointError, match=f"rank-00001.safetensors is missing, {size} bytes are recorded"):
