@@ -31,6 +31,9 @@ if [[ -z "${RANK:-}" || -z "${WORLD_SIZE:-}" ]]; then
   exec deepspeed ${NPROC:+--num_gpus "$NPROC"} ${DS_LAUNCH_ARGS:-} "$here/pretrain_moe.sh" "$@"
 fi
 
+# Threads that wait should sleep: when something else wants a core, spinning ones make a step on CPUs many times slower.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+
 config=(--config "$here/configs/tiny.yaml")
 for argument in "$@"; do
   case "$argument" in

@@ -17,6 +17,8 @@ from megagate.errors import ConfigError
 SAME_RUN_KEYS = (
     "train.output_dir",
     "train.resume",
+    "train.micro_batch_size",
+    "train.recompute",
     "parallel.",
     "data.cache_dir",
     "checkpoint.",

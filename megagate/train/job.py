@@ -14,8 +14,10 @@ from megagate.data.dataset import DataSet, open_dataset, prepare
 from megagate.data.loader import TrainLoader, ValidLoader
 from megagate.engine.base import Engine
 from megagate.engine.zero import ZeroEngine
+from megagate.errors import DataError
 from megagate.log import logger
 from megagate.model.lm import LanguageModel
+from megagate.parallel.comm import gather_objects
 from megagate.parallel.init import LaunchEnv, init_process_group, pick_device
 from megagate.parallel.mesh import ParallelMesh
 from megagate.train.agree import everywhere, on_first
@@ -86,6 +88,11 @@ class Job:
         # One process per machine prepares, so that machines without a shared disk work too.
         everywhere(self.mesh.world, lambda: self.env.local_rank or prepare(config.data.path, **where))
         data = everywhere(self.mesh.world, lambda: open_dataset(config.data.path, **where))
+        if len(set(gather_objects(data.fingerprint, self.mesh.world))) > 1:
+            raise DataError(
+                f"data.path ({config.data.path}) holds other tokens on some machines than on others; copy one data set to all of them "
+                "(`embedded` differs between versions of Python)"
+            )
         logger.info("data: %s", data.describe())
         return data
 

@@ -30,7 +30,9 @@ def continuation(model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, tok
         seen = (ids + drawn)[-window:]
         # A fixed length, so that it divides by tp; the padding comes after and is not seen.
         padded = torch.tensor([seen + [0] * (window - len(seen))], device=device)
-        values, choices = (model.logits(padded)[0, len(seen) - 1] / TEMPERATURE).topk(TOP_K)
+        # The model may have more rows than the tokenizer has tokens.
+        likely = model.logits(padded)[0, len(seen) - 1, : tokenizer.vocab_size] / TEMPERATURE
+        values, choices = likely.topk(min(TOP_K, tokenizer.vocab_size))
         token = choices[torch.multinomial(values.softmax(-1), 1, generator=generator)]
         drawn.append(int(broadcast(token, model.mesh.world)))
         if drawn[-1] == tokenizer.eod_id:
