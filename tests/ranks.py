@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megagate.parallel.spawn import RankPool, start_server
+from megagate.parallel.spawn import RankError, RankPool, start_server
 
 # Ranks are CPU ranks also where there is a GPU.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -45,8 +45,12 @@ ZERO_INIT_COUNTERS = {"param_id": 0, "num_persisted_parameters": 0, "num_persist
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
     """What `function(RankContext, *args)` returned in each rank; see `megagate.parallel.spawn.run_ranks`."""
+    __tracebackhide__ = True
     start()
-    return POOL.run(function, world_size, *args, timeout=timeout)
+    try:
+        return POOL.run(function, world_size, *args, timeout=timeout)
+    except RankError as error:
+        raise error.with_traceback(None)  # noqa: B904 - its text has the rank's own; the way through the pool tells nothing
 
 
 def start() -> None:

@@ -78,7 +78,7 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
     """The tensor of the axis's first rank, on every rank, without gradient."""
     if axis.size == 1:
         return x
-    out = x.detach().clone()
+    out = x.detach().clone(memory_format=torch.contiguous_format)
     dist.broadcast(out, src=axis.ranks[0], group=axis.group)
     return out
 
@@ -105,16 +105,25 @@ def _all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    dim = _from_front(x, dim)
     out = x.new_empty((axis.size, *x.shape))
     dist.all_gather_into_tensor(out, x.contiguous().unsqueeze(0), group=axis.group)
     return out.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    dim = _from_front(x, dim)
     stacked = x.unflatten(dim, (axis.size, x.shape[dim] // axis.size)).movedim(dim, 0).contiguous()
     out = torch.empty_like(stacked[:1])
     dist.reduce_scatter_tensor(out, stacked, group=axis.group)
     return out.squeeze(0)
+
+
+def _from_front(x: Tensor, dim: int) -> int:
+    """A dimension counted from the front: stacking the ranks in front of `x` would move one counted from the end."""
+    if not -x.ndim <= dim < x.ndim:
+        raise IndexError(f"dimension {dim} of a tensor with shape {tuple(x.shape)}")
+    return dim % x.ndim
 
 
 class _Enter(Function):
