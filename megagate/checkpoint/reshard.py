@@ -32,7 +32,7 @@ def boxes(shape: Shape, start: int, stop: int) -> list[Box]:
         return [Box((), ())]
     row = prod(shape[1:])
     first, last = start // row, (stop - 1) // row
-    if first == last and stop - start < row:
+    if first == last:
         return _in_row(shape, first, start - first * row, stop - first * row)
     head = [] if start == first * row else _in_row(shape, first, start - first * row, row)
     tail = [] if stop == (last + 1) * row else _in_row(shape, last, 0, stop - last * row)

@@ -234,6 +234,22 @@ def test_any_flipped_bit_of_a_header_is_harmless_or_found(saved: Path) -> None:
     assert found > length // 2
 
 
+def test_a_header_that_points_behind_the_file_is_found(saved: Path) -> None:
+    path = saved / "step-00000030" / "rank-00000.safetensors"
+    content = path.read_bytes()
+    assert content.count(b"[0,72]") == 1
+    path.write_bytes(content.replace(b"[0,72]", b"[9,81]"))
+    with Checkpoint.open(saved) as checkpoint, pytest.raises(CheckpointError, match=r"w, piece at \[0, 0\] .* the file is damaged"):
+        checkpoint.read_whole("w")
+
+
+def test_read_fills_a_leaf_that_requires_grad(saved: Path) -> None:
+    out = torch.zeros(4, 6, requires_grad=True)
+    with Checkpoint.open(saved) as checkpoint:
+        checkpoint.read("w", (0, 0), out)
+    assert out.requires_grad and out.grad_fn is None and (out == 30).all()
+
+
 full = numbered((4, 6))
 
 
