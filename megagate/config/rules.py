@@ -77,7 +77,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "model.moe.z_loss_coef": _AT_LEAST_0,
         "train.steps": _AT_LEAST_1,
         "train.global_batch_size": _AT_LEAST_1,
-        "train.micro_batch_size": _AT_LEAST_1,
+        "train.micro_batch_size": _AT_LEAST_0,
         "train.seq_len": _AT_LEAST_1,
         "train.seed": _AT_LEAST_0,
         "optim.lr": _POSITIVE,
@@ -247,13 +247,14 @@ def _world_rules(config: RunConfig, world_size: int) -> Iterator[str]:
             remedies = [*_other_worlds(config, world_size), f"change {key}"]
             yield f"the number of ranks ({world_size}) must be divisible by {key} ({size}); {' or '.join(remedies)}"
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    if min(tp, micro, batch) < 1 or world_size % tp:
+    if min(tp, batch) < 1 or micro < 0 or world_size % tp:
         return
-    dp = world_size // tp
-    if batch % (micro * dp):
-        remedies = [f"use a multiple of {micro * dp}", *_other_worlds(config, world_size), "change train.micro_batch_size"]
+    dp, least = world_size // tp, max(1, micro)
+    if batch % (least * dp):
+        factor, change = (f"train.micro_batch_size ({micro}) x ", ["change train.micro_batch_size"]) if micro else ("", [])
+        remedies = [f"use a multiple of {least * dp}", *_other_worlds(config, world_size), *change]
         yield (
-            f"train.global_batch_size ({batch}) must be divisible by train.micro_batch_size ({micro}) x data-parallel ranks "
+            f"train.global_batch_size ({batch}) must be divisible by {factor}data-parallel ranks "
             f"({world_size} ranks / parallel.tp {tp} = {dp}); {' or '.join(remedies)}"
         )
 
@@ -261,8 +262,8 @@ def _world_rules(config: RunConfig, world_size: int) -> Iterator[str]:
 def _other_worlds(config: RunConfig, world_size: int) -> Iterator[str]:
     """The remedy of another number of ranks: the nearest ones below and above that fit layout and batch, where there are any."""
     tp, ep = config.parallel.tp, config.parallel.ep
-    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    if min(tp, ep, micro, batch) < 1:
+    micro, batch = max(1, config.train.micro_batch_size), config.train.global_batch_size
+    if min(tp, ep, batch) < 1:
         return
     unit = math.lcm(tp, ep)
     worlds = [world for world in range(unit, max(2 * world_size, unit) + 1, unit) if batch % (micro * (world // tp)) == 0]

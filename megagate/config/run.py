@@ -20,7 +20,8 @@ class TrainConfig:
     Args:
         steps: Optimizer steps of the run; >= 1.
         global_batch_size: Sequences per optimizer step, over all ranks.
-        micro_batch_size: Sequences that one data-parallel rank holds at a time.
+        micro_batch_size: Sequences that one data-parallel rank holds at a time; 0 takes the rank's whole share of the global batch, so
+            that nothing is accumulated and micro-steps have the same content on any number of ranks.
         seq_len: Tokens per sequence.
         seed: Seed of the initial weights and of the sample order.
         output_dir: Folder of the run; made if missing.
@@ -210,3 +211,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def micro_batch(self, dp: int) -> int:
+        """`train.micro_batch_size`, its 0 resolved for `dp` data-parallel ranks."""
+        return self.train.micro_batch_size or self.train.global_batch_size // dp

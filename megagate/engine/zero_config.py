@@ -16,13 +16,13 @@ def zero_config(config: RunConfig, *, dtype: str, dp: int, local_parameters: int
         dp: Data-parallel ranks.
         local_parameters: Elements that this rank holds; no communication bucket needs to be larger.
     """
-    train = config.train
+    batch, micro = config.train.global_batch_size, config.micro_batch(dp)
     bucket = max(1, min(LARGEST_BUCKET, local_parameters))
     grad_dtype = "fp32" if config.precision.grad_dtype == "fp32" else dtype
     return {
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp),
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": batch // (micro * dp),
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": dtype == "bf16"},
         "data_types": {"grad_accum_dtype": grad_dtype},

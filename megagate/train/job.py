@@ -17,7 +17,7 @@ from megagate.engine.zero import ZeroEngine
 from megagate.errors import DataError
 from megagate.log import logger
 from megagate.model.lm import LanguageModel
-from megagate.parallel.comm import gather_objects
+from megagate.parallel.comm import barrier, gather_objects
 from megagate.parallel.init import LaunchEnv, init_process_group, pick_device
 from megagate.parallel.mesh import ParallelMesh
 from megagate.train.agree import everywhere, on_first
@@ -44,17 +44,17 @@ class Job:
 
     def run(self) -> int:
         """Returns the exit code, see `main`."""
-        try:
-            return self._run()
-        finally:
-            dist.destroy_process_group()
+        code = self._run()
+        barrier(self.mesh.world)  # a rank that leaves early would break the others' last collective
+        dist.destroy_process_group()
+        return code
 
     def _run(self) -> int:
         world, config = self.mesh.world, self.config
         # Everything that only reads comes before the first thing that writes.
         checkpoint = everywhere(world, self._open_start)
         if checkpoint is not None and checkpoint.step >= config.train.steps:
-            logger.info("the run in %s is finished: step %d of %d; nothing to do", self.folder.path, checkpoint.step, config.train.steps)
+            logger.info("finished already: %s is at step %d of %d; nothing to do", checkpoint.folder, checkpoint.step, config.train.steps)
             return 0
         data = self._open_data()
         train, valid = self._loaders(data)
@@ -98,7 +98,7 @@ class Job:
 
     def _loaders(self, data: DataSet) -> tuple[TrainLoader, ValidLoader | None]:
         train, dp = self.config.train, self.mesh.dp
-        shared = {"seq_len": train.seq_len, "micro_batch_size": train.micro_batch_size, "dp_rank": dp.rank, "dp_size": dp.size}
+        shared = {"seq_len": train.seq_len, "micro_batch_size": self.config.micro_batch(dp.size), "dp_rank": dp.rank, "dp_size": dp.size}
 
         def make() -> tuple[TrainLoader, ValidLoader | None]:
             loader = TrainLoader(data.train, **shared, global_batch_size=train.global_batch_size, seed=train.seed)

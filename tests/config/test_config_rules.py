@@ -169,8 +169,16 @@ def test_all_violations_come_at_once() -> None:
 
 def test_zeros_and_negatives_never_divide() -> None:
     for key in ("parallel.tp", "parallel.ep", "train.micro_batch_size", "train.global_batch_size", "model.attention.num_kv_heads"):
-        for value in (0, -2, -3):
+        for value in (-1 if key == "train.micro_batch_size" else 0, -2, -3):
             assert len(violations({key: value}, world_size=2)) == 1
+
+
+def test_micro_batch_size_0_takes_the_whole_share() -> None:
+    settings = {"train.micro_batch_size": 0, "train.global_batch_size": 12}
+    assert violations(settings, world_size=4) == []
+    assert [from_dict(settings).micro_batch(dp) for dp in (1, 4)] == [12, 3]
+    (line,) = violations(settings, world_size=8)
+    assert line.startswith("train.global_batch_size (12) must be divisible by data-parallel ranks (8 ranks / parallel.tp 1 = 8); ")
     for key in ("train.seq_len", "model.attention.num_heads", "model.attention.num_kv_heads"):
         assert len(violations({key: -3, "parallel.tp": 2}, world_size=2)) == 1
 
