@@ -10,7 +10,7 @@ from megagate.checkpoint.store import Checkpoint, publish
 from megagate.config.keys import to_dict
 from megagate.config.run import RunConfig
 from megagate.engine.base import Engine
-from megagate.errors import CheckpointError, DataError
+from megagate.errors import CheckpointError, DataError, MegagateError
 from megagate.parallel.mesh import ParallelMesh
 from megagate.train.agree import everywhere, on_first
 
@@ -42,7 +42,12 @@ class Saver:
             "megagate": __version__,
         }
         on_first(self.world, lambda: folders.begin(self.root, step))
-        everywhere(self.world, lambda: self._write(engine, step))
+        try:
+            everywhere(self.world, lambda: self._write(engine, step))
+        except MegagateError:
+            if self.world.rank == 0:  # all ranks are here, none writes any more
+                folders.discard(self.root, step)
+            raise
         on_first(self.world, lambda: self._publish(step, metadata, best=best))
 
     def _write(self, engine: Engine, step: int) -> None:
