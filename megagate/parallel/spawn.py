@@ -257,7 +257,7 @@ class _Rank:
         """Kill the rank and all processes it started (a rank leads its own process group)."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
+        self.process.kill()  # it may not lead a group yet
 
     def join(self) -> None:
         self.process.join(_KILL_S)
