@@ -303,7 +303,7 @@ def _failed(ranks: Sequence[_Rank], failures: Mapping[int, _Reply], name: str) -
     order = sorted(failures, key=lambda index: failures[index].moment)  # deaths, then exceptions by their time
     first = order[0]
     parts = [f"rank {first} of {len(ranks)} failed in {name}", failures[first].text.strip(), ranks[first].tail()]
-    parts += [f"rank {index} failed after it: {failures[index].text.strip().splitlines()[-1]}" for index in order[1:]]
+    parts += [f"rank {index} failed too: {failures[index].text.strip().splitlines()[-1]}" for index in order[1:]]
     error = RankError("\n\n".join(part for part in parts if part), order)
     with suppress(Exception):  # an exception whose class cannot be rebuilt here; its traceback is in the text
         error.__cause__ = pickle.loads(failures[first].payload)

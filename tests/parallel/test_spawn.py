@@ -70,6 +70,13 @@ def kill_rank_1(context: RankContext) -> None:
     dist.barrier()
 
 
+def fail_in_rank_0_and_die_in_rank_1(context: RankContext) -> None:
+    if context.rank == 0:
+        raise ConnectionError("lost a peer")
+    time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def start_sleeper_and_hang(context: RankContext, file: str) -> None:
     child = subprocess.Popen(["sleep", "1000"])
     Path(file).write_text(str(child.pid))
@@ -166,7 +173,13 @@ def test_the_first_of_several_failures_comes_first(pool):
         pool.run(fail_in_all, 4, timeout=LIMIT_S)
     assert caught.value.ranks == (3, 2, 1, 0)
     assert str(caught.value.__cause__) == "from rank 3"
-    assert "rank 0 failed after it: ValueError: from rank 0" in str(caught.value)
+    assert "rank 0 failed too: ValueError: from rank 0" in str(caught.value)
+
+
+def test_a_death_comes_before_the_exceptions_it_causes(pool):
+    with pytest.raises(RankError, match="rank 1 of 2 failed in .*\n\nthe process was killed by SIGKILL") as caught:
+        pool.run(fail_in_rank_0_and_die_in_rank_1, 2, timeout=LIMIT_S)
+    assert caught.value.ranks == (1, 0) and "rank 0 failed too: ConnectionError: lost a peer" in str(caught.value)
 
 
 def test_an_exit_is_a_failure(pool):
