@@ -1,0 +1,129 @@
+"""Measure megagate: `python tools/benchmark.py step --help`."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megagate.analysis.benchmark.step import Table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="benchmark.py", description="Measure megagate against its peers, and what its parts cost.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_step(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_step(commands: argparse._SubParsersAction) -> None:
+    step = commands.add_parser(
+        "step",
+        help="full training steps: megagate, transformers, and what gates and ZeRO cost",
+        description="One process per row, driven in turns; paired ratios to the first row. Needs 1-6 GB of memory per row.",
+    )
+    step.add_argument("--rows", metavar="A,B", help="rows beside the base, by key; all without this option (an unknown key lists them)")
+    step.add_argument("--shape", default="S", choices=["S", "L", "tiny"], help="sizes of the model and of a step")
+    step.add_argument("--rounds", type=_positive, default=15, metavar="N", help="steps of each row after its warm-up")
+    step.add_argument("--seconds", type=float, default=1800.0, metavar="LIMIT", help="stop after this time with what complete rounds gave")
+    step.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="of each process")
+    step.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers here too")
+    step.set_defaults(run=_step)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _step(options: argparse.Namespace) -> int:
+    from megagate.analysis.benchmark.step import ROWS, SHAPES, measure
+    from megagate.errors import MegagateError
+
+    deadline = time.monotonic() + options.seconds
+    keys = options.rows.split(",") if options.rows else list(ROWS)
+    if unknown := [key for key in keys if key not in ROWS]:
+        print(f"--rows: no row {', '.join(unknown)}; there are {', '.join(ROWS)}", file=sys.stderr)
+        return 2
+    try:
+        table = measure(
+            keys, shape=options.shape, rounds=options.rounds, deadline=deadline, threads=options.threads, tell=_tell
+        )
+    except MegagateError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    finally:
+        _tell("")
+    if not table.rounds:
+        print(f"no round was complete after {options.seconds:g} s; give more --seconds or fewer --rows", file=sys.stderr)
+        return 1
+    tokens = SHAPES[options.shape].tokens
+    print(f"Shape {options.shape}, {tokens} tokens a step, bf16; {table.rounds} rounds; {_machine(options.threads)}.")
+    print(f"Peak: {table.peak_flops / 1e9:.0f} GFLOP/s in bf16 matrix products of 2048 x 2048 x 2048, best round.\n")
+    print(_markdown(table, {key: row.title for key, row in ROWS.items()}))
+    print(f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}")
+    if options.json:
+        options.json.write_text(json.dumps(_record(table, options), indent=1) + "\n")
+    return 0
+
+
+def _markdown(table: "Table", titles: dict[str, str]) -> str:
+    rows = [
+        "| row | step, s | tokens/s | step time / base [95 %] | share of peak | peak RSS, GB | warm-up steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in table.lines:
+        cells = [
+            f"{titles[line.key]} (`{line.key}`)",
+            f"{line.seconds:.3f}",
+            f"{line.tokens_per_second:.0f}",
+            str(line.cost),
+            f"{100 * line.share:.1f} %",
+            f"{line.peak_rss / 1e9:.2f}",
+            str(line.warmup),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _record(table: "Table", options: argparse.Namespace) -> dict[str, object]:
+    return {
+        "shape": options.shape,
+        "threads": options.threads,
+        "machine": _machine(options.threads),
+        "rounds": table.rounds,
+        "peak_flops": table.peak_flops,
+        "rows": {key: vars(series) for key, series in table.series.items()},
+    }
+
+
+def _machine(threads: int) -> str:
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    name = next((line.split(": ", 1)[1] for line in cpuinfo.splitlines() if line.startswith("model name")), platform.machine())
+    features = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpuinfo]
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "deepspeed"))
+    return f"{name} ({', '.join(features) or 'no bf16 instructions'}), {threads} threads; {packages}"
+
+
+def _tell(text: str) -> None:
+    """Progress, where a person watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
