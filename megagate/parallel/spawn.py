@@ -12,6 +12,7 @@ import multiprocessing.forkserver
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -357,7 +358,7 @@ def _serve(connection: Connection, output: Path, stacks: Path) -> None:
     """The life of a rank: one task after the other, until the caller closes the connection or dies."""
     with suppress(PermissionError):  # already a leader
         os.setsid()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(output.parent,), daemon=True).start()
     _redirect_output(output)
     dumps = stacks.open("w")
     faulthandler.enable(dumps)
@@ -427,9 +428,10 @@ def _redirect_output(path: Path) -> None:
         stream.reconfigure(line_buffering=True)
 
 
-def _end_with_parent() -> None:
-    """Thread: end this rank and what it started when the caller's process is gone, however it ended."""
+def _end_with_parent(files: Path) -> None:
+    """Thread: when the caller's process is gone, however it ended, remove the pool's files, and end this rank and what it started."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
+        shutil.rmtree(files, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)

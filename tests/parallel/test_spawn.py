@@ -215,7 +215,7 @@ def test_nothing_outlives_the_caller(tmp_path, deadly_signal):
         "if __name__ == '__main__': run_ranks(start_sleeper_and_hang, 1, sys.argv[1], timeout=60)\n"
     )
     note = tmp_path / "pid"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, program, note], env=environment, stderr=subprocess.PIPE) as caller:
         while not (note.exists() and note.read_text()) and caller.poll() is None:
             time.sleep(0.02)
@@ -224,6 +224,7 @@ def test_nothing_outlives_the_caller(tmp_path, deadly_signal):
         caller.send_signal(deadly_signal)
         caller.wait(LIMIT_S)
         assert gone(family)
+    assert not list(tmp_path.glob("megagate-ranks-*"))
 
 
 def test_a_pool_keeps_its_processes_and_is_quick(pool):
