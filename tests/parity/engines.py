@@ -1,0 +1,168 @@
+"""A small training run under any engine and layout, for the tests of the engines. A run is a `Run`; what came of it, an `Outcome`."""
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from parity.sharded import BACKEND, clear_routes, fill, full_weights
+from torch import Tensor
+
+from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
+from megagate.config.run import OptimConfig, OptimizerName, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
+from megagate.engine.base import Engine, StepResult
+from megagate.engine.reference import ReferenceEngine
+from megagate.model.lm import LanguageModel
+from megagate.nn.loss import IGNORE_INDEX
+from megagate.parallel.mesh import ParallelMesh
+
+BATCH, SEQUENCE, MICRO_STEPS = 8, 16, 2
+CLIP = 0.3
+MOE = ModelConfig(
+    vocab_size=250,
+    hidden_size=32,
+    num_layers=2,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, gate=GateConfig("G1", "elementwise")),
+    moe=MoEConfig(num_experts=8, top_k=3, ffn_size=16, balance_coef=0.1, z_loss_coef=0.01),
+)
+TIED_DENSE = replace(MOE, moe=MoEConfig(), ffn_size=48, tie_embeddings=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained; the layout comes apart."""
+
+    optimizer: OptimizerName = "sgd"
+    dtype: str = "fp32"
+    scope: BalanceScope = "global_batch"
+    recompute: bool = False
+    dense: bool = False
+
+    @property
+    def model(self) -> ModelConfig:
+        return TIED_DENSE if self.dense else replace(MOE, moe=replace(MOE.moe, balance_scope=self.scope))
+
+    @property
+    def lr(self) -> float:
+        return 0.5 if self.optimizer == "sgd" else 1e-2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks, and how they share the work."""
+
+    world_size: int = 1
+    tp: int = 1
+    ep: int = 1
+    zero_stage: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.world_size} ranks tp{self.tp} ep{self.ep} zero{self.zero_stage}"
+
+
+@dataclass
+class Outcome:
+    """After some steps.
+
+    Args:
+        steps: One result per step, this rank's.
+        weights: The model's parameters, joined.
+        val_loss: Of the batch after the last step's.
+        pieces: (name, full shape, offset, elements) of this rank's part of the optimizer's state.
+    """
+
+    steps: list[StepResult]
+    weights: dict[str, Tensor]
+    val_loss: float
+    pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """Of the weights' bytes."""
+        return hashlib.sha256(b"".join(w.contiguous().view(torch.uint8).numpy().tobytes() for w in self.weights.values())).hexdigest()
+
+
+def run_config(run: Run, layout: Layout) -> RunConfig:
+    dp = layout.world_size // layout.tp
+    return RunConfig(
+        model=run.model,
+        train=TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH // MICRO_STEPS // dp, seq_len=SEQUENCE, recompute=run.recompute),
+        optim=OptimConfig(name=run.optimizer, lr=run.lr, grad_clip=CLIP),
+        parallel=ParallelConfig(tp=layout.tp, ep=layout.ep, zero_stage=layout.zero_stage),
+        precision=PrecisionConfig(dtype=run.dtype),
+    )
+
+
+def build_engine(run: Run, layout: Layout, mesh: ParallelMesh, *, key: str = "weights") -> Engine:
+    """`ZeroEngine` in a process group, the reference without one."""
+    config = run_config(run, layout)
+    dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
+    model = fill(LanguageModel(config.model, dtype=dtype, backend=BACKEND, mesh=mesh, recompute=run.recompute), key=key)
+    if not torch.distributed.is_initialized():
+        return ReferenceEngine(model, config, mesh)
+    from megagate.engine.zero import ZeroEngine
+
+    return ZeroEngine(model, config, mesh)
+
+
+def batch(step: int, mesh: ParallelMesh) -> tuple[Tensor, Tensor]:
+    """This rank's samples of a step, [micro-steps, b, s]. Samples have different numbers of targets, one has none."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    text = torch.randint(0, MOE.vocab_size, (BATCH, SEQUENCE + 1), generator=generator)
+    labels = text[:, 1:].clone()
+    for row, first in enumerate([9, 16, 3, 16, 0, 16, 16, 12]):
+        labels[(row + step) % BATCH, first:] = IGNORE_INDEX
+    split = (MICRO_STEPS, mesh.dp.size, -1, SEQUENCE)
+    return text[:, :-1].reshape(split)[:, mesh.dp.rank], labels.view(split)[:, mesh.dp.rank]
+
+
+def train(engine: Engine, steps: Iterable[int], *, lr: float) -> list[StepResult]:
+    return [engine.train_step(*batch(step, engine.mesh), lr=rate(lr, step)) for step in steps]
+
+
+def rate(lr: float, step: int) -> float:
+    """A learning rate that changes with every step."""
+    return lr * (1.0, 0.5, 0.8)[step % 3]
+
+
+def outcome(engine: Engine, steps: list[StepResult], *, next_step: int) -> Outcome:
+    """What there is to compare. Collective."""
+    val_loss = engine.evaluate(zip(*batch(next_step, engine.mesh), strict=True))
+    pieces = [(p.name, p.full_shape, p.offset, p.tensor.clone()) for p in engine.state_pieces()]
+    return Outcome(steps, full_weights(engine.model, engine.mesh), val_loss, pieces)
+
+
+def run_reference(run: Run, *, steps: int = 3) -> Outcome:
+    """In this process, with no route near a tie."""
+    engine = build_engine(run, Layout(), ParallelMesh.single())
+    with clear_routes(engine.model) if run.dtype == "fp32" else nullcontext():
+        return outcome(engine, train(engine, range(steps), lr=run.lr), next_step=steps)
+
+
+def initial_weights(run: Run) -> dict[str, Tensor]:
+    engine = build_engine(replace(run, dtype="fp32"), Layout(), ParallelMesh.single())
+    return full_weights(engine.model, engine.mesh)
+
+
+class Whole(NamedTuple):
+    """A logical tensor put together, and how many ranks gave each element."""
+
+    tensor: Tensor
+    times: Tensor
+
+
+def assemble(outcomes: list[Outcome]) -> dict[str, Tensor]:
+    """The logical tensors of all ranks' pieces. Every element must come from exactly one rank."""
+    wholes: dict[str, Whole] = {}
+    for name, full_shape, offset, tensor in (piece for one in outcomes for piece in one.pieces):
+        whole = wholes.setdefault(name, Whole(torch.zeros(full_shape), torch.zeros(full_shape)))
+        place = tuple(slice(start, start + size) for start, size in zip(offset, tensor.shape, strict=True))
+        whole.tensor[place] = tensor
+        whole.times[place] += 1
+    wrong = [name for name, whole in wholes.items() if not (whole.times == 1).all()]
+    assert not wrong, f"not held exactly once: {wrong}"
+    return {name: whole.tensor for name, whole in wholes.items()}
+
+

@@ -1,0 +1,92 @@
+"""A gradient that is not finite somewhere: no rank applies the step, nothing changes, and the next step is as if it had not been."""
+
+from typing import NamedTuple
+
+import pytest
+import ranks
+import torch
+from parity.engines import Layout, Run, batch, build_engine, outcome, train
+from parity.sharded import full_weights
+from torch import Tensor
+
+from megagate.engine.base import Engine, StepResult
+from megagate.parallel.mesh import ParallelMesh
+from megagate.parallel.spawn import RankContext
+
+WHERE = ("weight", "expert gradient", "replicated gradient")
+
+
+class Spoilt(NamedTuple):
+    """Three steps, the second spoilt, and two steps without it."""
+
+    step: StepResult
+    kept: bool  # the spoilt step changed no weight
+    after: tuple[list[StepResult], str, int, dict[str, Tensor]]
+    without: tuple[list[StepResult], str, int, dict[str, Tensor]]
+
+
+def spoil(engine: Engine, where: str, tokens: Tensor, labels: Tensor, *, lr: float) -> StepResult:
+    """One step with a nan in a weight of the last rank, or an infinity in a gradient of one of its experts, or in the gradient of a
+    replicated parameter (that is a sum over tp, so that all tp ranks of the last data-parallel rank have it)."""
+    mesh, parameters = engine.mesh, dict(engine.model.named_parameters())
+    spoilt = mesh.dp if where == "replicated gradient" else mesh.world
+    if spoilt.rank != spoilt.size - 1:
+        return engine.train_step(tokens, labels, lr=lr)
+    if where == "weight":
+        data = parameters["layers.1.attention.q.weight"].data
+        value = data[1, 2].clone()
+        data[1, 2] = torch.nan
+        step = engine.train_step(tokens, labels, lr=lr)
+        data[1, 2] = value
+        return step
+    name = "layers.1.moe.experts.down" if where == "expert gradient" else "layers.0.ffn_norm.weight"
+    handle = parameters[name].register_hook(lambda grad: torch.where(grad == grad.max(), torch.inf, grad))
+    step = engine.train_step(tokens, labels, lr=lr)
+    handle.remove()
+    return step
+
+
+def end(engine: Engine, steps: list[StepResult]) -> tuple[list[StepResult], str, int, dict[str, Tensor]]:
+    one = outcome(engine, steps, next_step=3)
+    moments = {f"{name}{offset}": tensor for name, _, offset, tensor in one.pieces}
+    return one.steps, one.digest, engine.applied_steps, moments
+
+
+def spoilt_run(context: RankContext, run: Run, layout: Layout, where: str) -> Spoilt:
+    mesh = ParallelMesh.build(tp=layout.tp, ep=layout.ep)
+    undisturbed = build_engine(run, layout, mesh)
+    without = end(undisturbed, train(undisturbed, [0, 2], lr=run.lr))
+
+    engine = build_engine(run, layout, mesh)
+    steps = train(engine, [0], lr=run.lr)
+    before = full_weights(engine.model, mesh)
+    spoilt = spoil(engine, where, *batch(1, mesh), lr=run.lr)
+    after = full_weights(engine.model, mesh)
+    kept = all(torch.equal(after[name], value) for name, value in before.items())
+    return Spoilt(spoilt, kept, end(engine, steps + train(engine, [2], lr=run.lr)), without)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])  # DeepSpeedZeroOptimizer and BF16_Optimizer
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, tp=2, ep=2), Layout(4, tp=2, ep=4, zero_stage=2), Layout(4, tp=2, ep=4)], ids=str)
+def test_it_skips_the_step_on_all_ranks(layout, dtype, where):
+    for result in ranks.run_ranks(spoilt_run, layout.world_size, Run(optimizer="adamw", dtype=dtype), layout, where):
+        assert not result.step.applied and result.step.grad_norm == float("inf")
+        assert result.kept
+        (steps, digest, applied, moments), (expected, expected_digest, expected_applied, expected_moments) = result.after, result.without
+        assert steps == expected and all(step.applied for step in steps)
+        assert digest == expected_digest
+        assert applied == expected_applied == 2
+        assert list(moments) == list(expected_moments)
+        assert all(torch.equal(value, expected_moments[name]) for name, value in moments.items())
+
+
+@pytest.mark.parametrize("where", ["weight", "expert gradient"])
+def test_the_reference_skips_it_too(where):
+    run, mesh = Run(optimizer="adamw"), ParallelMesh.single()
+    undisturbed, engine = build_engine(run, Layout(), mesh), build_engine(run, Layout(), mesh)
+    without = end(undisturbed, train(undisturbed, [0, 2], lr=run.lr))
+    steps = train(engine, [0], lr=run.lr)
+    step = spoil(engine, where, *batch(1, mesh), lr=run.lr)
+    assert not step.applied
+    assert end(engine, steps + train(engine, [2], lr=run.lr))[:3] == without[:3]
