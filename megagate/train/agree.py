@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from megagate.errors import MegagateError
-from megagate.parallel.comm import gather_objects
+from megagate.parallel.comm import gather_objects, maximum
 from megagate.parallel.mesh import Axis
 
 T = TypeVar("T")
@@ -23,9 +25,9 @@ def everywhere(world: Axis, action: Callable[[], T]) -> T:
         value = action()
     except MegagateError as error:
         problem = error
-    for found in gather_objects(problem, world):
-        if found is not None:
-            raise found
+    # A number is enough where all is well, and cheap enough for every step.
+    if maximum(torch.tensor(int(problem is not None)), world):
+        raise next(found for found in gather_objects(problem, world) if found is not None)
     return value
 
 

@@ -58,9 +58,11 @@ class Job:
             return 0
         data = self._open_data()
         train, valid = self._loaders(data)
+        saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, data=train.fingerprint)
+        if checkpoint is not None:
+            saver.require_sound(checkpoint)
         on_first(world, lambda: (self.folder.claim(config), folders.clean_leftovers(self.folder.checkpoints)))
         engine = self._build_engine()
-        saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, data=train.fingerprint)
         position = self._resume(saver, engine, checkpoint)
         sinks = everywhere(world, lambda: self._sinks(position.step))
         trainer = Trainer(config, engine=engine, train=train, valid=valid, saver=saver, folder=self.folder, sinks=sinks)
@@ -68,7 +70,7 @@ class Job:
         for sink in sinks:
             sink.close()
         if signal:
-            logger.warning("stopped by signal %d at step %d; saved; the same command goes on from there", signal, position.step)
+            logger.info("stopped by signal %d at step %d; saved; the same command goes on from there", signal, position.step)
             return 128 + signal
         return self._close(position, engine, data, valid)
 

@@ -22,7 +22,7 @@ def tell_learning(config: RunConfig, *, val_loss: float, valid: ValidLoader) -> 
         *(val_loss, f"{int(counts.sum()):,}", entropy, entropy - val_loss),
     )
     if wanted and entropy - val_loss < wanted:
-        logger.error(
+        logger.info(
             "FAILED: eval.min_gain_nats asks for at least %.3f nats below; train longer, or look for what keeps it from learning", wanted
         )
         return False

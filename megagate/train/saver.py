@@ -62,16 +62,24 @@ class Saver:
             folders.set_pointer(self.root, "best", step)
         folders.prune(self.root, keep=self.config.checkpoint.keep)
 
-    def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
-        """Take the state of a checkpoint of any layout. Collective: a rank that cannot read stops all.
+    def require_sound(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that this run cannot go on from; each rank reads its share of it. Collective.
 
         Raises:
             CheckpointError: A piece is missing or damaged.
             DataError: The checkpoint was trained on other data, or in another order.
         """
-        everywhere(self.world, lambda: self._load(engine, checkpoint))
+        everywhere(self.world, lambda: self._require_sound(checkpoint))
 
-    def _load(self, engine: Engine, checkpoint: Checkpoint) -> None:
+    def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
+        """Take the state of a sound checkpoint of any layout. Collective: a rank that cannot read stops all.
+
+        Raises:
+            CheckpointError: A tensor is missing.
+        """
+        everywhere(self.world, lambda: engine.load_state(checkpoint, applied_steps=checkpoint.metadata["applied_steps"]))
+
+    def _require_sound(self, checkpoint: Checkpoint) -> None:
         order = checkpoint.metadata["data"]["order"]
         if order != self.data:
             raise DataError(
@@ -80,4 +88,3 @@ class Saver:
                 "train.seq_len"
             )
         checkpoint.verify(rank=self.world.rank, world_size=self.world.size)
-        engine.load_state(checkpoint, applied_steps=checkpoint.metadata["applied_steps"])

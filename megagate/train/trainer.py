@@ -15,6 +15,7 @@ from megagate.data.loader import TrainLoader, ValidLoader
 from megagate.engine.base import Engine
 from megagate.errors import RunError
 from megagate.log import logger
+from megagate.train.agree import everywhere
 from megagate.train.folder import RunFolder
 from megagate.train.metrics import Record, Sink, Speed, step_fields
 from megagate.train.progress import Progress
@@ -93,8 +94,7 @@ class Trainer:
                 if not asked:
                     position, record = self._validate(position, record)
                 # The record first: a run killed between the two resumes from an older checkpoint and drops the record again.
-                for sink in self.sinks:
-                    sink.write(record)
+                everywhere(self.world, lambda record=record: [sink.write(record) for sink in self.sinks])
                 progress.step(record)
                 if asked or self._save_is_due(position):
                     self._save(position)
@@ -123,7 +123,7 @@ class Trainer:
     def _not_finite(self, step: int, loss: float, grad_norm: float, *, applied: bool) -> None:
         what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm}"
         if self.config.train.on_nonfinite == "skip" and not applied:
-            logger.warning("%s; the parameters keep their values (train.on_nonfinite: skip)", what)
+            logger.info("%s; the parameters keep their values (train.on_nonfinite: skip)", what)
             return
         raise RunError(
             f"{what}; training stops (train.on_nonfinite: {self.config.train.on_nonfinite}) and the checkpoints in "

@@ -1,0 +1,212 @@
+"""Bad input: one clear message, exit code 2, nothing written."""
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from train_jobs import NANO, Jobs, contents, metrics, steps_recorded
+
+from megagate.checkpoint.folders import complete_steps
+from megagate.checkpoint.store import Checkpoint
+from megagate.data.manifest import Manifest, ShardEntry, TokenizerIdentity, write_manifest
+from megagate.data.shards import ShardWriter, token_dtype
+from megagate.train.main import main
+
+
+def refused(argv: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the job says about arguments that it refuses, here in this process: no process group is made for them."""
+    assert main([str(word) for word in argv]) == 2
+    out = capsys.readouterr()
+    assert out.err == ""
+    return out.out
+
+
+BAD_FILES = {
+    "a file that is missing": (["--config", "missing.yaml"], "missing.yaml cannot be read"),
+    "broken YAML": (["--config", "broken.yaml"], "broken.yaml line 3, column 1 is not valid YAML"),
+    "an unknown key in a file": (["--config", "unknown.yaml"], "(unknown.yaml line 2) is not a known key; did you mean optim.weight_decay?"),
+    "no base config": (["--train.steps", 5], "model.hidden_size (0) must be at least 1; give a base config first"),
+}
+BAD_VALUES = {
+    "an unknown key": (["--train.step", 5], "did you mean --train.steps?"),
+    "a wrong type": (["--train.steps", "many"], "on the command line) must be a whole number"),
+    "a wrong choice": (["--precision.dtype", "bf15"], "did you mean bf16?"),
+    "out of range": (["--optim.beta1", 1.5], "optim.beta1 (1.5) must be less than 1"),
+    "an unsupported stage": (["--parallel.zero_stage", 3], "parallel.zero_stage (3) must be 1 or 2"),
+    "tp that does not divide heads": (["--parallel.tp", 8], "model.attention.num_heads (4) must be divisible by parallel.tp (8)"),
+    "ep that does not divide experts": (["--parallel.ep", 3], "model.moe.num_experts (8) must be divisible by parallel.ep (3)"),
+    "micro-batch that does not divide": (["--train.micro_batch_size", 3], "train.global_batch_size (8) must be divisible by"),
+}
+BAD_ARGUMENTS = BAD_FILES | {case: (["--config", NANO, *argv], message) for case, (argv, message) in BAD_VALUES.items()}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.yaml").write_text("train:\n  steps: [1, 2\n", encoding="utf-8")
+    (tmp_path / "unknown.yaml").write_text("optim:\n  weight_decya: 1\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    argv, message = BAD_ARGUMENTS[case]
+    said = refused([*argv, "--train.output_dir", "run"], capsys)
+    assert said.startswith("[megagate] ConfigError: ") and said.count(message) == 1, said
+    assert contents(tmp_path) == before
+
+
+def test_all_violations_are_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    many = ["--parallel.tp", 2, "--parallel.ep", 3, "--optim.lr", -1, "--train.seq_len", 33]
+    said = refused(["--config", NANO, "--train.output_dir", tmp_path / "run", *many], capsys)
+    keys = ("optim.lr (-1.0)", "train.seq_len (33)", "model.moe.num_experts (8)", "parallel.tp (2) must divide", "the number of ranks (3)")
+    assert all(key in said for key in keys), said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("layout", ["--parallel.tp", "--parallel.ep"])
+def test_a_world_that_does_not_fit(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    said = refused(["--config", NANO, layout, 4, "--train.output_dir", tmp_path / "run"], capsys)
+    assert f"the number of ranks (6) must be divisible by {layout.removeprefix('--')} (4); start 4 or 8 ranks" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_ranks_keep_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert refused(["--config", tmp_path / "missing.yaml"], capsys) == ""
+    assert refused(["--config", NANO, "--parallel.tp", 3], capsys) == ""
+
+
+@pytest.mark.slow
+def test_under_the_launcher_the_message_comes_once(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs.deepspeed(["--num_gpus", 2], ["--train.output_dir", tmp_path / "run", "--parallel.tp", 4])
+    assert job.wait() == [2], job.text
+    assert job.text.count("ConfigError") == job.text.count("the number of ranks (2) must be divisible by parallel.tp (4)") == 1
+    assert "Traceback" not in job.text
+    assert not (tmp_path / "run").exists()
+
+
+# ---- data
+
+
+def make_data(folder: Path, *, vocab_size: int = 512, tokens: int = 6_000) -> Path:
+    """A data set of arbitrary ids below `vocab_size`, by the library's own writer."""
+    folder.mkdir()
+    ids = np.random.default_rng(0).integers(0, vocab_size, tokens)
+    entries = []
+    for split, part in (("train", ids), ("valid", ids[:1_000])):
+        with ShardWriter(folder / f"{split}-00000", dtype=token_dtype(vocab_size)) as writer:
+            writer.add_many(part, lengths=[part.size])
+        entries.append(ShardEntry.of(f"{split}-00000", split=split, stats=writer.finish()))
+    identity = TokenizerIdentity(kind="none", file="", sha256="", vocab_size=vocab_size, eod_id=-1, pad_id=-1)
+    manifest = Manifest(tokenizer=identity, dtype=token_dtype(vocab_size).name, shards=tuple(entries), source={"name": folder.name})
+    write_manifest(folder, manifest)
+    return folder
+
+
+def spoil(data: Path, how: str) -> None:
+    shard, manifest = data / "train-00000.bin", data / "dataset.json"
+    if how == "truncated":
+        os.truncate(shard, shard.stat().st_size - 20)
+    elif how == "of the wrong dtype":
+        with ShardWriter(data / "train-00000", dtype=np.dtype("<i4")) as writer:  # the manifest says uint16
+            writer.add(np.zeros(6_000))
+            writer.finish()
+    elif how == "without its manifest":
+        manifest.unlink()
+    elif how == "with a broken manifest":
+        manifest.write_text(manifest.read_text(encoding="utf-8")[:-40], encoding="utf-8")
+
+
+BAD_DATA = {
+    "missing": "there is no such folder",
+    "truncated": "train-00000.bin",
+    "of the wrong dtype": "int32",
+    "without its manifest": "dataset.json",
+    "with a broken manifest": "dataset.json",
+    "of a larger vocabulary": "model.vocab_size",
+    "too short for a window": "train.seq_len",
+}
+
+
+@pytest.mark.parametrize("how", BAD_DATA)
+def test_bad_data(jobs: Jobs, tmp_path: Path, how: str) -> None:
+    data = tmp_path / "data"
+    if how != "missing":
+        make_data(data, vocab_size=1024 if how == "of a larger vocabulary" else 512, tokens=30 if "short" in how else 6_000)
+        spoil(data, how)
+    job = jobs.run("--train.output_dir", tmp_path / "run", "--data.path", data, world=2, expect=2)
+    assert job.text.count("DataError") == 1 and BAD_DATA[how] in job.text, job.text
+    assert "Traceback" not in job.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_good_data_of_the_same_writer_is_trained_on(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.run("--train.output_dir", tmp_path / "run", "--data.path", make_data(tmp_path / "data"), "--train.steps", 2)
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_the_validation_split_may_be_empty_or_short(jobs: Jobs, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", tokens=40)  # one window in each split: less than a batch
+    job = jobs.run("--train.output_dir", tmp_path / "run", "--data.path", data, "--train.steps", 2, "--train.global_batch_size", 1)
+    assert "val_loss" in metrics(tmp_path / "run")[-1]
+    assert "unigram entropy of the same 32 tokens" in job.text
+
+
+# ---- the disk
+
+
+@pytest.mark.parametrize("place", ["run", "run/below"])
+def test_a_file_where_the_folder_belongs(jobs: Jobs, tmp_path: Path, place: str) -> None:
+    (tmp_path / "run").write_text("mine", encoding="utf-8")
+    job = jobs.run("--train.output_dir", tmp_path / place, world=2, expect=2)
+    assert job.text.count("RunError") == 1 and f"train.output_dir ({tmp_path / place}) cannot be written" in job.text
+    assert (tmp_path / "run").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 6 MB, of which a checkpoint of nano takes 2.4: room for two and a half."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_space_for_a_checkpoint(jobs: Jobs, small_disk: Path, world: int) -> None:
+    run = small_disk / "run"
+    job = jobs.run("--train.output_dir", run, "--checkpoint.every", 2, "--checkpoint.keep", 0, world=world, expect=2)
+    assert job.text.count("RunError") == job.text.count("no space") == 1, job.text
+    assert "Traceback" not in job.text
+    steps = complete_steps(run / "checkpoints")
+    assert steps == [2, 4] and steps_recorded(run) == 6
+    for step in steps:
+        Checkpoint.open(run / "checkpoints" / f"step-{step:08d}").verify()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_space_for_a_record(jobs: Jobs, small_disk: Path, world: int) -> None:
+    run = small_disk / "run"
+    command = ("--train.output_dir", run, "--checkpoint.every", 20, "--train.steps", 40)
+    job = jobs.fork(*command, world=world)
+    job.until(lambda: complete_steps(run / "checkpoints"))
+    ballast = os.open(small_disk / "ballast", os.O_CREAT | os.O_WRONLY)
+    with pytest.raises(OSError, match="No space"):
+        while True:
+            os.write(ballast, b"x" * 4096)
+    os.close(ballast)
+    assert job.wait() == [2] * world, job.text
+    assert job.text.count("RunError") == 1 and "metrics.jsonl: cannot be written" in job.text, job.text
+    assert "Traceback" not in job.text
+    (small_disk / "ballast").unlink()
+    Checkpoint.open(run / "checkpoints" / "step-00000020").verify()
+    jobs.run(*command, world=world)
+    assert [record["step"] for record in metrics(run)] == list(range(1, 41))

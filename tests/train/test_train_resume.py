@@ -1,0 +1,206 @@
+"""A run that was killed, stopped in between or moved goes on as if nothing had happened."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+from train_jobs import Job, Jobs, Record, contents, metrics, numbers, steps_recorded
+
+from megagate.checkpoint.folders import complete_steps, read_pointer
+
+EXACT_TO = 1e-5  # relative, where the layout changes
+# Validation and checkpoints at different steps, so that a resume begins between two validations.
+LONG = ("--train.steps", 30, "--checkpoint.every", 5, "--eval.every", 3, "--checkpoint.keep", 0)
+DP2_EP2 = ("--parallel.ep", 2)
+TP2_EP2 = ("--parallel.tp", 2, "--parallel.ep", 2, "--train.micro_batch_size", 2)
+
+
+def kill_after(job: Job, run: Path, steps: int) -> None:
+    """Kill a job's ranks with -9 when it has recorded so many steps."""
+    job.until(lambda: steps_recorded(run) >= steps)
+    job.send(signal.SIGKILL)
+    assert set(job.wait()) == {-signal.SIGKILL}, job.text
+
+
+@pytest.mark.parametrize(("world", "layout"), [(1, ()), (2, DP2_EP2)])
+def test_killed_in_the_middle_it_goes_on_bit_for_bit(jobs: Jobs, tmp_path: Path, world: int, layout: tuple[object, ...]) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    jobs.run("--train.output_dir", whole, *LONG, *layout, world=world)
+    command = ("--train.output_dir", killed, *LONG, *layout)
+    kill_after(jobs.fork(*command, world=world), killed, 8)
+    began = complete_steps(killed / "checkpoints")[-1]
+    assert 5 <= began < 30 and steps_recorded(killed) < 30, "the kill came too late"
+    with (killed / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 7, "loss": 5.9')  # as a kill within a write leaves it
+    leftovers = [killed / "checkpoints" / name for name in ("step-00000025.tmp", "step-00000020.trash")]
+    for folder in leftovers:
+        folder.mkdir()
+        (folder / "rank-00000.safetensors").write_bytes(b"half")
+    job = jobs.run(*command, world=world)
+    assert job.text.count(f"resumed from the checkpoint of step {began}") == 1
+    assert numbers(metrics(killed)) == numbers(metrics(whole))
+    assert [record["step"] for record in metrics(killed)] == list(range(1, 31))
+    assert tensors(killed) == tensors(whole)
+    assert not any(folder.exists() for folder in leftovers)
+
+
+def tensors(run: Path) -> dict[str, str]:
+    """A digest of every tensor file of a run; the index beside it names the run's folder."""
+    return {name: digest for name, digest in contents(run / "checkpoints").items() if name.endswith(".safetensors")}
+
+
+def test_killed_twice_and_before_the_first_checkpoint(jobs: Jobs, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    jobs.run("--train.output_dir", whole, *LONG)
+    command = ("--train.output_dir", killed, *LONG)
+    kill_after(jobs.fork(*command), killed, 2)
+    kill_after(jobs.fork(*command), killed, 7)
+    kill_after(jobs.fork(*command), killed, 13)
+    jobs.run(*command)
+    assert numbers(metrics(killed)) == numbers(metrics(whole))
+
+
+def test_resumed_in_another_layout_it_stays_on_the_curve(jobs: Jobs, tmp_path: Path) -> None:
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    jobs.run("--train.output_dir", whole, *LONG, world=2)
+    kill_after(jobs.fork("--train.output_dir", moved, *LONG, world=2), moved, 6)
+    began = complete_steps(moved / "checkpoints")[-1]
+    jobs.run("--train.output_dir", moved, *LONG, *TP2_EP2, world=2)
+    assert [record["step"] for record in metrics(moved)] == list(range(1, 31))
+    assert numbers(metrics(moved))[:began] == numbers(metrics(whole))[:began]
+    compare(metrics(moved), metrics(whole))
+
+
+def compare(found: list[Record], expected: list[Record]) -> None:
+    for record, other in zip(found, expected, strict=True):
+        for key in ("loss", "aux_loss", "z_loss", "grad_norm", "val_loss"):
+            if key in other:
+                assert math.isclose(record[key], other[key], rel_tol=EXACT_TO), (record["step"], key, record[key], other[key])
+
+
+def test_a_finished_run_says_so(jobs: Jobs, tmp_path: Path) -> None:
+    command = ("--train.output_dir", tmp_path / "run", *DP2_EP2)
+    jobs.run(*command, world=2)
+    before = contents(tmp_path / "run")
+    job = jobs.run(*command, world=2)
+    assert job.text.count("at step 10 of 10; nothing to do") == 1
+    assert contents(tmp_path / "run") == before
+
+
+def test_another_config_in_the_same_folder_is_refused(jobs: Jobs, tmp_path: Path) -> None:
+    run = ("--train.output_dir", tmp_path / "run")
+    jobs.run(*run)
+    before = contents(tmp_path / "run")
+    job = jobs.run(*run, "--optim.lr", 1e-3, "--model.moe.top_k", 2, world=2, expect=2)
+    assert job.text.count("holds a run of another config") == 1
+    assert "optim.lr: 0.002 there, 0.001 here" in job.text
+    assert "model.moe.top_k: 3 there, 2 here" in job.text
+    assert contents(tmp_path / "run") == before
+
+
+def test_resume_never_refuses_a_folder_with_checkpoints(jobs: Jobs, tmp_path: Path) -> None:
+    run = ("--train.output_dir", tmp_path / "run", "--train.resume", "never")
+    jobs.run(*run)
+    before = contents(tmp_path / "run")
+    job = jobs.run(*run, expect=2)
+    assert job.text.count("train.resume is never, but") == 1
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_continues_from_a_checkpoint_of_another_folder(jobs: Jobs, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    schedule = ("--schedule.kind", "constant")
+    jobs.run("--train.output_dir", tmp_path / "whole", *schedule, "--train.steps", 20)
+    jobs.run("--train.output_dir", old, *schedule)
+    before = contents(old)
+    command = ("--train.output_dir", new, *schedule, "--train.steps", 20, "--train.resume", old / "checkpoints")
+    job = jobs.fork(*command)
+    kill_after(job, new, 7)  # steps 11 to 17: a checkpoint of its own, and more
+    job = jobs.run(*command)
+    assert "resumed from the checkpoint of step 15" in job.text
+    assert [record["step"] for record in metrics(new)] == list(range(11, 21))
+    expected = [record for record in numbers(metrics(tmp_path / "whole")) if record["step"] > 10]
+    assert numbers(metrics(new)) == expected
+    assert contents(old) == before
+
+
+def test_resume_takes_a_step_by_its_folder(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.run("--train.output_dir", tmp_path / "old")
+    step_5 = tmp_path / "old" / "checkpoints" / "step-00000005"
+    jobs.run("--train.output_dir", tmp_path / "new", "--train.resume", step_5)
+    assert numbers(metrics(tmp_path / "new")) == numbers(metrics(tmp_path / "old"))[5:]
+
+
+def test_a_path_without_a_complete_checkpoint_is_refused(jobs: Jobs, tmp_path: Path) -> None:
+    unfinished = tmp_path / "old" / "step-00000005.tmp"
+    unfinished.mkdir(parents=True)
+    for path in (tmp_path / "nowhere", tmp_path / "old", unfinished):
+        job = jobs.run("--train.output_dir", tmp_path / "new", "--train.resume", path, world=2, expect=2)
+        assert job.text.count("CheckpointError") == 1 and str(path) in job.text
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.run("--train.output_dir", tmp_path / "old", "--train.steps", 2)
+    other = ("--model.num_layers", 3, "--model.attention.gate.granularity", "headwise")
+    resume = ("--train.output_dir", tmp_path / "new", "--train.resume", tmp_path / "old" / "checkpoints")
+    job = jobs.run(*resume, *other, world=2, expect=2)
+    assert job.text.count("holds another model") == 1
+    assert "model.num_layers: 2 there, 3 here" in job.text
+    assert "model.attention.gate.granularity: elementwise there, headwise here" in job.text
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_one_flipped_byte_is_named(jobs: Jobs, tmp_path: Path, world: int) -> None:
+    command = ("--train.output_dir", tmp_path / "run", *LONG)
+    job = jobs.fork(*command)
+    kill_after(job, tmp_path / "run", 7)
+    newest = complete_steps(tmp_path / "run" / "checkpoints")[-1]
+    file = tmp_path / "run" / "checkpoints" / f"step-{newest:08d}" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    before = contents(tmp_path / "run")
+    job = jobs.run(*command, world=world, expect=2)
+    assert job.text.count("CheckpointError") == 1 and str(file) in job.text
+    assert contents(tmp_path / "run") == before
+
+
+def test_another_order_of_samples_is_refused(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.run("--train.output_dir", tmp_path / "old", "--train.steps", 2)
+    resume = ("--train.output_dir", tmp_path / "new", "--train.resume", tmp_path / "old" / "checkpoints")
+    for change in (("--train.seed", 7), ("--train.seq_len", 16)):
+        job = jobs.run(*resume, *change, world=2, expect=2)
+        assert job.text.count("trained on another data set or sample order") == 1
+        assert not (tmp_path / "new").exists()
+
+
+def test_best_is_the_lowest_validation_loss_and_survives(jobs: Jobs, tmp_path: Path) -> None:
+    """A learning rate that is far too high at the end makes an early step the best one."""
+    run = tmp_path / "run"
+    hot = ("--schedule.kind", "constant", "--schedule.warmup_steps", 20, "--optim.lr", 0.3, "--train.steps", 20)
+    job = jobs.run("--train.output_dir", run, *hot, "--checkpoint.every", 5, "--checkpoint.keep", 1, "--eval.every", 2)
+    losses = {record["step"]: record["val_loss"] for record in metrics(run) if "val_loss" in record}
+    assert list(losses) == list(range(2, 21, 2))
+    lowest = min(losses, key=losses.__getitem__)
+    assert lowest < 20, "the example must have its best before the end"
+    assert read_pointer(run / "checkpoints", "best") == lowest
+    assert complete_steps(run / "checkpoints") == [lowest, 20]
+    assert f"step {lowest}: validation loss {losses[lowest]:.4f} nats, the lowest so far" in job.text
+
+
+def test_the_lowest_validation_loss_is_remembered_by_a_resumed_run(jobs: Jobs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    hot = ("--schedule.kind", "constant", "--schedule.warmup_steps", 20, "--optim.lr", 0.3, "--train.steps", 20, "--eval.every", 1)
+    command = ("--train.output_dir", run, *hot, "--checkpoint.every", 1, "--checkpoint.keep", 1)
+    kill_after(jobs.fork(*command), run, 16)
+    lowest = read_pointer(run / "checkpoints", "best")
+    jobs.run(*command)
+    losses = {record["step"]: record["val_loss"] for record in metrics(run)}
+    assert lowest == min(losses, key=losses.__getitem__) < 16
+    assert read_pointer(run / "checkpoints", "best") == lowest
+    index = json.loads((run / "checkpoints" / "step-00000020" / "index.json").read_text(encoding="utf-8"))
+    assert index["metadata"]["best_val_loss"] == losses[lowest]
