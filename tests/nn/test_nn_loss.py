@@ -83,8 +83,9 @@ def test_large_logits_do_not_overflow():
     assert_close(total, F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"), to=1e-6)
 
 
-def test_bf16_is_summed_in_fp32():
-    """The only roundings are those of the logits and of the gradients that leave: not of the sum over many tokens."""
+def test_bf16_is_summed_in_fp32(monkeypatch):
+    """The only roundings are those of the logits, of their gradients and of what leaves: not of a sum over many chunks."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
     x, weight = random("x", 1, 4096, HIDDEN).bfloat16(), (0.1 * random("weight", ROWS, HIDDEN)).bfloat16()
     labels = torch.randint(0, ROWS, (1, 4096), generator=torch.Generator().manual_seed(3))
     x.requires_grad_(), weight.requires_grad_()
@@ -96,4 +97,4 @@ def test_bf16_is_summed_in_fp32():
     value.backward()
     assert_close(total, value, to=1e-6)
     grad_weight = wide.grad.T @ x.detach().double().flatten(0, 1)
-    assert_close(weight.grad, grad_weight, to=6e-3)
+    assert (weight.grad.double() - grad_weight).norm() / grad_weight.norm() < 4e-3
