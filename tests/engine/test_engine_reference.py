@@ -1,14 +1,16 @@
 """The reference engine, which all others are held against, is itself held against a training loop in a few lines of plain PyTorch."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
-from parity.engines import CLIP, Layout, Run, batch, build_engine, rate, run_config, train
+from parity.engines import CLIP, MICRO_STEPS, Layout, Run, batch, build_engine, rate, run_config, train
 from parity.sharded import assert_all_close, clear_routes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megagate.config.model import BalanceScope
 from megagate.config.run import OptimConfig, RunConfig
 from megagate.engine.base import Engine
 from megagate.engine.optim import build_optimizer, fresh_state, parameter_groups
@@ -77,29 +79,33 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
     return kept
 
 
-def test_the_objective_is_the_mean_loss_plus_the_weighted_auxiliary_losses():
-    """One micro-step, all written out; the auxiliary losses are means over tokens, summed over layers."""
-    run = Run()
-    base = run_config(run, Layout())
-    config = replace(base, train=replace(base.train, micro_batch_size=8))
-    model = build_engine(run, Layout(), ALONE).model
-    engine = ReferenceEngine(model, config, ALONE)
-    tokens, labels = (t.flatten(0, 1)[None] for t in batch(0, ALONE))
+@pytest.mark.parametrize("scope", get_args(BalanceScope))
+def test_the_objective_is_the_mean_loss_plus_the_weighted_auxiliary_losses(scope):
+    """All written out: means over the tokens of the step, summed over layers; counts of the micro-steps so far, or of each alone."""
+    run = Run(scope=scope)
+    engine, model = build_engine(run, Layout(), ALONE), build_engine(run, Layout(), ALONE).model
     engine._update = lambda lr: (1.0, True)
-    step = engine.train_step(tokens, labels, lr=0.1)
-    ours = {name: master.grad for name, master in engine.masters.items()}
+    tokens, labels = batch(0, ALONE)
+    with clear_routes(engine.model):
+        step = engine.train_step(tokens, labels, lr=0.1)
 
-    parts = model(tokens[0], labels[0])
-    count, moe = tokens.numel(), run.model.moe
-    balances = [moe.num_experts * (s.counts / (count * moe.top_k) * s.prob_sums / count).sum() for s in parts.stats]
-    zs = [s.z_sum / count for s in parts.stats]
-    mean_loss = parts.ce_sum / (labels != IGNORE_INDEX).sum()
-    (mean_loss + moe.balance_coef * sum(balances) + moe.z_loss_coef * sum(zs)).backward()
+    moe, count = run.model.moe, tokens.numel()
+    parts = [model(*one) for one in zip(tokens, labels, strict=True)]
+    balance = z = torch.zeros(())
+    for layer in range(run.model.num_layers):
+        stats = [part.stats[layer] for part in parts]
+        for k in range(MICRO_STEPS):
+            seen = sum(s.counts for s in (stats[: k + 1] if scope == "global_batch" else stats[k : k + 1]))
+            balance = balance + moe.num_experts * (seen / seen.sum() * stats[k].prob_sums / count).sum()
+            z = z + stats[k].z_sum / count
+    mean_loss = sum(part.ce_sum for part in parts) / (labels != IGNORE_INDEX).sum()
+    (mean_loss + moe.balance_coef * balance + moe.z_loss_coef * z).backward()
+
+    ours = {name: master.grad for name, master in engine.masters.items()}
     assert_all_close(ours, {name: p.grad for name, p in model.named_parameters()}, to=1e-6)
     assert step.loss == pytest.approx(mean_loss.item(), rel=1e-6)
     assert step.targets == (labels != IGNORE_INDEX).sum()
-    assert step.aux.balance == pytest.approx((sum(balances) / 2).item(), rel=1e-6)
-    assert step.aux.z == pytest.approx((sum(zs) / 2).item(), rel=1e-6)
+    assert step.aux.z == pytest.approx(z.item() / run.model.num_layers, rel=1e-6)
 
 
 def test_gradients_do_not_depend_on_how_a_step_is_cut_into_micro_steps():

@@ -11,7 +11,7 @@ from parity.sharded import BACKEND, clear_routes, fill, full_weights
 from torch import Tensor
 
 from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
-from megagate.config.run import OptimConfig, OptimizerName, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
+from megagate.config.run import GradDType, OptimConfig, OptimizerName, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from megagate.engine.base import Engine, StepResult
 from megagate.engine.reference import ReferenceEngine
 from megagate.model.lm import LanguageModel
@@ -36,6 +36,7 @@ class Run:
 
     optimizer: OptimizerName = "sgd"
     dtype: str = "fp32"
+    grad_dtype: GradDType = "fp32"
     scope: BalanceScope = "global_batch"
     recompute: bool = False
     dense: bool = False
@@ -91,7 +92,7 @@ def run_config(run: Run, layout: Layout) -> RunConfig:
         train=TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH // MICRO_STEPS // dp, seq_len=SEQUENCE, recompute=run.recompute),
         optim=OptimConfig(name=run.optimizer, lr=run.lr, grad_clip=CLIP),
         parallel=ParallelConfig(tp=layout.tp, ep=layout.ep, zero_stage=layout.zero_stage),
-        precision=PrecisionConfig(dtype=run.dtype),
+        precision=PrecisionConfig(dtype=run.dtype, grad_dtype=run.grad_dtype),
     )
 
 

@@ -1,5 +1,6 @@
 """The whole model under DeepSpeed equals the plain PyTorch engine: SGD (Adam hides errors of scale), active clipping, accumulation."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -22,9 +23,10 @@ LAYOUTS = [
     Layout(4, tp=1, ep=2),
     Layout(4, tp=2, ep=4),
     Layout(4, tp=4, ep=4),  # more ranks than kv heads
+    Layout(4, tp=4, ep=2),
     Layout(4, tp=2, ep=1),
 ]
-SECOND_STAGE = [Layout(one.world_size, one.tp, one.ep, zero_stage=2) for one in LAYOUTS]
+SECOND_STAGE = [replace(layout, zero_stage=2) for layout in LAYOUTS]
 
 
 def run_zero(context: RankContext, run: Run, layout: Layout) -> Outcome:
@@ -119,11 +121,12 @@ def deviations(outcomes: list[Outcome]) -> tuple[float, float, float]:
 
 
 def test_bf16_deviates_no_more_on_a_folded_grid_than_on_plain_data_parallel_ranks():
-    run = Run(dtype="bf16")
+    run, folded_grid = Run(dtype="bf16"), Layout(4, tp=2, ep=4)
     usual = deviations(ranks.run_ranks(run_zero, 2, run, Layout(2)))
     assert 0 < usual[0] < 0.05 and usual[1] < 0.005 and usual[2] < 0.05
-    for layout in (Layout(4, tp=2, ep=4), Layout(4, tp=2, ep=4, zero_stage=2)):
-        folded = ranks.run_ranks(run_zero, 4, run, layout)
+    variants = [(run, folded_grid), (run, replace(folded_grid, zero_stage=2)), (replace(run, grad_dtype="model"), folded_grid)]
+    for variant, layout in variants:
+        folded = ranks.run_ranks(run_zero, 4, variant, layout)
         assert {one.digest for one in folded} == {folded[0].digest}
         distance, slope, norm = deviations(folded)
         assert distance < 1.5 * usual[0] and norm < 1.5 * usual[2]
