@@ -145,5 +145,5 @@ class Job:
     def _close(self, position: Position, engine: Engine, data: DataSet, valid: ValidLoader | None) -> int:
         tell_sample(self.config, engine=engine, data=data)
         learnt = valid is None or position.val_loss is None or tell_learning(self.config, val_loss=position.val_loss, valid=valid)
-        tell_next(self.config, self.folder)
+        tell_next(self.config, self.folder, world_size=self.mesh.world.size)
         return 0 if learnt else 1

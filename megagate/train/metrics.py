@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,9 +59,9 @@ class MetricsFile:
         self._file.close()
 
     def _drop_after(self, last_step: int) -> None:
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= last_step]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         new = self.path.with_suffix(".jsonl.tmp")
-        new.write_text("".join(kept), encoding="utf-8")
+        new.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= last_step), encoding="utf-8")
         os.replace(new, self.path)
 
     def _cannot_write(self, error: OSError) -> RunError:
@@ -79,16 +80,29 @@ class WandbSink:
     """A Weights & Biases run that goes on when the run is resumed."""
 
     def __init__(self, config: RunConfig, folder: Path):
+        """Start it, or go on with the one that `folder` knows.
+
+        Raises:
+            RunError: It cannot start: no key, no network.
+        """
         import wandb  # noqa: PLC0415  slow to import, and only needed here
 
-        self.run = wandb.init(
-            mode=config.wandb.mode,
-            project=config.wandb.project,
-            name=folder.name,
-            dir=str(folder),
-            config=to_dict(config),
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            self.run = wandb.init(
+                mode=config.wandb.mode,
+                project=config.wandb.project,
+                name=folder.name,
+                dir=str(folder),
+                id=_wandb_id(folder),
+                resume="allow" if config.wandb.mode == "online" else None,  # offline, `wandb sync` joins what has one id
+                config=to_dict(config),
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise RunError(
+                f"wandb.mode is {config.wandb.mode}, and Weights & Biases does not start ({error}); use `wandb login`, or set "
+                "--wandb.mode offline, which needs no key and no network"
+            ) from error
 
     def write(self, record: Record) -> None:
         """Log one step."""
@@ -97,6 +111,15 @@ class WandbSink:
     def close(self) -> None:
         """Finish the run."""
         self.run.finish()
+
+
+def _wandb_id(folder: Path) -> str:
+    """The name under which Weights & Biases knows the run of this folder."""
+    path = folder / "wandb" / "id"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 class Speed:

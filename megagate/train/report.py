@@ -1,5 +1,7 @@
 """What a finished run says: what it has learnt, a sample, where it lies, and what to do next."""
 
+import shlex
+
 from megagate.config.run import RunConfig
 from megagate.data.dataset import DataSet
 from megagate.data.loader import ValidLoader, unigram_entropy
@@ -46,17 +48,27 @@ def tell_sample(config: RunConfig, *, engine: Engine, data: DataSet) -> None:
     logger.info("a sample: %s", repr(config.eval.prompt + text))
 
 
-def tell_next(config: RunConfig, folder: RunFolder) -> None:
-    """Print where the run lies and commands that come next."""
-    name, script = folder.path, "examples/pretrain_moe.sh"
-    again = f"{script} --config {folder.config} --train.output_dir {name}"
+def tell_next(config: RunConfig, folder: RunFolder, *, world_size: int) -> None:
+    """Print where the run lies and commands that come next, on as many ranks where not said otherwise."""
+    name = folder.path
+    launch = "deepspeed" if world_size == 1 else f"deepspeed --num_gpus {world_size}"
     commands = []
     if config.model.attention.gate.position != "none":
-        delta = "--config examples/configs/gate_none.yaml"
-        commands.append(("the ungated baseline", f"deepspeed {script} --config {folder.config} {delta} --train.output_dir {name}-baseline"))
-    if config.model.is_moe:
-        commands.append(("the same model on two ranks", f"deepspeed --num_gpus 2 {again}-ep2 --parallel.ep 2"))
-    more = f"--train.resume {folder.checkpoints} --train.steps {2 * config.train.steps}"
-    commands.append(("go on from here", f"deepspeed {again}-more {more}"))
+        commands.append(("the ungated baseline", launch, "-baseline", "--config examples/configs/gate_none.yaml --train.resume auto"))
+    if world_size > 1:
+        commands.append(("the same model on one rank", "deepspeed", "-one", "--parallel.tp 1 --parallel.ep 1 --train.resume auto"))
+    elif _fits_two_ranks(config):
+        commands.append(("the same model on two ranks", "deepspeed --num_gpus 2", "-ep2", "--parallel.ep 2 --train.resume auto"))
+    more = f"--train.resume {shlex.quote(str(folder.checkpoints))} --train.steps {2 * config.train.steps}"
+    commands.append(("go on from here", launch, "-more", more))
     logger.info("the run is in %s: config.yaml, metrics.jsonl (a line per step), checkpoints/ (latest, best)", name)
-    logger.info("next:\n%s", "\n".join(f"  {what + ':':29}{command}" for what, command in commands))
+    # A path as the shell takes it: the first config is this run's own, what follows wins.
+    start, where = f"examples/pretrain_moe.sh --config {shlex.quote(str(folder.config))}", "--train.output_dir"
+    lines = [f"  {what + ':':29}{how} {start} {change} {where} {shlex.quote(f'{name}{end}')}" for what, how, end, change in commands]
+    logger.info("next:\n%s", "\n".join(lines))
+
+
+def _fits_two_ranks(config: RunConfig) -> bool:
+    """Whether the run's batch and experts divide over two ranks."""
+    train, moe = config.train, config.model.moe
+    return config.model.is_moe and moe.num_experts % 2 == 0 and train.global_batch_size % (2 * max(1, train.micro_batch_size)) == 0

@@ -151,13 +151,14 @@ class Trainer:
 
     @contextmanager
     def _profiler(self, first: int) -> Iterator[Callable[[], None]]:
-        """Yields what is called after each step; traces the configured steps on the first rank."""
+        """Yields what is called after each step; traces the configured steps, or what is left of them, on the first rank."""
         wanted = self.config.profile
-        if not wanted.steps or self.world.rank:
+        skipped = max(0, wanted.start_step - 1 - first)
+        active = wanted.start_step - 1 + wanted.steps - first - skipped
+        if not wanted.steps or active < 1 or self.world.rank:
             yield lambda: None
             return
-        skipped = max(0, wanted.start_step - 1 - first)
-        schedule = torch.profiler.schedule(skip_first=max(0, skipped - 1), wait=0, warmup=min(1, skipped), active=wanted.steps, repeat=1)
+        schedule = torch.profiler.schedule(skip_first=max(0, skipped - 1), wait=0, warmup=min(1, skipped), active=active, repeat=1)
         handler = torch.profiler.tensorboard_trace_handler(str(self.folder.profile), worker_name="rank-0")
         with torch.profiler.profile(schedule=schedule, on_trace_ready=handler) as profile:
             yield profile.step

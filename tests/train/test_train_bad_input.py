@@ -27,7 +27,7 @@ def refused(argv: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
 BAD_FILES = {
     "a file that is missing": (["--config", "missing.yaml"], "missing.yaml cannot be read"),
     "broken YAML": (["--config", "broken.yaml"], "broken.yaml line 3, column 1 is not valid YAML"),
-    "an unknown key in a file": (["--config", "unknown.yaml"], "(unknown.yaml line 2) is not a known key; did you mean optim.weight_decay?"),
+    "an unknown key in a file": (["--config", "unknown.yaml"], "(unknown.yaml line 2) is not a known key; did you mean optim.weight_decay"),
     "no base config": (["--train.steps", 5], "model.hidden_size (0) must be at least 1; give a base config first"),
 }
 BAD_VALUES = {

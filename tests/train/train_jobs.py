@@ -39,8 +39,8 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "GLOO_SOCKET_IFNAME": "lo",
-    "MASTER_ADDR": "127.0.0.1",
 }
+LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Record = dict[str, Any]
 
 
@@ -68,7 +68,7 @@ class Jobs:
     def command(self, words: Sequence[object], **environment: str) -> "Job":
         """Start a command line in a session of its own."""
         output = self._output()
-        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_SETS}
         env["PATH"] = f"{DEEPSPEED.parent}:{env['PATH']}"
         with output.open("wb") as file:
             process = subprocess.Popen(
@@ -175,7 +175,7 @@ def _fork(argv: list[str], rank: int, world_size: int, *, port: int, folder: Pat
     ranks.start()
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size)}
     if world_size > 1:
-        environment["MASTER_PORT"] = str(port)
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process = get_context("forkserver").Process(target=_rank, args=(argv, ENVIRONMENT | environment, folder, output), daemon=True)
     process.start()
     return process
@@ -185,9 +185,9 @@ def _rank(argv: list[str], environment: dict[str, str], folder: Path, output: Pa
     """In the forked process: one rank of a job."""
     os.setsid()
     os.chdir(folder)
+    for name in LAUNCHER_SETS:
+        os.environ.pop(name, None)
     os.environ.update(environment)
-    if environment["WORLD_SIZE"] == "1":
-        os.environ.pop("MASTER_ADDR", None)  # a lone rank meets nobody
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
