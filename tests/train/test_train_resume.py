@@ -1,6 +1,5 @@
 """A run that was killed, stopped in between or moved goes on as if nothing had happened."""
 
-import json
 import math
 import signal
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 from train_jobs import Job, Jobs, Record, contents, metrics, numbers, steps_recorded
 
 from megagate.checkpoint.folders import complete_steps, read_pointer
+from megagate.checkpoint.store import Checkpoint
 
 EXACT_TO = 1e-5  # relative, where the layout changes
 # Validation and checkpoints at different steps, so that a resume begins between two validations.
@@ -202,5 +202,4 @@ def test_the_lowest_validation_loss_is_remembered_by_a_resumed_run(jobs: Jobs, t
     losses = {record["step"]: record["val_loss"] for record in metrics(run)}
     assert lowest == min(losses, key=losses.__getitem__) < 16
     assert read_pointer(run / "checkpoints", "best") == lowest
-    index = json.loads((run / "checkpoints" / "step-00000020" / "index.json").read_text(encoding="utf-8"))
-    assert index["metadata"]["best_val_loss"] == losses[lowest]
+    assert Checkpoint.open(run / "checkpoints" / "step-00000020").metadata["best_val_loss"] == losses[lowest]

@@ -1,0 +1,264 @@
+"""The job's small parts on their own."""
+
+import json
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from torch import nn
+
+from megagate.backend.native import NativeBackend
+from megagate.config.cli import parse, to_yaml
+from megagate.config.model import GateConfig
+from megagate.config.run import OptimConfig, RunConfig, ScheduleConfig, TrainConfig
+from megagate.engine.optim import parameter_groups
+from megagate.errors import CheckpointError, ConfigError, RunError
+from megagate.model.lm import LanguageModel
+from megagate.parallel.mesh import Axis, ParallelMesh
+from megagate.parallel.spawn import RankContext
+from megagate.train.agree import everywhere, on_first
+from megagate.train.folder import RunFolder
+from megagate.train.metrics import MetricsFile
+from megagate.train.schedule import learning_rate
+from megagate.train.stop import StopSignal
+from megagate.train.trainer import Position
+
+NANO = Path(__file__).parents[2] / "examples" / "configs" / "nano.yaml"
+
+
+@pytest.fixture
+def nano() -> RunConfig:
+    return parse(["--config", str(NANO)], prog="test")
+
+
+# ---- schedule
+
+
+def schedule(steps: int, **settings: object) -> list[float]:
+    config = RunConfig(train=TrainConfig(steps=steps), optim=OptimConfig(lr=1.0), schedule=ScheduleConfig(**settings))
+    return [learning_rate(config, step) for step in range(1, steps + 1)]
+
+
+def test_cosine() -> None:
+    half = math.sqrt(0.5)
+    assert schedule(6, kind="cosine", warmup_steps=2) == pytest.approx([0.5, 1, (1 + half) / 2, 0.5, (1 - half) / 2, 0])
+    assert schedule(4, kind="cosine", min_lr=0.2) == pytest.approx([0.2 + 0.4 * (1 + c) for c in (half, 0, -half, -1)])
+
+
+def test_wsd() -> None:
+    assert schedule(8, kind="wsd", warmup_steps=2, decay_steps=4, min_lr=0.2) == pytest.approx([0.5, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert schedule(4, kind="wsd", decay_steps=4) == pytest.approx([0.75, 0.5, 0.25, 0])
+
+
+def test_constant() -> None:
+    assert schedule(4, kind="constant", warmup_steps=2, min_lr=0.2) == pytest.approx([0.5, 1, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_warm_up_may_fill_the_run(kind: str) -> None:
+    assert schedule(4, kind=kind, warmup_steps=4) == pytest.approx([0.25, 0.5, 0.75, 1])
+
+
+# ---- weight decay
+
+
+def test_norms_and_biases_have_no_weight_decay(nano: RunConfig) -> None:
+    mesh = ParallelMesh.single()
+    backend = NativeBackend(torch.device("cpu"))
+    named = list(LanguageModel(nano.model, dtype=torch.float32, backend=backend, mesh=mesh, recompute=False).named_parameters())
+    name_of = {id(parameter): name for name, parameter in named}
+    groups = parameter_groups(named, nano.optim)
+    by_decay = {group["weight_decay"]: [name_of[id(parameter)] for parameter in group["params"]] for group in groups}
+    assert set(by_decay) == {nano.optim.weight_decay, 0.0}
+    decayed, rest = by_decay[nano.optim.weight_decay], by_decay[0.0]
+    assert sorted(decayed + rest) == sorted(name_of.values())
+    assert all("norm" not in name and not name.endswith("bias") for name in decayed)
+    assert all("norm" in name or name.endswith("bias") for name in rest)
+    kinds = ("embedding", "head", "gate.weight", "router", "experts")
+    assert all(any(kind in name for name in decayed) for kind in kinds), decayed
+
+
+def test_a_group_without_parameters_is_left_out() -> None:
+    matrix = nn.Parameter(torch.zeros(2, 2))
+    assert [group["name"] for group in parameter_groups([("w", matrix)], OptimConfig())] == ["decayed"]
+
+
+# ---- metrics.jsonl
+
+
+def steps_of(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_records_are_lines_that_any_json_reader_takes(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
+    file.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "skipped": True})
+    file.close()
+    line = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert line == '{"step": 1, "loss": null, "grad_norm": null, "skipped": true}\n'
+
+
+def test_a_record_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
+    file.write({"step": 1})
+    assert steps_of(file.path) == [1]
+    file.close()
+
+
+@pytest.mark.parametrize("tail", ["", "\n", '{"step": 3, "lo', '{"step": 3}\n{"step": 4}\n{"st', "\x00\x00\x00", "[]\n", '{"loss": 1}\n'])
+def test_each_step_stands_there_once(tmp_path: Path, tail: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}' + ("\n" + tail if tail else ""), encoding="utf-8")
+    file = MetricsFile(path, last_step=2)
+    file.write({"step": 3})
+    file.close()
+    assert steps_of(path) == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_bytes_that_are_no_text_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n')
+    MetricsFile(path, last_step=1).close()
+    assert steps_of(path) == [1]
+
+
+def test_metrics_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written"):
+        MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
+
+
+# ---- the folder
+
+
+def test_a_folder_is_of_one_config(tmp_path: Path, nano: RunConfig) -> None:
+    folder = RunFolder(tmp_path / "a" / "run")
+    folder.require_same_run(nano)
+    folder.claim(nano)
+    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
+    folder.require_same_run(nano)
+    gated = replace(nano.model.attention, gate=GateConfig(position="none"))
+    other = replace(nano, model=replace(nano.model, attention=gated), optim=replace(nano.optim, lr=1.0))
+    with pytest.raises(RunError) as error:
+        folder.require_same_run(other)
+    assert "optim.lr: 0.002 there, 1.0 here" in str(error.value)
+    assert "model.attention.gate.position: G1 there, none here" in str(error.value)
+
+
+def test_where_the_work_is_done_may_change(tmp_path: Path, nano: RunConfig) -> None:
+    folder = RunFolder(tmp_path)
+    folder.claim(nano)
+    changes = {"parallel.tp": "2", "train.micro_batch_size": "4", "checkpoint.every": "1", "eval.every": "3", "train.recompute": "true"}
+    argv = [f"--{key}={value}" for key, value in changes.items()]
+    folder.require_same_run(parse(["--config", str(NANO), *argv], prog="test"))
+
+
+def test_a_damaged_config_of_the_folder_is_a_clean_error(tmp_path: Path, nano: RunConfig) -> None:
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(to_yaml(nano)[:-30] + "\n  [", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        folder.require_same_run(nano)
+
+
+def test_where_a_run_starts(tmp_path: Path, nano: RunConfig) -> None:
+    folder = RunFolder(tmp_path)
+
+    def start(resume: str) -> Path | None:
+        return folder.starting_point(replace(nano, train=replace(nano.train, resume=resume)))
+
+    def complete(root: Path, step: int) -> Path:
+        place = root / f"step-{step:08d}"
+        place.mkdir(parents=True)
+        (place / "index.json").write_text("{}", encoding="utf-8")
+        return place
+
+    assert start("auto") is start("never") is None
+    with pytest.raises(CheckpointError, match="does not exist"):
+        start(str(tmp_path / "elsewhere"))
+    elsewhere = complete(tmp_path / "elsewhere", 4)
+    assert start(str(tmp_path / "elsewhere")) == start(str(elsewhere)) == elsewhere
+    (folder.checkpoints / "step-00000009.tmp").mkdir(parents=True)
+    assert start("auto") is None, "an unfinished save is none"
+    own = complete(folder.checkpoints, 2)
+    assert start("auto") == start(str(elsewhere)) == own
+    with pytest.raises(RunError, match="train.resume is never"):
+        start("never")
+
+
+# ---- agreement
+
+
+def fail_in(context: RankContext, failing: tuple[int, ...]) -> tuple[str, str]:
+    """What a rank sees of an action that fails in some ranks; and that all are still together."""
+    world = ParallelMesh.build(tp=1, ep=1).world
+
+    def action() -> str:
+        if context.rank in failing:
+            raise RunError(f"rank {context.rank} is full")
+        return f"value {context.rank}"
+
+    try:
+        first = everywhere(world, action)
+    except RunError as error:
+        first = str(error)
+    return first, everywhere(world, lambda: f"again {context.rank}")
+
+
+@pytest.mark.parametrize("failing", [(), (0,), (1,), (0, 1)])
+def test_an_error_of_one_rank_is_known_to_all(failing: tuple[int, ...]) -> None:
+    found = ranks.run_ranks(fail_in, 2, failing)
+    first = [f"rank {failing[0]} is full"] * 2 if failing else ["value 0", "value 1"]
+    assert found == [(first[rank], f"again {rank}") for rank in (0, 1)]
+
+
+def only_the_first(context: RankContext) -> tuple[str | None, str]:
+    world = ParallelMesh.build(tp=1, ep=1).world
+    value = on_first(world, lambda: f"rank {context.rank}")
+    try:
+        on_first(world, lambda: fail(f"rank {context.rank} failed"))
+    except RunError as error:
+        return value, str(error)
+    return value, "no error"
+
+
+def fail(message: str) -> None:
+    raise RunError(message)
+
+
+def test_the_first_rank_acts_for_all() -> None:
+    assert ranks.run_ranks(only_the_first, 2) == [("rank 0", "rank 0 failed"), (None, "rank 0 failed")]
+
+
+def test_a_bug_is_no_error_of_the_users() -> None:
+    with pytest.raises(KeyError):
+        everywhere(Axis("world"), lambda: {}["missing"])
+
+
+def signalled(context: RankContext) -> tuple[int, int]:
+    """SIGTERM in rank 1 alone, then a second signal; handlers are given back."""
+    world = ParallelMesh.build(tp=1, ep=1).world
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        nothing = stop.agreed(world, torch.device("cpu"))
+        if context.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+        asked = stop.agreed(world, torch.device("cpu"))
+    assert signal.getsignal(signal.SIGTERM) is before
+    return nothing, asked
+
+
+def test_a_signal_to_one_rank_is_known_to_all() -> None:
+    assert ranks.run_ranks(signalled, 2) == [(0, signal.SIGTERM)] * 2
+
+
+def test_the_best_position() -> None:
+    assert not Position().is_best
+    assert Position(step=3, best_val_loss=2.0, val_loss=2.0).is_best
+    assert not Position(step=3, best_val_loss=1.5, val_loss=2.0).is_best
+    assert not Position(step=3, best_val_loss=1.5).is_best
