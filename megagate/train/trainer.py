@@ -90,9 +90,10 @@ class Trainer:
             profiler = closing.enter_context(self._profiler(position.step))
             while position.step < steps:
                 position, record = self._step(position)
-                asked = stop.agreed(self.world, self.device)
-                if not asked:
-                    position, record = self._validate(position, record)
+                # After the last step there is nothing left to stop.
+                asked = stop.agreed(self.world, self.device) if position.step < steps else 0
+                # Also when asked to stop: it is short, and no later run would measure the loss of this step.
+                position, record = self._validate(position, record)
                 # The record first: a run killed between the two resumes from an older checkpoint and drops the record again.
                 everywhere(self.world, lambda record=record: [sink.write(record) for sink in self.sinks])
                 progress.step(record)

@@ -188,6 +188,7 @@ def test_no_space_for_a_checkpoint(jobs: Jobs, small_disk: Path, world: int) -> 
     assert "Traceback" not in job.text
     steps = complete_steps(run / "checkpoints")
     assert steps == [2, 4] and steps_recorded(run) == 6
+    assert not list((run / "checkpoints").glob("*.tmp")), "what was written of it would fill the disk"
     for step in steps:
         Checkpoint.open(run / "checkpoints" / f"step-{step:08d}").verify()
 

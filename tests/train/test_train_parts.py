@@ -3,29 +3,37 @@
 import json
 import math
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import ranks
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megagate.backend.native import NativeBackend
 from megagate.config.cli import parse, to_yaml
 from megagate.config.model import GateConfig
 from megagate.config.run import OptimConfig, RunConfig, ScheduleConfig, TrainConfig
+from megagate.engine.base import StepResult
 from megagate.engine.optim import parameter_groups
 from megagate.errors import CheckpointError, ConfigError, RunError
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.spawn import RankContext
+from megagate.train import saver as saver_module
 from megagate.train.agree import everywhere, on_first
 from megagate.train.folder import RunFolder
 from megagate.train.metrics import MetricsFile
+from megagate.train.saver import Saver
 from megagate.train.schedule import learning_rate
 from megagate.train.stop import StopSignal
-from megagate.train.trainer import Position
+from megagate.train.trainer import Position, Trainer
 
 NANO = Path(__file__).parents[2] / "examples" / "configs" / "nano.yaml"
 
@@ -239,6 +247,33 @@ def test_a_bug_is_no_error_of_the_users() -> None:
         everywhere(Axis("world"), lambda: {}["missing"])
 
 
+def failing_save(context: RankContext, root: str, config: RunConfig, what: str, failing: int) -> tuple[str, list[str]]:
+    """A save of which a part fails in one rank: what each is told, and what is left on the disk."""
+    mesh = ParallelMesh.build(tp=1, ep=1)
+    saver = Saver(Path(root), config=config, mesh=mesh, data="order")
+    engine = SimpleNamespace(state_pieces=lambda: iter(()), applied_steps=1)
+    part = getattr(saver_module, what)
+
+    def act(*arguments: Any, **settings: Any) -> Any:
+        if context.rank == failing:
+            raise RunError(f"no space in rank {failing}")
+        return part(*arguments, **settings)
+
+    with patch.object(saver_module, what, act):
+        try:
+            saver.save(engine, step=5, best_val_loss=None)
+        except RunError as error:
+            on_first(mesh.world, lambda: None)  # all are still together
+            return str(error), sorted(path.name for path in Path(root).iterdir())
+    return "saved", []
+
+
+@pytest.mark.parametrize(("what", "failing", "left"), [("write_rank", 0, []), ("write_rank", 1, []), ("publish", 0, ["step-00000005.tmp"])])
+def test_a_save_that_fails_in_one_rank_fails_in_all(tmp_path: Path, nano: RunConfig, what: str, failing: int, left: list[str]) -> None:
+    found = ranks.run_ranks(failing_save, 2, str(tmp_path), nano, what, failing)
+    assert found == [(f"no space in rank {failing}", left)] * 2
+
+
 def signalled(context: RankContext) -> tuple[int, int]:
     """SIGTERM in rank 1 alone, then a second signal; handlers are given back."""
     world = ParallelMesh.build(tp=1, ep=1).world
@@ -255,6 +290,77 @@ def signalled(context: RankContext) -> tuple[int, int]:
 
 def test_a_signal_to_one_rank_is_known_to_all() -> None:
     assert ranks.run_ranks(signalled, 2) == [(0, signal.SIGTERM)] * 2
+
+
+# ---- the loop
+
+
+class Steps:
+    """Stands in for engine, loader, saver and sink of a loop: counts, and raises SIGTERM within one step."""
+
+    def __init__(self, *, signal_at: int = 0, val_losses: tuple[float, ...] = ()):
+        self.signal_at, self.val_losses = signal_at, list(val_losses)
+        self.mesh, self.model = ParallelMesh.single(), SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
+        self.taken, self.saved, self.records = 0, [], []
+
+    def step(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(tokens=np.array([index]), labels=np.array([index]))
+
+    def train_step(self, tokens: Tensor, labels: Tensor, *, lr: float) -> StepResult:
+        self.taken += 1
+        if self.taken == self.signal_at:
+            signal.raise_signal(signal.SIGTERM)
+        return StepResult(loss=float(tokens[0]), targets=1, grad_norm=1.0, applied=True, aux=None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def evaluate(self, batches: object) -> float:
+        return self.val_losses.pop(0) if self.val_losses else 9.0
+
+    def save(self, engine: object, *, step: int, best_val_loss: float | None, best: bool) -> None:
+        self.saved.append((step, best_val_loss, best))
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append((record["step"], record["loss"], record.get("val_loss")))
+
+    def run(self, config: RunConfig, first: Position = Position()) -> tuple[Position, int]:  # noqa: B008
+        folder = RunFolder(Path("nowhere"))
+        return Trainer(config, engine=self, train=self, valid=self, saver=self, folder=folder, sinks=[self]).run(first)
+
+
+def loop(nano: RunConfig, *, steps: int, checkpoint: int = 0, evaluate: int = 0) -> RunConfig:
+    train, every = replace(nano.train, steps=steps), replace(nano.checkpoint, every=checkpoint)
+    return replace(nano, train=train, checkpoint=every, eval=replace(nano.eval, every=evaluate))
+
+
+def test_when_the_loop_validates_and_saves(nano: RunConfig) -> None:
+    stand_in = Steps(val_losses=(3.0, 2.0, 2.5, 2.2))
+    position, asked = stand_in.run(loop(nano, steps=7, checkpoint=3, evaluate=2))
+    assert (position.step, position.best_val_loss, asked) == (7, 2.0, 0)
+    assert stand_in.saved == [(2, 3.0, True), (3, 3.0, False), (4, 2.0, True), (6, 2.0, False), (7, 2.0, False)]
+    losses = {2: 3.0, 4: 2.0, 6: 2.5, 7: 2.2}
+    assert stand_in.records == [(step, step - 1.0, losses.get(step)) for step in range(1, 8)]
+
+
+def test_the_loop_goes_on_where_it_was(nano: RunConfig) -> None:
+    stand_in = Steps(val_losses=(2.5, 2.0))
+    position, _ = stand_in.run(loop(nano, steps=6, evaluate=2), Position(3, best_val_loss=2.2))
+    assert stand_in.records == [(4, 3.0, 2.5), (5, 4.0, None), (6, 5.0, 2.0)]
+    assert stand_in.saved == [(6, 2.0, True)] and position.step == 6
+
+
+def test_a_signal_saves_after_the_step_and_its_validation(nano: RunConfig) -> None:
+    stand_in = Steps(signal_at=4, val_losses=(3.0, 4.0))
+    position, asked = stand_in.run(loop(nano, steps=7, evaluate=2))
+    assert (position.step, asked) == (4, signal.SIGTERM)
+    assert stand_in.records[-1] == (4, 3.0, 4.0) and stand_in.saved[-1] == (4, 3.0, False)
+
+
+def test_a_signal_in_the_last_step_changes_nothing(nano: RunConfig) -> None:
+    stand_in = Steps(signal_at=3)
+    assert stand_in.run(loop(nano, steps=3)) == (Position(3, 9.0, 9.0), 0)
+    assert stand_in.saved == [(3, 9.0, True)]
 
 
 def test_the_best_position() -> None:
