@@ -5,6 +5,8 @@ import math
 import os
 import resource
 import secrets
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ from megagate.config.keys import to_dict
 from megagate.config.run import RunConfig
 from megagate.engine.base import StepResult
 from megagate.errors import RunError
+from megagate.log import logger
 
 PEAK_BF16_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 """Dense bf16 peak by a part of the GPU's name (NVIDIA's data sheets, SXM)."""
@@ -87,8 +90,9 @@ class WandbSink:
         """
         import wandb  # noqa: PLC0415  slow to import, and only needed here
 
+        self._teardown = wandb.teardown
         try:
-            self.run = wandb.init(
+            self.run: Any = wandb.init(
                 mode=config.wandb.mode,
                 project=config.wandb.project,
                 name=folder.name,
@@ -106,11 +110,23 @@ class WandbSink:
 
     def write(self, record: Record) -> None:
         """Log one step."""
-        self.run.log(record, step=record["step"])
+        self._try(lambda run: run.log(record, step=record["step"]))
 
     def close(self) -> None:
         """Finish the run."""
-        self.run.finish()
+        self._try(lambda run: run.finish())
+
+    def _try(self, action: Callable[[Any], None]) -> None:
+        """A second sink ends no training: its service is a process of its own, which Ctrl-C and the launcher end before this one saves."""
+        if self.run is None:
+            return
+        try:
+            action(self.run)
+        except Exception as error:
+            self.run = None
+            with suppress(Exception):
+                self._teardown()  # else it tries, and says so at length, when this process ends
+            logger.info("Weights & Biases takes no more records (%s); metrics.jsonl has them all", error)
 
 
 def _wandb_id(folder: Path) -> str:

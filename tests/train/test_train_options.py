@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from train_jobs import NANO, Jobs, contents, metrics, numbers
+from train_jobs import NANO, Job, Jobs, contents, metrics, numbers, steps_recorded
 
 from megagate.checkpoint.folders import complete_steps
 from megagate.checkpoint.store import Checkpoint
@@ -132,12 +134,22 @@ def test_a_trace_of_chosen_steps(jobs: Jobs, tmp_path: Path) -> None:
     assert len(list((run / "profile").iterdir())) == 1, "the chosen steps are over"
 
 
-def test_weights_and_biases_offline_needs_no_key(jobs: Jobs, tmp_path: Path) -> None:
+@pytest.fixture
+def start_wandb(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+    """Starts the job of one rank with `wandb.mode` and more, at home in an empty folder and without a key."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+
+    def start(mode: str, *argv: object) -> Job:
+        trainer = [sys.executable, "-m", "megagate.train.main", "--config", NANO, "--train.output_dir", tmp_path / "run"]
+        return jobs.command([*trainer, "--wandb.mode", mode, *argv], HOME=str(tmp_path))
+
+    return start
+
+
+def test_weights_and_biases_offline_needs_no_key(start_wandb: Callable[..., Job], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    words = ["env", "-i", *(f"{name}={value}" for name, value in clean.items()), f"HOME={tmp_path}", "OMP_NUM_THREADS=1"]
-    trainer = [sys.executable, "-m", "megagate.train.main", "--config", NANO, "--train.output_dir", run, "--wandb.mode"]
-    job = jobs.command([*words, *trainer, "offline", "--train.steps", 5])
+    job = start_wandb("offline", "--train.steps", 5)
     assert job.wait() == [0], job.text
     (found,) = (run / "wandb").glob("offline-run-*")
     (record,) = found.glob("*.wandb")
@@ -146,13 +158,18 @@ def test_weights_and_biases_offline_needs_no_key(jobs: Jobs, tmp_path: Path) -> 
     assert len(metrics(run)) == 5
 
 
-def test_weights_and_biases_online_without_a_key_is_one_message(
-    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    words = [sys.executable, "-m", "megagate.train.main", "--config", NANO, "--train.output_dir", tmp_path / "run"]
-    job = jobs.command([*words, "--wandb.mode", "online"])
+def test_ctrl_c_ends_the_service_of_weights_and_biases_but_not_the_save(start_wandb: Callable[..., Job], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = start_wandb("offline", "--train.steps", 200, "--checkpoint.every", 0)
+    job.until(lambda: steps_recorded(run) >= 3)
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.wait() == [128 + signal.SIGINT], job.text
+    assert job.text.count("stopped by signal 2") == 1 and "Traceback" not in job.text
+    assert complete_steps(run / "checkpoints") == [len(metrics(run))]
+
+
+def test_weights_and_biases_online_without_a_key_is_one_message(start_wandb: Callable[..., Job]) -> None:
+    job = start_wandb("online")
     assert job.wait() == [2], job.text
     assert job.text.count("RunError: wandb.mode is online") == 1 and "Traceback" not in job.text
 

@@ -54,11 +54,12 @@ def test_a_signal_to_the_ranks(jobs: Jobs, tmp_path: Path, whole: list[dict[str,
 
 def test_a_signal_to_one_rank_stops_all(jobs: Jobs, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = jobs.fork("--train.output_dir", run, *MANY, world=2)
+    job = jobs.fork("--train.output_dir", run, *MANY, "--eval.every", 0, world=2)
     job.until(lambda: steps_recorded(run) >= 3)
     os.kill(job.forked[1].pid, signal.SIGTERM)
     assert job.wait(SAVED_WITHIN_S) == [128 + signal.SIGTERM] * 2
     assert_stopped_and_saved(job, run, signal.SIGTERM)
+    assert len(complete_steps(run / "checkpoints")) == 1, "no other step had a reason to be saved"
 
 
 def test_a_signal_before_the_first_step_leaves_no_half_run(jobs: Jobs, tmp_path: Path) -> None:
