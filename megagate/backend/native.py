@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
+from megagate.backend.blockwise import causal_attention
 from megagate.parallel.comm import enter, leave
 from megagate.parallel.mesh import Axis
 
@@ -31,14 +33,35 @@ class NativeBackend:
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Statistics and product in fp32, one cast at the end."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+        return _RMSNorm.apply(x, weight.float(), eps)
 
     def attention_core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """PyTorch's scaled dot product attention."""
+        """PyTorch's scaled dot product attention; on a CPU, blocks."""
+        if q.device.type == "cpu":
+            return causal_attention(q, k, v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [b, heads, s, d]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     def grouped_linear(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """PyTorch's grouped GEMM."""
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+class _RMSNorm(Function):
+    """x / rms(x) * w, keeping x and one number per row for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed, grad = x.float() * scale, grad.float()
+        product = grad * normed
+        along = (product @ weight).unsqueeze(-1).div_(x.shape[-1])
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), product.flatten(0, -2).sum(0), None

@@ -23,20 +23,17 @@ class _SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up, scale):
         ctx.save_for_backward(gate, up, scale)
-        out = F.silu(gate) * up
-        return out if scale is None else out * scale.to(out.dtype)
+        out = F.silu(gate).mul_(up)
+        return out if scale is None else out.mul_(scale.to(out.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         gate, up, scale = ctx.saved_tensors
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        grad_scale = None
+        silu, grad_scale = F.silu(gate), None
         if scale is not None:
-            grad_scale = (grad * (silu * up)).sum(-1, keepdim=True, dtype=scale.dtype)
+            grad_scale = (silu * up).mul_(grad).sum(-1, keepdim=True, dtype=scale.dtype)
             grad = grad * scale.to(grad.dtype)
-        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-        return grad_gate, grad * silu, grad_scale
+        return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad), grad_scale
 
 
 class DenseFFN(Layer):

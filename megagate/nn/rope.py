@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 
 def rope_table(length: int, head_dim: int, *, base: float, device: torch.device) -> Tensor:
@@ -22,6 +23,28 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Shapes: x [b, s, heads, d], table [2, s, 1, d/2] -> [b, s, heads, d].
     """
-    cos, sin = table
-    left, right = x.float().chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+    return _Rotate.apply(x, table)
+
+
+class _Rotate(Function):
+    """A rotation; its adjoint rotates back."""
+
+    @staticmethod
+    def forward(ctx, x, table):
+        ctx.save_for_backward(table)
+        return _turn(x, *table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors[0]
+        return _turn(grad, cos, -sin), None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.float()
+    out = wide * torch.cat([cos, cos], dim=-1)
+    left, right = wide.chunk(2, dim=-1)
+    out_left, out_right = out.chunk(2, dim=-1)
+    out_left.addcmul_(right, sin, value=-1)
+    out_right.addcmul_(left, sin)
+    return out.to(x.dtype)
