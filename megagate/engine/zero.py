@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO 1 and 2 on the folded grid. The only file that knows DeepSpeed (0.19.8: private names are used)."""
 
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,9 +56,7 @@ class ZeroEngine(Engine):
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        applied = not self.zero.overflow
-        return norm if applied else math.inf, applied
+        return float(self.engine.get_global_grad_norm()), not self.zero.overflow
 
     def state_pieces(self) -> Iterator[Piece]:
         """Views of the flat partitions, cut into boxes of the logical tensors."""

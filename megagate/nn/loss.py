@@ -64,7 +64,7 @@ def _chunk(x: Tensor, weight: Tensor, local: Tensor, counted: Tensor, tp: Axis) 
     logits = F.linear(x, weight).float()
     peak = logits.new_full(local.shape, -torch.inf) if logits.shape[1] == 0 else logits.amax(-1)
     logits -= maximum(peak, tp).unsqueeze(-1)
-    mine = counted & (local >= 0) & (local < logits.shape[1])
+    mine = (local >= 0) & (local < logits.shape[1])  # IGNORE_INDEX is negative on every rank
     index = local.where(mine, 0).unsqueeze(-1)
     target = logits.new_zeros(local.shape) if logits.shape[1] == 0 else logits.gather(1, index).squeeze(-1) * mine
     exps = logits.exp_()

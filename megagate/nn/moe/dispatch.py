@@ -66,12 +66,15 @@ class Dispatcher:
         token = order // route.ids.shape[1]
         counts = torch.bincount(route.ids.flatten(), minlength=self.num_experts).view(self.ep.size, -1)  # [ep, e] to send
         arriving = all_to_all(counts, self.ep, send=[1] * self.ep.size, receive=[1] * self.ep.size)  # [ep, e] to receive
-        send, receive = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
-        place, padded, ends = self._group(arriving)
+        ends = self._ends(arriving)
+        # The one wait for the device: the host must know how many rows travel and how many there will be.
+        *split, rows = torch.cat([counts.sum(1), arriving.sum(1), ends[-1:]]).tolist()
+        send, receive = split[: self.ep.size], split[self.ep.size :]
+        place, padded = self._places(arriving, ends, received=sum(receive), rows=rows)
         plan = Plan(token, slots, place, padded, send, receive)
         sent = all_to_all(_Spread.apply(x, token, slots), self.ep, send=send, receive=receive)
         sent_probs = all_to_all(route.probs.flatten()[order].unsqueeze(-1), self.ep, send=send, receive=receive)
-        return Rows(_Spread.apply(sent, place, padded), _Spread.apply(sent_probs, place, padded), ends), plan
+        return Rows(_Spread.apply(sent, place, padded), _Spread.apply(sent_probs, place, padded), ends.to(torch.int32)), plan
 
     def combine(self, y: Tensor, plan: Plan) -> Tensor:
         """Bring the experts' (already weighted) outputs back and sum them per token.
@@ -82,27 +85,30 @@ class Dispatcher:
         returned = all_to_all(received, self.ep, send=plan.receive, receive=plan.send)
         return _Collect.apply(returned, plan.token, plan.slots)
 
-    def _group(self, arriving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Order of received rows (by source rank, then expert) regrouped by expert and padded: place, padded, ends."""
-        device = arriving.device
-        rows = arriving.sum(0)  # [e]
-        sizes = (rows + self.row_multiple - 1) // self.row_multiple * self.row_multiple
-        ends = sizes.cumsum(0)
+    def _ends(self, arriving: Tensor) -> Tensor:
+        """[e]: where each local expert's rows end once padded."""
+        rows = arriving.sum(0)
+        return ((rows + self.row_multiple - 1) // self.row_multiple * self.row_multiple).cumsum(0)
+
+    @staticmethod
+    def _places(arriving: Tensor, ends: Tensor, *, received: int, rows: int) -> tuple[Tensor, Tensor]:
+        """From the order of received rows (by source rank, then expert) to rows grouped by expert and padded, and back.
+
+        Shapes: arriving [ep, e] -> place [rows], padded [received, 1].
+        """
         # A run is what one source sends to one expert. Runs arrive source-major and are laid out expert-major.
         within = arriving.cumsum(0) - arriving  # [ep, e], rows of lower sources for the same expert
-        run_start = (ends - sizes) + within  # [ep, e], padded row at which each run begins
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]]) + within  # [ep, e], padded row at which each run begins
         runs = arriving.flatten()
-        arrival = torch.arange(int(runs.sum()), device=device)
-        run_shift = (run_start.flatten() - (runs.cumsum(0) - runs)).repeat_interleave(runs, output_size=arrival.numel())
-        padded = arrival + run_shift  # [received]
-        place = torch.full((int(ends[-1]),), -1, device=device).scatter_(0, padded, arrival)
-        return place, padded.unsqueeze(-1), ends.to(torch.int32)
+        shift = (starts.flatten() - (runs.cumsum(0) - runs)).repeat_interleave(runs, output_size=received)
+        arrival = torch.arange(received, device=arriving.device)
+        padded = arrival + shift
+        place = torch.full((rows,), -1, device=arriving.device).scatter_(0, padded, arrival)
+        return place, padded.unsqueeze(-1)
 
 
 def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index], zeros where index is -1."""
-    if x.shape[0] == 0:
-        return x.new_zeros((index.shape[0], *x.shape[1:]))
     # A product: masked_fill_ along rows takes three times as long on CPUs.
     return x.index_select(0, index.clamp(min=0)).mul_((index >= 0).unsqueeze(-1))
 
