@@ -160,13 +160,17 @@ def test_one_flipped_byte_is_named(jobs: Jobs, tmp_path: Path, world: int) -> No
     kill_after(job, tmp_path / "run", 7)
     newest = complete_steps(tmp_path / "run" / "checkpoints")[-1]
     file = tmp_path / "run" / "checkpoints" / f"step-{newest:08d}" / "rank-00000.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    file.write_bytes(content)
-    before = contents(tmp_path / "run")
-    job = jobs.run(*command, world=world, expect=2)
-    assert job.text.count("CheckpointError") == 1 and str(file) in job.text
-    assert contents(tmp_path / "run") == before
+    whole = file.read_bytes()
+    for share in (0.3, 0.5, 0.7, 0.9):  # in pieces that one rank and that another reads
+        content = bytearray(whole)
+        content[int(share * len(whole))] ^= 1
+        file.write_bytes(content)
+        before = contents(tmp_path / "run")
+        job = jobs.run(*command, world=world, expect=2)
+        assert job.text.count("CheckpointError") == 1 and str(file) in job.text
+        assert contents(tmp_path / "run") == before
+    file.write_bytes(whole)
+    jobs.run(*command, world=world)
 
 
 def test_another_order_of_samples_is_refused(jobs: Jobs, tmp_path: Path) -> None:
