@@ -26,7 +26,7 @@ class TrainConfig:
         seed: Seed of the initial weights and of the sample order.
         output_dir: Folder of the run; made if missing.
         resume: `auto` goes on from the newest checkpoint of `output_dir`, `never` refuses a folder with checkpoints, anything else
-            is the path of a checkpoint to start from.
+            is the path of a checkpoint, or of a run, to start from.
         recompute: Recompute each block in the backward pass instead of keeping its activations.
         on_nonfinite: What a loss or gradient norm that is not finite does: `stop` the run, or `skip` the step.
     """

@@ -56,12 +56,12 @@ class RunFolder:
             ) from error
 
     def require_same_run(self, config: RunConfig) -> None:
-        """Refuse a folder that belongs to another config.
+        """Refuse a folder that belongs to another config; one whose run has not done a step belongs to none.
 
         Raises:
             RunError: With the keys that differ.
         """
-        if not self.config.exists():
+        if not (self.config.exists() and self._has_begun()):
             return
         changes = changed_keys(parse(["--config", str(self.config)], prog="megagate"), config)
         if changes:
@@ -71,6 +71,9 @@ class RunFolder:
                 "a folder belongs to one config; choose another --train.output_dir (add --train.resume "
                 f"{self.checkpoints} to start there from this run's newest checkpoint), or undo the change"
             )
+
+    def _has_begun(self) -> bool:
+        return bool(complete_steps(self.checkpoints)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     def starting_point(self, config: RunConfig) -> Path | None:
         """The checkpoint to start from by `train.resume`; None starts from initial weights. Reads only.
@@ -89,7 +92,11 @@ class RunFolder:
             return None
         if own:  # a run that began from another checkpoint goes on from its own
             return resolve(self.checkpoints)
-        return None if config.train.resume == "auto" else resolve(Path(config.train.resume))
+        if config.train.resume == "auto":
+            return None
+        given = Path(config.train.resume)
+        run = RunFolder(given)
+        return resolve(run.checkpoints if run.checkpoints.is_dir() else given)
 
 
 def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:

@@ -19,11 +19,12 @@ def tell_learning(config: RunConfig, *, val_loss: float, valid: ValidLoader) -> 
     """
     counts = valid.target_counts(config.model.vocab_size)
     entropy, wanted = unigram_entropy(counts), config.eval.min_gain_nats
+    gain = entropy - val_loss
     logger.info(
-        "validation loss %.3f nats; unigram entropy of the same %s tokens %.3f nats; the model is %.3f nats below",
-        *(val_loss, f"{int(counts.sum()):,}", entropy, entropy - val_loss),
+        "validation loss %.3f nats; unigram entropy of the same %s tokens %.3f nats; the model is %.3f nats %s",
+        *(val_loss, f"{int(counts.sum()):,}", entropy, abs(gain), "below" if gain >= 0 else "above"),
     )
-    if wanted and entropy - val_loss < wanted:
+    if wanted and gain < wanted:
         logger.info(
             "FAILED: eval.min_gain_nats asks for at least %.3f nats below; train longer, or look for what keeps it from learning", wanted
         )

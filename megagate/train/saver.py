@@ -87,4 +87,10 @@ class Saver:
                 f"{self.data[:12]} here); a resumed run must see the samples it would have seen: use the same data.path, train.seed and "
                 "train.seq_len"
             )
+        samples, batch = checkpoint.metadata["data"]["samples"], self.config.train.global_batch_size
+        if samples != checkpoint.step * batch:
+            raise DataError(
+                f"the checkpoint of step {checkpoint.step} has seen {samples} samples; with train.global_batch_size {batch} it would have "
+                f"seen {checkpoint.step * batch}, so that samples would be skipped or repeated; keep the batch size of its run"
+            )
         checkpoint.verify(rank=self.world.rank, world_size=self.world.size)

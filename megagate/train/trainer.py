@@ -92,12 +92,13 @@ class Trainer:
                 position, record = self._step(position)
                 # After the last step there is nothing left to stop.
                 asked = stop.agreed(self.world, self.device) if position.step < steps else 0
-                # Also when asked to stop: it is short, and no later run would measure the loss of this step.
+                if asked:  # first of all: the launcher kills its ranks 30 s after its signal
+                    self._save(position)
                 position, record = self._validate(position, record)
                 # The record first: a run killed between the two resumes from an older checkpoint and drops the record again.
                 everywhere(self.world, lambda record=record: [sink.write(record) for sink in self.sinks])
                 progress.step(record)
-                if asked or self._save_is_due(position):
+                if self._save_is_due(position):
                     self._save(position)
                 profiler()
                 if asked:

@@ -152,6 +152,10 @@ def test_a_folder_is_of_one_config(tmp_path: Path, nano: RunConfig) -> None:
     folder.require_same_run(nano)
     gated = replace(nano.model.attention, gate=GateConfig(position="none"))
     other = replace(nano, model=replace(nano.model, attention=gated), optim=replace(nano.optim, lr=1.0))
+    folder.metrics.touch()
+    folder.require_same_run(other)  # a first try that did no step binds nobody
+    folder.metrics.write_text('{"step": 1}\n')
+    folder.require_same_run(nano)
     with pytest.raises(RunError) as error:
         folder.require_same_run(other)
     assert "optim.lr: 0.002 there, 1.0 here" in str(error.value)
@@ -161,6 +165,7 @@ def test_a_folder_is_of_one_config(tmp_path: Path, nano: RunConfig) -> None:
 def test_where_the_work_is_done_may_change(tmp_path: Path, nano: RunConfig) -> None:
     folder = RunFolder(tmp_path)
     folder.claim(nano)
+    folder.metrics.write_text('{"step": 1}\n')
     changes = {"parallel.tp": "2", "train.micro_batch_size": "4", "checkpoint.every": "1", "eval.every": "3", "train.recompute": "true"}
     argv = [f"--{key}={value}" for key, value in changes.items()]
     folder.require_same_run(parse(["--config", str(NANO), *argv], prog="test"))
@@ -168,6 +173,7 @@ def test_where_the_work_is_done_may_change(tmp_path: Path, nano: RunConfig) -> N
 
 def test_a_damaged_config_of_the_folder_is_a_clean_error(tmp_path: Path, nano: RunConfig) -> None:
     folder = RunFolder(tmp_path)
+    folder.metrics.write_text('{"step": 1}\n')
     folder.config.write_text(to_yaml(nano)[:-30] + "\n  [", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         folder.require_same_run(nano)
@@ -194,6 +200,9 @@ def test_where_a_run_starts(tmp_path: Path, nano: RunConfig) -> None:
     assert start("auto") is None, "an unfinished save is none"
     own = complete(folder.checkpoints, 2)
     assert start("auto") == start(str(elsewhere)) == own
+    fresh = RunFolder(tmp_path / "fresh")
+    named = replace(nano, train=replace(nano.train, resume=str(folder.path)))
+    assert fresh.starting_point(named) == own, "a run is named by its folder too"
     with pytest.raises(RunError, match="train.resume is never"):
         start("never")
 

@@ -180,6 +180,9 @@ def test_another_order_of_samples_is_refused(jobs: Jobs, tmp_path: Path) -> None
         job = jobs.run(*resume, *change, world=2, expect=2)
         assert job.text.count("trained on another data set or sample order") == 1
         assert not (tmp_path / "new").exists()
+    job = jobs.run(*resume, "--train.global_batch_size", 16, expect=2)
+    assert job.text.count("has seen 16 samples; with train.global_batch_size 16 it would have seen 32") == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_best_is_the_lowest_validation_loss_and_survives(jobs: Jobs, tmp_path: Path) -> None:
