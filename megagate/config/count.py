@@ -117,9 +117,8 @@ def _attention_parameters(model: ModelConfig, prefix: str) -> Iterator[tuple[Par
     if attention.qk_norm:
         yield "norms", f"{prefix}q_norm.weight", (attention.head_dim,)
         yield "norms", f"{prefix}k_norm.weight", (attention.head_dim,)
-    if attention.gate.position == "G1":
-        scores = {"elementwise": query_size, "headwise": attention.num_heads}[attention.gate.granularity]
-        yield "gate", f"{prefix}gate.weight", (scores, hidden)
+    if attention.gate_rows:
+        yield "gate", f"{prefix}gate.weight", (attention.gate_rows, hidden)
 
 
 def _feed_forward_parameters(model: ModelConfig, prefix: str) -> Iterator[tuple[Part, str, tuple[int, ...]]]:

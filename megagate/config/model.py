@@ -55,6 +55,13 @@ class AttentionConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
 
+    @property
+    def gate_rows(self) -> int:
+        """Rows of the gate's weight, one per score of a token; 0 without a gate."""
+        if self.gate.position == "none":
+            return 0
+        return self.num_heads * (self.head_dim if self.gate.granularity == "elementwise" else 1)
+
 
 @dataclass(frozen=True)
 class MoEConfig:

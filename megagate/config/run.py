@@ -116,8 +116,8 @@ class PrecisionConfig:
     """The numbers.
 
     Args:
-        dtype: Of weights and activations; `auto` is bf16 on GPUs and fp32 on CPUs. Masters, moments, router, softmax, gate, norm
-            statistics and loss are fp32 always.
+        dtype: Of weights and activations; `auto` is bf16 on GPUs and fp32 on CPUs, and RUN/config.yaml names which. Masters, moments,
+            router, softmax, gate, norm statistics and loss are fp32 always.
         grad_dtype: In which gradients are accumulated and summed over ranks.
     """
 
@@ -144,7 +144,7 @@ class EvalConfig:
 
     Args:
         every: Steps between validations; 0 validates only at the end.
-        batches: Micro-batches of the whole world per validation.
+        batches: Length of a validation, in global batches; fewer where the validation split ends.
         min_gain_nats: At the end the validation loss must be this far below the unigram entropy of the same tokens, else the run
             fails with exit code 1; 0 switches the check off.
         prompt: Text that the trained model continues at the end; empty for none.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megagate.checkpoint.store import Checkpoint, Piece
 from megagate.config.run import RunConfig
+from megagate.data.loader import IGNORE_INDEX
 from megagate.model.lm import LanguageModel, LossParts
-from megagate.nn.loss import IGNORE_INDEX
 from megagate.nn.moe.balance import AuxLosses, BalanceLoss
 from megagate.parallel.comm import total
 from megagate.parallel.mesh import ParallelMesh
@@ -49,7 +49,7 @@ class Engine(ABC):
         Every rank's micro-step loss is CE_sum / T + its share of the auxiliary losses, T the targets of the whole step over all ranks, so
         that the sum over data-parallel ranks and micro-steps is the mean loss of the global batch: no later division by accumulation.
         """
-        targets = self._count_targets(labels)
+        targets = max(1, self._count_targets(labels))
         balance = self._balance_loss(tokens)
         ce_sum = torch.zeros((), device=tokens.device)
         last = len(tokens) - 1
@@ -74,10 +74,10 @@ class Engine(ABC):
             ce_sum += total(self.model(tokens, labels).ce_sum.double(), self.mesh.dp).item()
             targets += self._count_targets(labels)
         self.model.train()
-        return ce_sum / targets
+        return ce_sum / max(1, targets)
 
     def _count_targets(self, labels: Tensor) -> int:
-        return max(1, int(total((labels != IGNORE_INDEX).sum(), self.mesh.dp)))
+        return int(total((labels != IGNORE_INDEX).sum(), self.mesh.dp))
 
     def _balance_loss(self, tokens: Tensor) -> BalanceLoss | None:
         model = self.config.model

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.ops
+import deepspeed.runtime.bf16_optimizer
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
@@ -29,9 +30,7 @@ class ZeroEngine(Engine):
 
     def __init__(self, model: LanguageModel, config: RunConfig, mesh: ParallelMesh):
         super().__init__(model, config, mesh)
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed would compile its shared-memory op at start-up on CPUs: minutes, and a killed compilation leaves a lock for ever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _tame_deepspeed()
         self.labels = named_labels(model)
         mpu = _register(model, config, mesh)
         dtype = "bf16" if model.dtype == torch.bfloat16 else "fp32"
@@ -92,6 +91,15 @@ class ZeroEngine(Engine):
             yield name, "master", start, mapping.hp_fragment.detach()
             for moment in MOMENTS[self.config.optim.name] if self.applied_steps else ():
                 yield name, moment, start, mapping.optim_fragment[moment]
+
+
+def _tame_deepspeed() -> None:
+    """Switch off what DeepSpeed offers no switch for. Idempotent."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It would compile its shared-memory op at start-up on CPUs: minutes, and a killed compilation leaves a lock for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its bf16 optimizer prints a page about memory, whatever the level of the log.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
 
 
 def _box(shard: Shard) -> dict[str, tuple[int, ...]]:

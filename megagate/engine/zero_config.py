@@ -24,7 +24,8 @@ def zero_config(config: RunConfig, *, dtype: str, dp: int, local_parameters: int
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": batch // (micro * dp),
         "gradient_clipping": config.optim.grad_clip,
-        "bf16": {"enabled": dtype == "bf16"},
+        # immediate_grad_update: each bf16 gradient is added to its fp32 sum and freed as soon as it is there.
+        "bf16": {"enabled": dtype == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": grad_dtype},
         # Without this line gradients would be accumulated in fp32 but summed over ranks in bf16.
         "communication_data_type": grad_dtype,

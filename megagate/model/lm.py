@@ -82,7 +82,10 @@ class LanguageModel(Layer):
         x, stats = self.embedding(tokens), []
         for block in self.layers:
             # The balance losses are formed from the returned sums outside the recomputed region, so nothing is counted twice.
-            x, layer_stats = checkpoint(block, x, rope, use_reentrant=False) if self.recompute and self.training else block(x, rope)
+            if self.recompute and self.training:
+                x, layer_stats = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, layer_stats = block(x, rope)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.final_norm(x), stats

@@ -6,7 +6,7 @@ from torch import Tensor
 from megagate.backend.base import Backend
 from megagate.config.model import ModelConfig
 from megagate.nn.base import Layer, Weight
-from megagate.nn.gate import AttentionGate, gate_rows
+from megagate.nn.gate import AttentionGate
 from megagate.nn.norm import RMSNorm
 from megagate.nn.rope import rotate
 from megagate.parallel.comm import enter
@@ -33,7 +33,7 @@ class GatedAttention(Layer):
         self.k = Weight((kv_rows, model.hidden_size), dtype, axis=self.kv_axis)
         self.v = Weight((kv_rows, model.hidden_size), dtype, axis=self.kv_axis)
         self.o = Weight((model.hidden_size, q_rows), dtype, init="output", axis=tp, dim=1)
-        self.gate = AttentionGate(config, model.hidden_size, dtype=dtype, tp=tp) if gate_rows(config) else None
+        self.gate = AttentionGate(config, model.hidden_size, dtype=dtype, tp=tp) if config.gate_rows else None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
             self.k_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)

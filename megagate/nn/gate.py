@@ -9,13 +9,6 @@ from megagate.nn.base import Weight
 from megagate.parallel.mesh import Axis
 
 
-def gate_rows(config: AttentionConfig) -> int:
-    """Rows of the gate's weight: one per score of a token; 0 without a gate."""
-    if config.gate.position == "none":
-        return 0
-    return config.num_heads * (config.head_dim if config.gate.granularity == "elementwise" else 1)
-
-
 class AttentionGate(Weight):
     """Y' = Y * sigmoid(X W), X the normed input of the attention block; its logits ride in the GEMM of q, k and v.
 
@@ -25,7 +18,7 @@ class AttentionGate(Weight):
     """
 
     def __init__(self, config: AttentionConfig, hidden_size: int, *, dtype: torch.dtype, tp: Axis):
-        super().__init__((gate_rows(config), hidden_size), dtype, axis=tp)
+        super().__init__((config.gate_rows, hidden_size), dtype, axis=tp)
 
     def forward(self, y: Tensor, logits: Tensor) -> Tensor:
         """Scale the attention output by its scores, computed in fp32."""

@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from megagate.data.loader import IGNORE_INDEX
 from megagate.parallel.comm import enter, maximum, total
 from megagate.parallel.mesh import Axis
 
-IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024
 """Rows whose fp32 logits exist at the same time."""
 

@@ -1,4 +1,4 @@
-"""Start-up of one rank: the launcher's environment, the device, and the process group. The only place that reads the environment."""
+"""Start-up of one rank: the launcher's environment, the device, and the process group."""
 
 import os
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def init_process_group(env: LaunchEnv, *, device: torch.device, init_method: str
         timeout: Of collectives; None is the backend's default.
     """
     # DeepSpeed looks these up, also where no launcher set them.
-    for key, value in (("RANK", env.rank), ("LOCAL_RANK", env.local_rank), ("WORLD_SIZE", env.world_size), ("DS_ACCELERATOR", device.type)):
+    for key, value in (("RANK", env.rank), ("LOCAL_RANK", env.local_rank), ("WORLD_SIZE", env.world_size)):
         os.environ.setdefault(key, str(value))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if init_method is None and env.world_size == 1 and "MASTER_ADDR" not in os.environ:

@@ -4,8 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagate.checkpoint.folders import complete_steps, resolve
-from megagate.checkpoint.store import Checkpoint
+from megagate.checkpoint.store import Checkpoint, complete_steps, resolve
 from megagate.config.cli import parse, to_yaml
 from megagate.config.keys import from_dict
 from megagate.config.rules import changed_keys

@@ -1,5 +1,6 @@
 """One rank's part of a run, from the process group to the closing words."""
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -7,14 +8,13 @@ import torch
 import torch.distributed as dist
 
 from megagate.backend.native import NativeBackend
-from megagate.checkpoint import folders
-from megagate.checkpoint.store import Checkpoint
+from megagate.checkpoint.store import Checkpoint, clean_leftovers
 from megagate.config.run import RunConfig
 from megagate.data.dataset import DataSet, open_dataset, prepare
 from megagate.data.loader import TrainLoader, ValidLoader
 from megagate.engine.base import Engine
 from megagate.engine.zero import ZeroEngine
-from megagate.errors import DataError
+from megagate.errors import ConfigError, DataError, MegagateError
 from megagate.log import logger
 from megagate.model.lm import LanguageModel
 from megagate.parallel.comm import barrier, gather_objects
@@ -35,23 +35,30 @@ class Job:
     """Sets up a run on this rank and carries it through. Collective: every rank makes one."""
 
     def __init__(self, config: RunConfig):
-        self.config = config
         self.env = LaunchEnv.read()
         self.device = pick_device(self.env.local_rank, local_size=self.env.local_size)
+        self.config = config = _resolved(config, self.device)
         init_process_group(self.env, device=self.device, timeout=COLLECTIVE_TIMEOUT)
         self.mesh = ParallelMesh.build(tp=config.parallel.tp, ep=config.parallel.ep, timeout=COLLECTIVE_TIMEOUT)
         self.folder = RunFolder(Path(config.train.output_dir))
 
     def run(self) -> int:
         """Returns the exit code, see `main`."""
-        code = self._run()
+        try:
+            code = self._run()
+        except MegagateError:  # all ranks raise it together
+            self._leave()
+            raise
+        self._leave()
+        return code
+
+    def _leave(self) -> None:
         barrier(self.mesh.world)  # a rank that leaves early would break the others' last collective
         dist.destroy_process_group()
-        return code
 
     def _run(self) -> int:
         world, config = self.mesh.world, self.config
-        # Everything that only reads comes before the first thing that writes.
+        # What only reads comes before what writes.
         checkpoint = everywhere(world, self._open_start)
         if checkpoint is not None and checkpoint.step >= config.train.steps:
             logger.info("finished already: %s is at step %d of %d; nothing to do", checkpoint.folder, checkpoint.step, config.train.steps)
@@ -61,7 +68,7 @@ class Job:
         saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, data=train.fingerprint)
         if checkpoint is not None:
             saver.require_sound(checkpoint)
-        on_first(world, lambda: (self.folder.claim(config), folders.clean_leftovers(self.folder.checkpoints)))
+        on_first(world, self._claim_folder)
         engine = self._build_engine()
         position = self._resume(saver, engine, checkpoint)
         sinks = everywhere(world, lambda: self._sinks(position.step))
@@ -82,14 +89,27 @@ class Job:
             return None
         checkpoint = Checkpoint.open(path)
         require_same_model(checkpoint, self.config)
+        if checkpoint.step >= self.config.train.steps and path.parent != self.folder.checkpoints:
+            raise ConfigError(
+                f"train.steps ({self.config.train.steps}) must be above the step of the checkpoint in train.resume ({checkpoint.step}); "
+                "raise train.steps"
+            )
         return checkpoint
+
+    def _claim_folder(self) -> None:
+        self.folder.claim(self.config)
+        clean_leftovers(self.folder.checkpoints)
 
     def _open_data(self) -> DataSet:
         config = self.config
-        where = {"vocab_size": config.model.vocab_size, "directory": Path(config.data.cache_dir or self.folder.path / "data")}
-        # One process per machine prepares, so that machines without a shared disk work too.
-        everywhere(self.mesh.world, lambda: self.env.local_rank or prepare(config.data.path, **where))
-        data = everywhere(self.mesh.world, lambda: open_dataset(config.data.path, **where))
+        vocab_size, directory = config.model.vocab_size, Path(config.data.cache_dir or self.folder.path / "data")
+
+        def prepare_here() -> None:
+            if self.env.local_rank == 0:  # one process per machine, so that machines without a shared disk work too
+                prepare(config.data.path, vocab_size=vocab_size, directory=directory)
+
+        everywhere(self.mesh.world, prepare_here)
+        data = everywhere(self.mesh.world, lambda: open_dataset(config.data.path, vocab_size=vocab_size, directory=directory))
         if len(set(gather_objects(data.fingerprint, self.mesh.world))) > 1:
             raise DataError(
                 f"data.path ({config.data.path}) holds other tokens on some machines than on others; copy one data set to all of them "
@@ -99,39 +119,44 @@ class Job:
         return data
 
     def _loaders(self, data: DataSet) -> tuple[TrainLoader, ValidLoader | None]:
-        train, dp = self.config.train, self.mesh.dp
-        shared = {"seq_len": train.seq_len, "micro_batch_size": self.config.micro_batch(dp.size), "dp_rank": dp.rank, "dp_size": dp.size}
+        train, wanted, dp = self.config.train, self.config.eval, self.mesh.dp
+        micro = self.config.micro_batch(dp.size)
+        shared = {"seq_len": train.seq_len, "micro_batch_size": micro, "dp_rank": dp.rank, "dp_size": dp.size}
+        if not data.valid.tokens and (wanted.every or wanted.min_gain_nats):
+            raise DataError(
+                f"data.path ({self.config.data.path}) has no validation tokens, but eval.every is {wanted.every} and eval.min_gain_nats "
+                f"{wanted.min_gain_nats}; set both to 0, or give a data set with a validation split"
+            )
 
         def make() -> tuple[TrainLoader, ValidLoader | None]:
             loader = TrainLoader(data.train, **shared, global_batch_size=train.global_batch_size, seed=train.seed)
-            return loader, ValidLoader(data.valid, **shared, batches=self.config.eval.batches) if data.valid.tokens else None
+            # Whole global batches: the set of validation windows does not depend on the layout.
+            batches = wanted.batches * train.global_batch_size // (micro * dp.size)
+            return loader, ValidLoader(data.valid, **shared, batches=batches) if data.valid.tokens else None
 
         return everywhere(self.mesh.world, make)
 
     def _build_engine(self) -> Engine:
         config = self.config
-        dtype = DTYPES[self._dtype()]
+        dtype = DTYPES[config.precision.dtype]
         backend = NativeBackend(self.device)
         model = LanguageModel(config.model, dtype=dtype, backend=backend, mesh=self.mesh, recompute=config.train.recompute)
         model.initialize(seed=config.train.seed, device=self.device)
         mesh = self.mesh
         logger.info(
             "model: %s parameters on this rank, %s; %d ranks on %s: dp %d, tp %d, ep %d; ZeRO-%d",
-            *(f"{sum(p.numel() for p in model.parameters()):,}", self._dtype(), mesh.world.size, self.device.type),
+            *(f"{sum(p.numel() for p in model.parameters()):,}", config.precision.dtype, mesh.world.size, self.device.type),
             *(mesh.dp.size, mesh.tp.size, mesh.ep.size, config.parallel.zero_stage),
         )
         return ZeroEngine(model, config, mesh)
-
-    def _dtype(self) -> str:
-        if self.config.precision.dtype != "auto":
-            return self.config.precision.dtype
-        return "bf16" if self.device.type == "cuda" else "fp32"
 
     def _resume(self, saver: Saver, engine: Engine, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
             return Position()
         saver.load(engine, checkpoint)
+        checkpoint.close()  # its files are mapped: pruned later, they would keep their space
         logger.info("resumed from the checkpoint of step %d", checkpoint.step)
+        saver.tell_changed_micro_steps(checkpoint)
         return Position(checkpoint.step, checkpoint.metadata["best_val_loss"])
 
     def _sinks(self, step: int) -> list[Sink]:
@@ -147,3 +172,10 @@ class Job:
         learnt = valid is None or position.val_loss is None or tell_learning(self.config, val_loss=position.val_loss, valid=valid)
         tell_next(self.config, self.folder, world_size=self.mesh.world.size)
         return 0 if learnt else 1
+
+
+def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with `precision.dtype: auto` decided, so that a run keeps its numbers where a resume finds other devices."""
+    if config.precision.dtype != "auto":
+        return config
+    return replace(config, precision=replace(config.precision, dtype="bf16" if device.type == "cuda" else "fp32"))

@@ -19,8 +19,8 @@ from megagate.engine.base import StepResult
 from megagate.errors import RunError
 from megagate.log import logger
 
-PEAK_BF16_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
-"""Dense bf16 peak by a part of the GPU's name (NVIDIA's data sheets, SXM)."""
+PEAK_BF16_TFLOPS = {"H100 PCIe": 756.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
+"""Dense bf16 peak by a part of the GPU's name, the first that fits (NVIDIA's data sheets)."""
 
 Record = dict[str, Any]
 

@@ -24,7 +24,7 @@ def tell_learning(config: RunConfig, *, val_loss: float, valid: ValidLoader) -> 
         "validation loss %.3f nats; unigram entropy of the same %s tokens %.3f nats; the model is %.3f nats %s",
         *(val_loss, f"{int(counts.sum()):,}", entropy, abs(gain), "below" if gain >= 0 else "above"),
     )
-    if wanted and gain < wanted:
+    if wanted and not gain >= wanted:  # also when it is not a number
         logger.info(
             "FAILED: eval.min_gain_nats asks for at least %.3f nats below; train longer, or look for what keeps it from learning", wanted
         )

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from megagate import __version__
-from megagate.checkpoint import folders
-from megagate.checkpoint.rankfile import write_rank
-from megagate.checkpoint.store import Checkpoint, publish
+from megagate.checkpoint import store
+from megagate.checkpoint.store import Checkpoint
 from megagate.config.keys import to_dict
 from megagate.config.run import RunConfig
 from megagate.engine.base import Engine
 from megagate.errors import CheckpointError, DataError, MegagateError
+from megagate.log import logger
 from megagate.parallel.mesh import ParallelMesh
 from megagate.train.agree import everywhere, on_first
 
@@ -27,6 +27,7 @@ class Saver:
 
     def __init__(self, root: Path, *, config: RunConfig, mesh: ParallelMesh, data: str):
         self.root, self.config, self.world, self.data = root, config, mesh.world, data
+        self.micro_step_samples = config.micro_batch(mesh.dp.size) * mesh.dp.size
 
     def save(self, engine: Engine, *, step: int, best_val_loss: float | None, best: bool = False) -> None:
         """Write and publish the checkpoint of `step`, mark it `best` if so told, delete old ones. Collective.
@@ -38,29 +39,30 @@ class Saver:
             "config": to_dict(self.config),
             "applied_steps": engine.applied_steps,
             "data": {"order": self.data, "samples": step * self.config.train.global_batch_size},
+            "micro_step_samples": self.micro_step_samples,
             "best_val_loss": best_val_loss,
             "megagate": __version__,
         }
-        on_first(self.world, lambda: folders.begin(self.root, step))
+        on_first(self.world, lambda: store.begin(self.root, step))
         try:
             everywhere(self.world, lambda: self._write(engine, step))
         except MegagateError:
             if self.world.rank == 0:  # all ranks are here, none writes any more
-                folders.discard(self.root, step)
+                store.discard(self.root, step)
             raise
         on_first(self.world, lambda: self._publish(step, metadata, best=best))
 
     def _write(self, engine: Engine, step: int) -> None:
-        staging = folders.staging_path(self.root, step)
+        staging = store.staging_path(self.root, step)
         if not staging.is_dir():
             raise CheckpointError(f"{staging} is not there on every node; train.output_dir must be on a disk that all nodes share")
-        write_rank(staging, self.world.rank, engine.state_pieces())
+        store.write_rank(staging, self.world.rank, engine.state_pieces())
 
     def _publish(self, step: int, metadata: dict[str, Any], *, best: bool) -> None:
-        publish(self.root, step, world_size=self.world.size, metadata=metadata)
+        store.publish(self.root, step, world_size=self.world.size, metadata=metadata)
         if best:
-            folders.set_pointer(self.root, "best", step)
-        folders.prune(self.root, keep=self.config.checkpoint.keep)
+            store.set_pointer(self.root, "best", step)
+        store.prune(self.root, keep=self.config.checkpoint.keep)
 
     def require_sound(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint that this run cannot go on from; each rank reads its share of it. Collective.
@@ -70,6 +72,16 @@ class Saver:
             DataError: The checkpoint was trained on other data, or in another order.
         """
         everywhere(self.world, lambda: self._require_sound(checkpoint))
+
+    def tell_changed_micro_steps(self, checkpoint: Checkpoint) -> None:
+        """Say it where a micro-step now holds another number of samples: all a change of layout can do to the numbers."""
+        before, moe = checkpoint.metadata["micro_step_samples"], self.config.model.moe
+        if self.config.model.is_moe and moe.balance_coef and before != self.micro_step_samples:
+            logger.info(
+                "a micro-step now holds %d samples over all ranks, %d before: the balance loss (%s) counts experts over other tokens, "
+                "so this is not exactly the run it was; train.micro_batch_size x data-parallel ranks = %d keeps it",
+                *(self.micro_step_samples, before, moe.balance_scope, before),
+            )
 
     def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
         """Take the state of a sound checkpoint of any layout. Collective: a rank that cannot read stops all.

@@ -92,13 +92,12 @@ class Trainer:
                 position, record = self._step(position)
                 # After the last step there is nothing left to stop.
                 asked = stop.agreed(self.world, self.device) if position.step < steps else 0
-                if asked:  # first of all: the launcher kills its ranks 30 s after its signal
-                    self._save(position)
-                position, record = self._validate(position, record)
+                if not asked:  # the launcher kills its ranks 30 s after its signal: no time for more than the checkpoint
+                    position, record = self._validate(position, record)
                 # The record first: a run killed between the two resumes from an older checkpoint and drops the record again.
                 everywhere(self.world, lambda record=record: [sink.write(record) for sink in self.sinks])
                 progress.step(record)
-                if self._save_is_due(position):
+                if asked or self._save_is_due(position):
                     self._save(position)
                 profiler()
                 if asked:
@@ -139,7 +138,8 @@ class Trainer:
         if self.valid is None or not (last or self._due(self.config.eval.every, position.step)):
             return position, record
         loss = self.validate()
-        best = loss if position.best_val_loss is None else min(loss, position.best_val_loss)
+        candidates = [value for value in (loss, position.best_val_loss) if value is not None and math.isfinite(value)]
+        best = min(candidates, default=None)
         position = replace(position, val_loss=loss, best_val_loss=best)
         logger.info("step %d: validation loss %.4f nats%s", position.step, loss, ", the lowest so far" if position.is_best else "")
         return position, record | {"val_loss": loss}

@@ -40,7 +40,7 @@ def test_stage_and_clipping_come_from_the_run(stage):
 )
 def test_gradients_are_summed_over_ranks_as_they_are_accumulated(dtype, grad_dtype, expected):
     made = make(replace(RUN, precision=PrecisionConfig(grad_dtype=grad_dtype)), dtype=dtype)
-    assert made["bf16"] == {"enabled": dtype == "bf16"}
+    assert made["bf16"]["enabled"] == (dtype == "bf16")
     assert made["data_types"]["grad_accum_dtype"] == expected
     assert made["communication_data_type"] == expected
 

@@ -74,9 +74,11 @@ def test_a_world_that_does_not_fit(
     assert not (tmp_path / "run").exists()
 
 
-def test_other_ranks_keep_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_of_a_machine_keep_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
+    assert "missing.yaml" in refused(["--config", tmp_path / "missing.yaml"], capsys), "another machine may lack what the first one has"
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert refused(["--config", tmp_path / "missing.yaml"], capsys) == ""
     assert refused(["--config", NANO, "--parallel.tp", 3], capsys) == ""
 

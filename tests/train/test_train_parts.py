@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megagate.backend.native import NativeBackend
+from megagate.checkpoint import store
 from megagate.config.cli import parse, to_yaml
 from megagate.config.model import GateConfig
 from megagate.config.run import OptimConfig, RunConfig, ScheduleConfig, TrainConfig
@@ -26,10 +27,10 @@ from megagate.errors import CheckpointError, ConfigError, RunError
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.spawn import RankContext
-from megagate.train import saver as saver_module
 from megagate.train.agree import everywhere, on_first
 from megagate.train.folder import RunFolder
 from megagate.train.metrics import MetricsFile
+from megagate.train.report import tell_learning
 from megagate.train.saver import Saver
 from megagate.train.schedule import learning_rate
 from megagate.train.stop import StopSignal
@@ -261,14 +262,14 @@ def failing_save(context: RankContext, root: str, config: RunConfig, what: str, 
     mesh = ParallelMesh.build(tp=1, ep=1)
     saver = Saver(Path(root), config=config, mesh=mesh, data="order")
     engine = SimpleNamespace(state_pieces=lambda: iter(()), applied_steps=1)
-    part = getattr(saver_module, what)
+    part = getattr(store, what)
 
     def act(*arguments: Any, **settings: Any) -> Any:
         if context.rank == failing:
             raise RunError(f"no space in rank {failing}")
         return part(*arguments, **settings)
 
-    with patch.object(saver_module, what, act):
+    with patch.object(store, what, act):
         try:
             saver.save(engine, step=5, best_val_loss=None)
         except RunError as error:
@@ -352,6 +353,17 @@ def test_when_the_loop_validates_and_saves(nano: RunConfig) -> None:
     assert stand_in.records == [(step, step - 1.0, losses.get(step)) for step in range(1, 8)]
 
 
+def test_a_validation_that_is_not_a_number_is_never_the_best(nano: RunConfig) -> None:
+    nan = float("nan")
+    stand_in = Steps(val_losses=(nan, 3.0, nan, 4.0))
+    position, _ = stand_in.run(loop(nano, steps=4, evaluate=1))
+    assert stand_in.saved == [(2, 3.0, True), (4, 3.0, False)]
+    assert (position.best_val_loss, position.is_best) == (3.0, False)
+    valid = SimpleNamespace(target_counts=lambda size: np.ones(size, dtype=np.int64))
+    strict = replace(nano, eval=replace(nano.eval, min_gain_nats=1.0))
+    assert [tell_learning(strict, val_loss=loss, valid=valid) for loss in (nan, 6.0, 5.0)] == [False, False, True]
+
+
 def test_the_loop_goes_on_where_it_was(nano: RunConfig) -> None:
     stand_in = Steps(val_losses=(2.5, 2.0))
     position, _ = stand_in.run(loop(nano, steps=6, evaluate=2), Position(3, best_val_loss=2.2))
@@ -359,11 +371,11 @@ def test_the_loop_goes_on_where_it_was(nano: RunConfig) -> None:
     assert stand_in.saved == [(6, 2.0, True)] and position.step == 6
 
 
-def test_a_signal_saves_after_the_step_and_its_validation(nano: RunConfig) -> None:
+def test_a_signal_saves_after_the_step_without_its_validation(nano: RunConfig) -> None:
     stand_in = Steps(signal_at=4, val_losses=(3.0, 4.0))
     position, asked = stand_in.run(loop(nano, steps=7, evaluate=2))
     assert (position.step, asked) == (4, signal.SIGTERM)
-    assert stand_in.records[-1] == (4, 3.0, 4.0) and stand_in.saved[-1] == (4, 3.0, False)
+    assert stand_in.records[-1] == (4, 3.0, None) and stand_in.saved[-1] == (4, 3.0, False)
 
 
 def test_a_signal_in_the_last_step_changes_nothing(nano: RunConfig) -> None:

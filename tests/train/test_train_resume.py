@@ -185,6 +185,17 @@ def test_another_order_of_samples_is_refused(jobs: Jobs, tmp_path: Path) -> None
     assert not (tmp_path / "new").exists()
 
 
+def test_a_start_from_another_run(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.run("--train.output_dir", tmp_path / "old", "--train.steps", 2)
+    resume = ("--train.output_dir", tmp_path / "new", "--train.resume", tmp_path / "old")
+    job = jobs.run(*resume, "--train.steps", 2, expect=2)
+    assert job.text.count("train.steps (2) must be above the step of the checkpoint in train.resume (2)") == 1
+    assert not (tmp_path / "new").exists()
+    job = jobs.run(*resume, "--train.steps", 3, "--train.micro_batch_size", 2)
+    assert job.text.count("a micro-step now holds 2 samples over all ranks, 1 before") == 1
+    assert [record["step"] for record in metrics(tmp_path / "new")] == [3]
+
+
 def test_best_is_the_lowest_validation_loss_and_survives(jobs: Jobs, tmp_path: Path) -> None:
     """A learning rate that is far too high at the end makes an early step the best one."""
     run = tmp_path / "run"

@@ -53,8 +53,8 @@ class Dispatcher:
         of their experts, with their router weights, and come back the same way.
     """
 
-    def __init__(self, num_experts: int, *, row_multiple: int, ep: Axis):
-        self.num_experts, self.row_multiple, self.ep = num_experts, row_multiple, ep
+    def __init__(self, *, row_multiple: int, ep: Axis):
+        self.row_multiple, self.ep = row_multiple, ep
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Rows, Plan]:
         """Send tokens to their experts.
@@ -64,7 +64,7 @@ class Dispatcher:
         order = torch.argsort(route.ids.flatten(), stable=True)  # [T*k]
         slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device)).view_as(route.ids)
         token = order // route.ids.shape[1]
-        counts = torch.bincount(route.ids.flatten(), minlength=self.num_experts).view(self.ep.size, -1)  # [ep, e] to send
+        counts = route.counts.view(self.ep.size, -1)  # [ep, e] to send
         arriving = all_to_all(counts, self.ep, send=[1] * self.ep.size, receive=[1] * self.ep.size)  # [ep, e] to receive
         ends = self._ends(arriving)
         # The one wait for the device: the host must know how many rows travel and how many there will be.
@@ -86,8 +86,8 @@ class Dispatcher:
         return _Collect.apply(returned, plan.token, plan.slots)
 
     def _ends(self, arriving: Tensor) -> Tensor:
-        """[e]: where each local expert's rows end once padded."""
-        rows = arriving.sum(0)
+        """[e]: where each local expert's rows end once padded; an expert without rows keeps one block of padding."""
+        rows = arriving.sum(0).clamp(min=1)  # grouped GEMMs on GPUs have hung, and given wrong gradients, on groups of no rows
         return ((rows + self.row_multiple - 1) // self.row_multiple * self.row_multiple).cumsum(0)
 
     @staticmethod
@@ -109,6 +109,8 @@ class Dispatcher:
 
 def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index], zeros where index is -1."""
+    if x.shape[0] == 0:  # this rank's experts got no rows at all
+        return x.new_zeros((index.shape[0], *x.shape[1:]))
     # A product: masked_fill_ along rows takes three times as long on CPUs.
     return x.index_select(0, index.clamp(min=0)).mul_((index >= 0).unsqueeze(-1))
 

@@ -23,7 +23,7 @@ class MoE(Layer):
     def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):
         super().__init__(dtype)
         self.router = Router(config, hidden_size, dtype=dtype, tp=mesh.tp)
-        self.dispatcher = Dispatcher(config.num_experts, row_multiple=backend.row_multiple, ep=mesh.ep)
+        self.dispatcher = Dispatcher(row_multiple=backend.row_multiple, ep=mesh.ep)
         self.experts = Experts(config, hidden_size, dtype=dtype, backend=backend, ep=mesh.ep)
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:

@@ -31,10 +31,12 @@ class Route(NamedTuple):
     Args:
         ids: [T, k] int64.
         probs: [T, k] fp32, with gradient.
+        counts: [E] int64, rows for each expert.
     """
 
     ids: Tensor
     probs: Tensor
+    counts: Tensor
 
 
 class Router(Layer):
@@ -59,5 +61,11 @@ class Router(Layer):
         probs, ids = scores.topk(self.config.top_k, dim=-1)
         if self.config.renormalize:
             probs = probs / probs.sum(-1, keepdim=True)
-        counts = torch.bincount(ids.flatten(), minlength=self.config.num_experts).to(torch.float32)
-        return Route(ids, probs), RouterStats(counts, scores.sum(0), logits.logsumexp(-1).square().sum())
+        counts = count_rows(ids, self.config.num_experts)
+        return Route(ids, probs, counts), RouterStats(counts.float(), scores.sum(0), logits.logsumexp(-1).square().sum())
+
+
+def count_rows(ids: Tensor, num_experts: int) -> Tensor:
+    """[E] int64: how often each expert is chosen. Unlike bincount it does not wait for a GPU."""
+    flat = ids.flatten()
+    return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))

@@ -1,0 +1,53 @@
+"""What only a GPU can show. Skipped without one; the README says so."""
+
+import pytest
+import torch
+
+from megagate.backend.native import NativeBackend
+from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
+from megagate.model.lm import LanguageModel
+from megagate.parallel.mesh import ParallelMesh
+
+pytestmark = pytest.mark.gpu
+
+MODEL = ModelConfig(
+    vocab_size=500,
+    hidden_size=64,
+    num_layers=2,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, gate=GateConfig("G1")),
+    moe=MoEConfig(num_experts=8, top_k=2, ffn_size=64),
+)
+
+
+def build(device: str, dtype: torch.dtype) -> LanguageModel:
+    where = torch.device(device)
+    model = LanguageModel(MODEL, dtype=dtype, backend=NativeBackend(where), mesh=ParallelMesh.single())
+    return model.initialize(seed=1, device=where)
+
+
+def gradients(model: LanguageModel, tokens: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+    tokens = tokens.to(model.embedding.weight.device)
+    loss = model(tokens[:, :-1], tokens[:, 1:]).ce_sum / tokens[:, 1:].numel()
+    loss.backward()
+    return loss.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("shape", [(4, 65), (1, 4)])
+def test_a_bf16_gpu_rounds_no_more_than_a_bf16_cpu(shape: tuple[int, int]) -> None:
+    """Loss and every gradient against fp32 on the CPU. Three tokens leave two of eight experts without any."""
+    tokens = torch.randint(0, 500, shape, generator=torch.Generator().manual_seed(7))
+    exact, low, gpu = build("cpu", torch.float32), build("cpu", torch.bfloat16), build("cuda", torch.bfloat16)
+    loss, wanted = gradients(exact, tokens)
+    low_loss, low_found = gradients(low, tokens)
+    gpu_loss, found = gradients(gpu, tokens)
+    assert abs(gpu_loss - loss) <= 2 * abs(low_loss - loss) + 0.02
+    for name, gradient in wanted.items():
+        scale = gradient.norm() + 1e-12
+        usual = (low_found[name] - gradient).norm() / scale
+        assert (found[name] - gradient).norm() / scale <= 3 * usual + 0.05, name
+
+
+def test_initial_weights_are_those_of_the_cpu() -> None:
+    cpu, gpu = build("cpu", torch.bfloat16), build("cuda", torch.bfloat16)
+    for (name, ours), theirs in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
+        assert torch.equal(ours, theirs.cpu()), name
