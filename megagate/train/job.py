@@ -1,5 +1,6 @@
 """One rank's part of a run, from the process group to the closing words."""
 
+import shutil
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -63,11 +64,17 @@ class Job:
         if checkpoint is not None and checkpoint.step >= config.train.steps:
             logger.info("finished already: %s is at step %d of %d; nothing to do", checkpoint.folder, checkpoint.step, config.train.steps)
             return 0
-        data = self._open_data()
-        train, valid = self._loaders(data)
-        saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, data=train.fingerprint)
-        if checkpoint is not None:
-            saver.require_sound(checkpoint)
+        made_here = not self.folder.path.exists()
+        try:
+            data = self._open_data()
+            train, valid = self._loaders(data)
+            saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, data=train.fingerprint)
+            if checkpoint is not None:
+                saver.require_sound(checkpoint)
+        except MegagateError:
+            if made_here and world.rank == 0:  # prepared data is all that can lie in it
+                shutil.rmtree(self.folder.path, ignore_errors=True)
+            raise
         on_first(world, self._claim_folder)
         engine = self._build_engine()
         position = self._resume(saver, engine, checkpoint)

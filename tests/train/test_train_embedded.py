@@ -35,6 +35,16 @@ def test_the_main_job_in_small(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.M
     assert jobs.run("--train.output_dir", run, *SMALL, config=TINY).text.count("finished already") == 1
 
 
+def test_data_too_short_for_a_window_leave_nothing_behind(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs.run("--train.output_dir", tmp_path / "run", *SMALL, "--train.seq_len", 10**6, config=TINY, expect=2)
+    assert job.text.count("DataError") == 1 and "train.seq_len" in job.text
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    jobs.run("--train.output_dir", tmp_path / "run", *SMALL, "--train.seq_len", 10**6, config=TINY, expect=2)
+    assert (tmp_path / "run" / "notes.txt").exists(), "a folder that was there before stays"
+
+
 def assert_commands_work(text: str, expected: dict[str, int]) -> None:
     """The printed commands start jobs in these folders, on so many ranks, which the rules accept."""
     commands = [line.split(":", 1)[1] for line in text.split("next:\n")[1].splitlines() if "deepspeed " in line]
