@@ -171,3 +171,10 @@ def test_fresh_state_is_what_the_optimizer_itself_makes():
     assert all(made[key].shape == fresh[key].shape and made[key].dtype == fresh[key].dtype for key in made)
     assert made["step"] == fresh["step"] == 1
     assert fresh_state(parameter, config, applied_steps=0) == fresh_state(parameter, OptimConfig(name="sgd"), applied_steps=5) == {}
+
+
+def test_a_batch_without_targets_counts_nothing():
+    engine = build_engine(Run(), Layout(), ALONE)
+    tokens, labels = (t[0] for t in batch(0, ALONE))
+    empty = torch.full_like(labels, IGNORE_INDEX)
+    assert engine.evaluate([(tokens, labels), (tokens, empty)]) == engine.evaluate([(tokens, labels)])

@@ -95,12 +95,13 @@ def test_under_the_launcher_the_message_comes_once(jobs: Jobs, tmp_path: Path) -
 # ---- data
 
 
-def make_data(folder: Path, *, vocab_size: int = 512, tokens: int = 6_000) -> Path:
+def make_data(folder: Path, *, vocab_size: int = 512, tokens: int = 6_000, splits: tuple[str, ...] = ("train", "valid")) -> Path:
     """A data set of arbitrary ids below `vocab_size`, by the library's own writer."""
     folder.mkdir()
     ids = np.random.default_rng(0).integers(0, vocab_size, tokens)
     entries = []
-    for split, part in (("train", ids), ("valid", ids[:1_000])):
+    for split in splits:
+        part = ids if split == "train" else ids[:1_000]
         with ShardWriter(folder / f"{split}-00000", dtype=token_dtype(vocab_size)) as writer:
             writer.add_many(part, lengths=[part.size])
         entries.append(ShardEntry.of(f"{split}-00000", split=split, stats=writer.finish()))
@@ -152,7 +153,18 @@ def test_good_data_of_the_same_writer_is_trained_on(jobs: Jobs, tmp_path: Path) 
     assert len(metrics(tmp_path / "run")) == 2
 
 
-def test_the_validation_split_may_be_empty_or_short(jobs: Jobs, tmp_path: Path) -> None:
+def test_a_validation_needs_a_split(jobs: Jobs, tmp_path: Path) -> None:
+    run = ("--train.output_dir", tmp_path / "run", "--train.steps", 2)
+    data = ("--data.path", make_data(tmp_path / "data", splits=("train",)))
+    for wish in (("--eval.every", 1), ("--eval.min_gain_nats", 0.5)):
+        job = jobs.run(*run, *data, *wish, expect=2)
+        assert job.text.count("has no validation tokens, but eval.every is") == 1
+        assert not (tmp_path / "run").exists()
+    jobs.run(*run, *data)
+    assert all("val_loss" not in record for record in metrics(tmp_path / "run"))
+
+
+def test_the_validation_split_may_be_short(jobs: Jobs, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", tokens=40)  # one window in each split: less than a batch
     job = jobs.run("--train.output_dir", tmp_path / "run", "--data.path", data, "--train.steps", 2, "--train.global_batch_size", 1)
     assert "val_loss" in metrics(tmp_path / "run")[-1]

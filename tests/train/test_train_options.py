@@ -202,3 +202,14 @@ def test_a_model_that_has_learnt_passes(jobs: Jobs, tmp_path: Path) -> None:
     assert "FAILED" not in job.text
     assert job.text.count("unigram entropy of the same 4,096 tokens") == 1
     jobs.run("--train.output_dir", tmp_path / "run", *flat(QUICK | {"--eval.min_gain_nats": 0.3}))
+
+
+def test_a_validation_is_the_same_for_any_micro_batch(jobs: Jobs, tmp_path: Path) -> None:
+    """Whole global batches of windows; and the run's config names the precision that `auto` came to."""
+    losses = []
+    for micro in (1, 4, 0):
+        run = tmp_path / f"run-{micro}"
+        jobs.run("--train.output_dir", run, "--train.steps", 2, "--train.micro_batch_size", micro, "--precision.dtype", "auto")
+        losses.append(metrics(run)[-1]["val_loss"])
+        assert parse(["--config", str(run / "config.yaml")], prog="test").precision.dtype == "fp32"
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)

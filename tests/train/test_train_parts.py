@@ -29,6 +29,7 @@ from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.spawn import RankContext
 from megagate.train.agree import everywhere, on_first
 from megagate.train.folder import RunFolder
+from megagate.train.job import _resolved
 from megagate.train.metrics import MetricsFile
 from megagate.train.report import tell_learning
 from megagate.train.saver import Saver
@@ -232,6 +233,31 @@ def test_an_error_of_one_rank_is_known_to_all(failing: tuple[int, ...]) -> None:
     found = ranks.run_ranks(fail_in, 2, failing)
     first = [f"rank {failing[0]} is full"] * 2 if failing else ["value 0", "value 1"]
     assert found == [(first[rank], f"again {rank}") for rank in (0, 1)]
+
+
+def full_disk_in(context: RankContext, failing: int) -> str:
+    world = ParallelMesh.build(tp=1, ep=1).world
+
+    def write() -> None:
+        if context.rank == failing:
+            raise OSError(5, "Input/output error", "/shared/file")
+
+    try:
+        everywhere(world, write)
+    except RunError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_an_error_of_one_ranks_disk_is_known_to_all() -> None:
+    found = ranks.run_ranks(full_disk_in, 2, 1)
+    assert found[0] == found[1] and "Input/output error: '/shared/file' (rank 1)" in found[0]
+
+
+@pytest.mark.parametrize(("given", "device", "numbers"), [("auto", "cpu", "fp32"), ("auto", "cuda", "bf16"), ("fp32", "cuda", "fp32")])
+def test_precision_is_decided_once(given: str, device: str, numbers: str, nano: RunConfig) -> None:
+    config = replace(nano, precision=replace(nano.precision, dtype=given))
+    assert _resolved(config, torch.device(device)) == replace(nano, precision=replace(nano.precision, dtype=numbers))
 
 
 def only_the_first(context: RankContext) -> tuple[str | None, str]:
