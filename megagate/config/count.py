@@ -8,7 +8,7 @@ from typing import Literal
 
 from megagate.config.model import ModelConfig
 
-Part = Literal["embedding", "attention", "gate", "router", "experts", "ffn", "norms", "head"]
+Part = Literal["embedding", "attention", "gate", "router", "experts", "shared_expert", "ffn", "norms", "head"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class ParameterCount:
         router: The routers of all layers.
         experts: All experts of all layers.
         active_experts: The experts of all layers that one token passes through.
+        shared_expert: The shared experts of all layers.
         ffn: The dense feed-forward blocks of all layers.
         norms: Every RMSNorm.
         head: The output projection; 0 where it is tied to the embedding.
@@ -33,6 +34,7 @@ class ParameterCount:
     router: int
     experts: int
     active_experts: int
+    shared_expert: int
     ffn: int
     norms: int
     head: int
@@ -45,12 +47,19 @@ class ParameterCount:
     @property
     def active(self) -> int:
         """Parameters that one token uses, the embedding matrix included."""
-        return self.embedding + self.attention + self.gate + self.router + self.active_experts + self.ffn + self.norms + self.head
+        attention = self.attention + self.gate
+        feed_forward = self.router + self.active_experts + self.shared_expert + self.ffn
+        return self.embedding + attention + feed_forward + self.norms + self.head
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The full shape of every parameter that the built model has, by its name, with the vocabulary padded."""
     return {name: shape for _, name, shape in _parameters(model, model.padded_vocab_size)}
+
+
+def parameter_parts(model: ModelConfig) -> dict[str, Part]:
+    """The part that every parameter of the built model belongs to, by its name."""
+    return {name: part for part, name, _ in _parameters(model, model.padded_vocab_size)}
 
 
 def count_parameters(model: ModelConfig, *, padded: bool = False) -> ParameterCount:
@@ -72,7 +81,7 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
 
     Formula:
         6 N + 6 L s n d, with N the parameters of the matrix products that one token passes through (attention, gate, router,
-        its top-k experts or the dense FFN, output projection, also a tied one; not the embedding lookup, not norms), L layers,
+        its top-k experts, the shared expert or the dense FFN, output projection, also a tied one; not the embedding lookup, not norms), L layers,
         s tokens per sequence, n query heads of d channels. A product with a weight costs 2 operations per parameter forward
         and 4 backward. Scores and weighted values cost 4 s n d forward over a whole row, 12 s n d with the backward pass; a
         causal mask needs half of that. Recomputation is not counted, nor the rows that pad the vocabulary.
@@ -86,7 +95,7 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """
     counts = count_parameters(model)
     head = model.vocab_size * model.hidden_size
-    matrices = counts.attention + counts.gate + counts.router + counts.active_experts + counts.ffn + head
+    matrices = counts.attention + counts.gate + counts.router + counts.active_experts + counts.shared_expert + counts.ffn + head
     attention = model.num_layers * seq_len * model.attention.num_heads * model.attention.head_dim
     return 6 * matrices + 6 * attention
 
@@ -128,7 +137,10 @@ def _feed_forward_parameters(model: ModelConfig, prefix: str) -> Iterator[tuple[
         yield "router", f"{prefix}moe.router.weight", (experts, hidden)
         yield "experts", f"{prefix}moe.experts.gate_up", (experts, 2 * width, hidden)
         yield "experts", f"{prefix}moe.experts.down", (experts, hidden, width)
+        part, name, width = "shared_expert", f"{prefix}moe.shared_expert", model.moe.shared_ffn_size
     else:
-        yield "ffn", f"{prefix}ffn.gate.weight", (model.ffn_size, hidden)
-        yield "ffn", f"{prefix}ffn.up.weight", (model.ffn_size, hidden)
-        yield "ffn", f"{prefix}ffn.down.weight", (hidden, model.ffn_size)
+        part, name, width = "ffn", f"{prefix}ffn", model.ffn_size
+    if width:
+        yield part, f"{name}.gate.weight", (width, hidden)
+        yield part, f"{name}.up.weight", (width, hidden)
+        yield part, f"{name}.down.weight", (hidden, width)

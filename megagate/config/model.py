@@ -5,7 +5,7 @@ from typing import Literal
 
 GatePosition = Literal["none", "G1"]
 GateGranularity = Literal["elementwise", "headwise"]
-BalanceScope = Literal["global_batch", "micro_batch"]
+BalanceScope = Literal["global_batch", "micro_batch", "sequence"]
 
 VOCAB_MULTIPLE = 128
 """The embedding is padded to this multiple whatever tp is, so that its shape does not depend on the layout."""
@@ -71,16 +71,18 @@ class MoEConfig:
         num_experts: Experts per layer; 0 makes the model dense.
         top_k: Experts per token; 1 to `num_experts`.
         ffn_size: Hidden width of one expert.
+        shared_ffn_size: Hidden width of the shared expert that every token passes beside its k; 0 for none.
         renormalize: Divide the chosen probabilities by their sum.
         balance_coef: Weight of the load-balancing loss of each layer; 0 switches it off.
-        balance_scope: Tokens over which expert frequencies are counted: the whole `global_batch` (arXiv 2501.11873) or one
-            `micro_batch` over all ranks.
+        balance_scope: Tokens over which expert frequencies are counted: the whole `global_batch` (arXiv 2501.11873), one
+            `micro_batch` over all ranks, or one `sequence` (arXiv 2412.19437).
         z_loss_coef: Weight of the router z-loss (arXiv 2202.08906) of each layer; 0 switches it off.
     """
 
     num_experts: int = 0
     top_k: int = 1
     ffn_size: int = 0
+    shared_ffn_size: int = 0
     renormalize: bool = True
     balance_coef: float = 1e-3
     balance_scope: BalanceScope = "global_batch"

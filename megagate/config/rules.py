@@ -73,6 +73,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "model.moe.num_experts": _AT_LEAST_0,
         "model.moe.top_k": _AT_LEAST_1,
         "model.moe.ffn_size": _AT_LEAST_0,
+        "model.moe.shared_ffn_size": _AT_LEAST_0,
         "model.moe.balance_coef": _AT_LEAST_0,
         "model.moe.z_loss_coef": _AT_LEAST_0,
         "train.steps": _AT_LEAST_1,
@@ -219,8 +220,8 @@ def _sharding_rules(config: RunConfig) -> Iterator[str]:
         "train.seq_len": config.train.seq_len,
         f"model.vocab_size {model.vocab_size} padded": model.padded_vocab_size,
     }
-    if not model.is_moe:
-        split["model.ffn_size"] = model.ffn_size
+    ffn = ("model.moe.shared_ffn_size", model.moe.shared_ffn_size) if model.is_moe else ("model.ffn_size", model.ffn_size)
+    split[ffn[0]] = ffn[1]
     for key, size in split.items():
         name = key.split()[0].rpartition(".")[2]
         yield from _divisible(key, size, "parallel.tp", tp, remedy=f"lower parallel.tp or change {name}")

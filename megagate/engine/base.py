@@ -82,7 +82,7 @@ class Engine(ABC):
     def _balance_loss(self, tokens: Tensor) -> BalanceLoss | None:
         model = self.config.model
         step_tokens = tokens.numel() * self.mesh.dp.size
-        return BalanceLoss(model.moe, step_tokens=step_tokens, world=self.mesh.world) if model.is_moe else None
+        return BalanceLoss(model.moe, step_tokens=step_tokens, mesh=self.mesh) if model.is_moe else None
 
     @abstractmethod
     def _forward(self, tokens: Tensor, labels: Tensor) -> LossParts:

@@ -40,7 +40,7 @@ def plain(shape: str, gate: str | None = None, auxiliary: bool = False) -> Work:
         parts = model(tokens, labels)
         loss = parts.ce_sum / targets
         if auxiliary:
-            loss = loss + BalanceLoss(moe, step_tokens=sizes.tokens, world=mesh.world).share(parts.stats)
+            loss = loss + BalanceLoss(moe, step_tokens=sizes.tokens, mesh=mesh).share(parts.stats)
         return loss
 
     return step_of(model, loss_of, batches(sizes, device))

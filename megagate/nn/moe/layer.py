@@ -6,6 +6,7 @@ from torch import Tensor
 from megagate.backend.base import Backend
 from megagate.config.model import MoEConfig
 from megagate.nn.base import Layer
+from megagate.nn.mlp import DenseFFN
 from megagate.nn.moe.dispatch import Dispatcher
 from megagate.nn.moe.experts import Experts
 from megagate.nn.moe.router import Router, RouterStats
@@ -13,11 +14,12 @@ from megagate.parallel.mesh import ParallelMesh
 
 
 class MoE(Layer):
-    """The sum of each token's k experts, weighted by the router.
+    """The sum of each token's k experts, weighted by the router, and of the shared expert, where there is one, that every token passes.
 
     Shapes: [b, s/tp, h] -> [b, s/tp, h], and the router's statistics of this rank's tokens.
-    Parallel: every rank owns distinct tokens (the sequence is cut over tp); rows travel over ep and back.
-    Source: arXiv 2101.03961, equation 2.
+    Parallel: every rank owns distinct tokens (the sequence is cut over tp); rows travel over ep and back. The shared expert is cut over tp
+        like a dense block.
+    Source: arXiv 2101.03961, equation 2; shared experts: arXiv 2401.06066, section 3.2.
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):
@@ -25,10 +27,12 @@ class MoE(Layer):
         self.router = Router(config, hidden_size, dtype=dtype, tp=mesh.tp)
         self.dispatcher = Dispatcher(row_multiple=backend.row_multiple, ep=mesh.ep)
         self.experts = Experts(config, hidden_size, dtype=dtype, backend=backend, ep=mesh.ep)
+        shared = config.shared_ffn_size
+        self.shared_expert = DenseFFN(hidden_size, shared, dtype=dtype, backend=backend, tp=mesh.tp) if shared else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """Apply the block."""
-        tokens = x.flatten(0, 1)  # [T, h]
-        route, stats = self.router(tokens)
-        rows, plan = self.dispatcher.dispatch(tokens, route)
-        return self.dispatcher.combine(self.experts(rows), plan).view_as(x), stats
+        route, stats = self.router(x)
+        rows, plan = self.dispatcher.dispatch(x.flatten(0, 1), route)
+        out = self.dispatcher.combine(self.experts(rows), plan).view_as(x)
+        return (out if self.shared_expert is None else out + self.shared_expert(x)), stats

@@ -15,8 +15,8 @@ class RouterStats(NamedTuple):
     """Sums over one rank's tokens of one layer; the balance losses are formed from them in the engine.
 
     Args:
-        counts: [E] fp32, tokens sent to each expert, without gradient.
-        prob_sums: [E] fp32, sum of the full softmax, with gradient.
+        counts: [b, E] fp32, tokens of each sequence sent to each expert, without gradient.
+        prob_sums: [b, E] fp32, sum of the full softmax over each sequence's tokens, with gradient.
         z_sum: scalar fp32, sum of logsumexp(logits)^2, with gradient.
     """
 
@@ -42,7 +42,7 @@ class Route(NamedTuple):
 class Router(Layer):
     """softmax over all experts in fp32, then the k largest, renormalised to sum 1 if so configured.
 
-    Shapes: x [T, h] -> ids [T, k], probs [T, k].
+    Shapes: x [b, s/tp, h] -> ids [T, k], probs [T, k], T = b s/tp.
     Parallel: the weight is replicated; under sequence parallelism each rank routes its own tokens and the gradient is summed over tp.
     Source: arXiv 2101.03961, equation 1, with k experts.
     """
@@ -56,16 +56,21 @@ class Router(Layer):
 
     def forward(self, x: Tensor) -> tuple[Route, RouterStats]:
         """Route tokens."""
-        logits = x.float() @ enter(self.weight.float(), self.tp).t()  # [T, E]
+        logits = self.logits(x)
         scores = logits.softmax(-1)
-        probs, ids = scores.topk(self.config.top_k, dim=-1)
+        probs, ids = scores.topk(self.config.top_k, dim=-1)  # [b, s/tp, k]
         if self.config.renormalize:
             probs = probs / probs.sum(-1, keepdim=True)
         counts = count_rows(ids, self.config.num_experts)
-        return Route(ids, probs, counts), RouterStats(counts.float(), scores.sum(0), logits.logsumexp(-1).square().sum())
+        stats = RouterStats(counts.float(), scores.sum(1), logits.logsumexp(-1).square().sum())
+        return Route(ids.flatten(0, 1), probs.flatten(0, 1), counts.sum(0)), stats
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The score of each expert before the softmax, [b, s/tp, E] fp32."""
+        return x.float() @ enter(self.weight.float(), self.tp).t()
 
 
 def count_rows(ids: Tensor, num_experts: int) -> Tensor:
-    """[E] int64: how often each expert is chosen. Unlike bincount it does not wait for a GPU."""
-    flat = ids.flatten()
-    return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+    """[b, E] int64: how often each sequence of ids [b, s, k] chooses each expert. Unlike bincount it does not wait for a GPU."""
+    flat = ids.flatten(1)
+    return flat.new_zeros(len(flat), num_experts).scatter_add_(1, flat, torch.ones_like(flat))
