@@ -17,8 +17,8 @@ def cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: 
     """Sum over all targets of -log softmax(x W^T)[label], in nats.
 
     Shapes: x [b, s/tp, h], weight [V/tp, h], labels [b, s] int64 (IGNORE_INDEX has no target) -> scalar fp32, equal on all tp ranks.
-    Parallel: all-gather of the sequence forward, reduce-scatter backward; per chunk a maximum, two sums of [tokens] over tp. The
-        gradient of x and W is formed in the forward pass, chunk by chunk.
+    Parallel: all-gather of the sequence forward, reduce-scatter backward; per chunk a maximum of [tokens] and a sum of [tokens + 1] over
+        tp. The gradient of x and W is formed in the forward pass, chunk by chunk.
 
     Args:
         x: Final hidden states.
@@ -66,11 +66,12 @@ def _chunk(x: Tensor, weight: Tensor, local: Tensor, counted: Tensor, tp: Axis) 
     logits -= maximum(peak, tp).unsqueeze(-1)
     mine = (local >= 0) & (local < logits.shape[1])  # IGNORE_INDEX is negative on every rank
     index = local.where(mine, 0).unsqueeze(-1)
-    target = logits.new_zeros(local.shape) if logits.shape[1] == 0 else logits.gather(1, index).squeeze(-1) * mine
+    target = logits.new_zeros(()) if logits.shape[1] == 0 else (logits.gather(1, index).squeeze(-1) * mine).sum()
     exps = logits.exp_()
-    sums, target = total(torch.stack([exps.sum(-1), target]), tp)
+    # A target's logit is on one rank and only the sum of all is needed: one number per chunk travels, not one per token.
+    sums, target = total(torch.cat([exps.sum(-1), target.view(1)]), tp).split([len(local), 1])
     probs = exps.div_(sums.unsqueeze(-1))
     if logits.shape[1]:
         probs.scatter_add_(1, index, -mine.unsqueeze(-1).to(probs.dtype))
     probs *= counted.unsqueeze(-1)
-    return ((sums.log() - target) * counted).sum(), probs
+    return (sums.log() * counted).sum() - target.squeeze(), probs
