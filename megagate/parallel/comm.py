@@ -4,6 +4,8 @@ No collective writes to its input: autograd may have saved it, and an in-place s
 size 1 each function returns its input at once.
 
 Two adjoint functions serve all dense layers: `enter` goes from replicated (or sequence-sharded) to tensor-parallel, `leave` goes back.
+
+Where the axis has a recorder, each collective reports what it sends, right where it is sent (`gather_objects` and `barrier` do not).
 """
 
 from typing import Any
@@ -61,17 +63,17 @@ def all_to_all(x: Tensor, axis: Axis, *, send: list[int], receive: list[int]) ->
 
 def total(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis, without gradient."""
-    return x if axis.size == 1 else _all_reduce(x.detach(), axis, dist.ReduceOp.SUM)
+    return x if axis.size == 1 else _all_reduce(x.detach(), axis, "total")
 
 
 def maximum(x: Tensor, axis: Axis) -> Tensor:
     """Elementwise maximum over the axis, without gradient."""
-    return x if axis.size == 1 else _all_reduce(x.detach(), axis, dist.ReduceOp.MAX)
+    return x if axis.size == 1 else _all_reduce(x.detach(), axis, "maximum", dist.ReduceOp.MAX)
 
 
 def gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """The shards of all ranks joined along `dim`, without gradient."""
-    return x if axis.size == 1 else _all_gather(x.detach(), axis, dim)
+    return x if axis.size == 1 else _all_gather(x.detach(), axis, dim, "gather")
 
 
 def broadcast(x: Tensor, axis: Axis) -> Tensor:
@@ -79,6 +81,8 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.detach().clone(memory_format=torch.contiguous_format)
+    if axis.traffic is not None:
+        axis.traffic.add(axis.name, "broadcast", "broadcast", out, size=axis.size, nbytes=out.nbytes if axis.rank == 0 else 0)
     dist.broadcast(out, src=axis.ranks[0], group=axis.group)
     return out
 
@@ -98,23 +102,29 @@ def barrier(axis: Axis) -> None:
         dist.barrier(group=axis.group)
 
 
-def _all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def _all_reduce(x: Tensor, axis: Axis, what: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
+    if axis.traffic is not None:
+        axis.traffic.add(axis.name, "all_reduce", what, out, size=axis.size)
     dist.all_reduce(out, op=op, group=axis.group)
     return out
 
 
-def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def _all_gather(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
     dim = _from_front(x, dim)
     out = x.new_empty((axis.size, *x.shape))
+    if axis.traffic is not None:
+        axis.traffic.add(axis.name, "all_gather", what, x, size=axis.size)
     dist.all_gather_into_tensor(out, x.contiguous().unsqueeze(0), group=axis.group)
     return out.movedim(0, dim).flatten(dim, dim + 1)
 
 
-def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def _reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
     dim = _from_front(x, dim)
     stacked = x.unflatten(dim, (axis.size, x.shape[dim] // axis.size)).movedim(dim, 0).contiguous()
     out = torch.empty_like(stacked[:1])
+    if axis.traffic is not None:
+        axis.traffic.add(axis.name, "reduce_scatter", what, stacked, size=axis.size)
     dist.reduce_scatter_tensor(out, stacked, group=axis.group)
     return out.squeeze(0)
 
@@ -130,22 +140,23 @@ class _Enter(Function):
     @staticmethod
     def forward(ctx, x, axis, dim):
         ctx.axis, ctx.dim = axis, dim
-        return x.view_as(x) if dim is None else _all_gather(x, axis, dim)
+        return x.view_as(x) if dim is None else _all_gather(x, axis, dim, "enter")
 
     @staticmethod
     def backward(ctx, grad):
-        return _all_reduce(grad, ctx.axis) if ctx.dim is None else _reduce_scatter(grad, ctx.axis, ctx.dim), None, None
+        axis, dim, what = ctx.axis, ctx.dim, "enter backward"
+        return _all_reduce(grad, axis, what) if dim is None else _reduce_scatter(grad, axis, dim, what), None, None
 
 
 class _Leave(Function):
     @staticmethod
     def forward(ctx, x, axis, dim):
         ctx.axis, ctx.dim = axis, dim
-        return _all_reduce(x, axis) if dim is None else _reduce_scatter(x, axis, dim)
+        return _all_reduce(x, axis, "leave") if dim is None else _reduce_scatter(x, axis, dim, "leave")
 
     @staticmethod
     def backward(ctx, grad):
-        return grad if ctx.dim is None else _all_gather(grad, ctx.axis, ctx.dim), None, None
+        return grad if ctx.dim is None else _all_gather(grad, ctx.axis, ctx.dim, "leave backward"), None, None
 
 
 class _AllToAll(Function):
@@ -153,6 +164,9 @@ class _AllToAll(Function):
     def forward(ctx, x, axis, send, receive):
         ctx.axis, ctx.send, ctx.receive = axis, send, receive
         out = x.new_empty((sum(receive), *x.shape[1:]))
+        if axis.traffic is not None:
+            row = x.element_size() * x.shape[1:].numel()
+            axis.traffic.add(axis.name, "all_to_all", "all_to_all", x, size=axis.size, nbytes=row * (sum(send) - send[axis.rank]))
         dist.all_to_all_single(out, x.contiguous(), receive, send, group=axis.group)
         return out
 

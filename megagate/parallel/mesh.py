@@ -1,10 +1,12 @@
 """The grid of ranks: dense layers read it as data x tensor, experts read the same ranks as expert-data x expert."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from megagate.parallel.traffic import Traffic
 
 Table = list[list[int]]
 
@@ -18,12 +20,14 @@ class Axis:
         ranks: Global ranks of this rank's group, in order.
         rank: Position of this rank in `ranks`.
         group: The process group; None when the axis has size 1, where every collective returns its input.
+        traffic: Counts what this rank sends, where there is one.
     """
 
     name: str
     ranks: tuple[int, ...] = (0,)
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    traffic: Traffic | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -81,18 +85,19 @@ class ParallelMesh:
     world: Axis
 
     @classmethod
-    def single(cls) -> "ParallelMesh":
+    def single(cls, *, traffic: Traffic | None = None) -> "ParallelMesh":
         """The mesh of one process without a process group."""
-        return cls(**{name: Axis(name) for name in ("tp", "dp", "ep", "edp", "world")})
+        return cls(**{name: Axis(name, traffic=traffic) for name in ("tp", "dp", "ep", "edp", "world")})
 
     @classmethod
-    def build(cls, *, tp: int, ep: int, timeout: timedelta | None = None) -> "ParallelMesh":
+    def build(cls, *, tp: int, ep: int, timeout: timedelta | None = None, traffic: Traffic | None = None) -> "ParallelMesh":
         """Make the groups of the default process group's world. Collective: every rank calls it with the same arguments.
 
         Args:
             tp: Tensor-parallel size.
             ep: Expert-parallel size.
             timeout: Of each group's collectives; None is the backend's default.
+            traffic: Counts what this rank sends on all axes; None counts nothing.
         """
         me, made = dist.get_rank(), {tuple(range(dist.get_world_size())): dist.group.WORLD}
         axes = {}
@@ -102,5 +107,6 @@ class ParallelMesh:
                 if len(ranks) > 1 and ranks not in made:
                     made[ranks] = dist.new_group(list(ranks), timeout=timeout)
                 if me in ranks:
-                    axes[name] = Axis(name, ranks, ranks.index(me), made[ranks] if len(ranks) > 1 else None)
+                    group = made[ranks] if len(ranks) > 1 else None
+                    axes[name] = Axis(name, ranks, ranks.index(me), group, traffic)
         return cls(**axes)
