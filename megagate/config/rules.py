@@ -130,7 +130,7 @@ def check(config: RunConfig, *, world_size: int) -> None:
         *_size_rules(config.model),
         *_model_rules(config.model),
         *_schedule_rules(config),
-        *_zero_rules(config.parallel.zero_stage),
+        *_zero_rules(config),
         *_sharding_rules(config),
         *_world_rules(config, world_size),
     ]
@@ -202,14 +202,20 @@ def _schedule_rules(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _zero_rules(stage: int) -> Iterator[str]:
-    reasons = {
-        0: "stage 0 clips experts with a wrong gradient norm",
-        3: "stage 3 is not supported yet",
-    }
-    if stage not in (1, 2):
-        reason = reasons.get(stage, "there is no such stage")
-        yield f"parallel.zero_stage ({stage}) must be 1 or 2: {reason}; set parallel.zero_stage to 1 or 2"
+def _zero_rules(config: RunConfig) -> Iterator[str]:
+    stage = config.parallel.zero_stage
+    if stage not in (0, 1, 2, 3):
+        yield f"parallel.zero_stage ({stage}) must be 0, 1, 2 or 3: there is no such stage; set parallel.zero_stage to 1"
+    if stage == 0 and config.model.is_moe:
+        yield (
+            "parallel.zero_stage (0) must be at least 1 for a mixture of experts: DeepSpeed's stage 0 sums expert gradients over the wrong "
+            "ranks; set parallel.zero_stage to 1"
+        )
+    if stage == 0 and config.precision.dtype == "bf16":
+        yield (
+            "parallel.zero_stage (0) must be at least 1 where precision.dtype is bf16: DeepSpeed's stage 0 keeps no fp32 masters with fp32 "
+            "gradient sums; set parallel.zero_stage to 1 or precision.dtype to fp32"
+        )
 
 
 def _sharding_rules(config: RunConfig) -> Iterator[str]:

@@ -103,7 +103,7 @@ class ParallelConfig:
     Args:
         tp: Tensor-parallel (and sequence-parallel) ranks.
         ep: Expert-parallel ranks, folded over data and tensor parallelism.
-        zero_stage: DeepSpeed ZeRO: 1 shards optimizer states, 2 also gradients.
+        zero_stage: DeepSpeed ZeRO: 1 shards optimizer states, 2 also gradients, 3 also weights; 0 shards nothing (dense models in fp32).
     """
 
     tp: int = 1

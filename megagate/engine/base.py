@@ -1,16 +1,21 @@
 """One optimizer step, whatever does the sharding: the loss is formed here, once, for every engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megagate.checkpoint.reshard import flat_pieces, read_flat
 from megagate.checkpoint.store import Checkpoint, Piece
 from megagate.config.run import RunConfig
 from megagate.data.loader import IGNORE_INDEX
+from megagate.engine.optim import MOMENTS, fresh_state
 from megagate.model.lm import LanguageModel, LossParts
+from megagate.nn.base import named_labels
 from megagate.nn.moe.balance import AuxLosses, BalanceLoss
 from megagate.parallel.comm import total
 from megagate.parallel.mesh import ParallelMesh
@@ -34,11 +39,43 @@ class StepResult(NamedTuple):
     aux: AuxLosses | None
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """What this rank's optimizer holds of one parameter: a run of elements of the flattened local shard.
+
+    Args:
+        name: The parameter.
+        start: First element in the flattened shard.
+        flat: The optimizer's tensor that holds the fp32 master; its gradient and moments lie at the same place of like tensors.
+        offset: First element in the flattened `flat`.
+        size: Elements.
+        owned: This rank writes the fragment to checkpoints; other ranks hold copies.
+    """
+
+    name: str
+    start: int
+    flat: Tensor
+    offset: int
+    size: int
+    owned: bool
+
+    def of(self, like: Tensor) -> Tensor:
+        """The fragment's part of `flat`, or of its gradient or a moment, as a view [size]."""
+        return like.detach().view(-1)[self.offset : self.offset + self.size]
+
+
 class Engine(ABC):
-    """Owns the model, its optimizer and their sharding."""
+    """Owns the model, its optimizer and their sharding.
+
+    Args:
+        optimizer: The torch optimizer that makes the step, behind whatever shards it.
+    """
+
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, model: LanguageModel, config: RunConfig, mesh: ParallelMesh):
         self.model, self.config, self.mesh = model, config, mesh
+        self.labels = named_labels(model)
         self.applied_steps = 0  # skipped steps do not count: Adam's bias correction depends on it
 
     def train_step(self, tokens: Tensor, labels: Tensor, *, lr: float) -> StepResult:
@@ -96,10 +133,64 @@ class Engine(ABC):
     def _update(self, lr: float) -> tuple[float, bool]:
         """Clip, step unless a gradient is not finite, clear; returns the global norm and whether the step was applied."""
 
-    @abstractmethod
-    def state_pieces(self) -> Iterable[Piece]:
+    def state_pieces(self) -> Iterator[Piece]:
         """This rank's part of masters and moments: every element of every logical tensor on exactly one rank, without a collective."""
+        for fragment in self._fragments():
+            if fragment.owned:
+                for kind, flat in self._state(fragment.flat):
+                    yield from self._pieces(f"{kind}/{fragment.name}", fragment, flat)
 
-    @abstractmethod
     def load_state(self, checkpoint: Checkpoint, *, applied_steps: int) -> None:
         """Take masters, moments and weights from a checkpoint of any layout."""
+        self.applied_steps = applied_steps
+        fragments = list(self._fragments())
+        for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
+            self.optimizer.state[flat] = fresh_state(flat, self.config.optim, applied_steps=applied_steps)
+        for fragment in fragments:
+            for kind, flat in self._state(fragment.flat):
+                read_flat(checkpoint, f"{kind}/{fragment.name}", **self._box(fragment), start=fragment.start, flat=fragment.of(flat))
+        self._load_weights(checkpoint)
+
+    @contextmanager
+    def recorded_gradients(self) -> Iterator[list[Piece]]:
+        """The gradients that the optimizer is given inside the context: clipped, fp32, `grad/NAME`; copies on other ranks too.
+
+        Example:
+            with engine.recorded_gradients() as gradients:
+                engine.train_step(tokens, labels, lr=lr)
+        """
+        pieces: list[Piece] = []
+
+        def record(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            given = {id(flat) for group in optimizer.param_groups for flat in group["params"] if flat.grad is not None}
+            for fragment in self._fragments():
+                if id(fragment.flat) in given:
+                    views = self._pieces(f"grad/{fragment.name}", fragment, fragment.flat.grad)
+                    pieces.extend(replace(piece, tensor=piece.tensor.clone()) for piece in views)
+
+        handle = self.optimizer.register_step_pre_hook(record)
+        try:
+            yield pieces
+        finally:
+            handle.remove()
+
+    def _state(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(kind, tensor) of what the optimizer keeps for one of its tensors."""
+        yield "master", flat
+        for moment in MOMENTS[self.config.optim.name] if self.applied_steps else ():
+            yield moment, self.optimizer.state[flat][moment]
+
+    def _pieces(self, name: str, fragment: Fragment, flat: Tensor) -> list[Piece]:
+        return flat_pieces(name, **self._box(fragment), start=fragment.start, flat=fragment.of(flat))
+
+    def _box(self, fragment: Fragment) -> dict[str, tuple[int, ...]]:
+        shard = self.labels[fragment.name].shard
+        return {"full_shape": shard.full_shape, "shard_offset": shard.offset, "shard_shape": shard.shape}
+
+    @abstractmethod
+    def _fragments(self) -> Iterable[Fragment]:
+        """What this rank's optimizer holds."""
+
+    @abstractmethod
+    def _load_weights(self, checkpoint: Checkpoint) -> None:
+        """Give the model's weights the values of the masters, which have been read."""

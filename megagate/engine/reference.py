@@ -1,15 +1,15 @@
 """The engine in plain PyTorch on one process: what the sharded engine must equal."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from megagate.checkpoint.store import Checkpoint, Piece
+from megagate.checkpoint.store import Checkpoint
 from megagate.config.run import RunConfig
-from megagate.engine.base import Engine
-from megagate.engine.optim import MOMENTS, build_optimizer, fresh_state, parameter_groups
+from megagate.engine.base import Engine, Fragment
+from megagate.engine.optim import build_optimizer, parameter_groups
 from megagate.model.lm import LanguageModel, LossParts
 from megagate.parallel.mesh import ParallelMesh
 
@@ -51,21 +51,9 @@ class ReferenceEngine(Engine):
         for name, parameter in self.model.named_parameters():
             parameter.copy_(self.masters[name])
 
-    def _state(self) -> Iterable[tuple[str, Tensor]]:
-        for name, master in self.masters.items():
-            yield f"master/{name}", master.detach()
-            for moment in MOMENTS[self.config.optim.name] if self.applied_steps else ():
-                yield f"{moment}/{name}", self.optimizer.state[master][moment]
-
-    def state_pieces(self) -> Iterable[Piece]:
+    def _fragments(self) -> Iterator[Fragment]:
         """Whole tensors."""
-        return (Piece(name, tuple(t.shape), (0,) * t.ndim, t) for name, t in self._state())
+        return (Fragment(name, 0, master, 0, master.numel(), owned=True) for name, master in self.masters.items())
 
-    def load_state(self, checkpoint: Checkpoint, *, applied_steps: int) -> None:
-        """Take masters and moments from a checkpoint."""
-        self.applied_steps = applied_steps
-        for master in self.masters.values():
-            self.optimizer.state[master].update(fresh_state(master, self.config.optim, applied_steps=applied_steps))
-        for name, tensor in self._state():
-            checkpoint.read(name, (0,) * tensor.ndim, tensor)
+    def _load_weights(self, checkpoint: Checkpoint) -> None:
         self._copy_masters()

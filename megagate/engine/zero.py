@@ -1,6 +1,7 @@
-"""DeepSpeed ZeRO 1 and 2 on the folded grid. The only file that knows DeepSpeed (0.19.8: private names are used)."""
+"""DeepSpeed ZeRO on the folded grid. The only file that knows DeepSpeed (0.19.8: private names are used)."""
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,18 +12,18 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
-from megagate.checkpoint.reshard import flat_pieces, read_flat
-from megagate.checkpoint.store import Checkpoint, Piece
+from megagate.checkpoint.store import Checkpoint
 from megagate.config.run import RunConfig
-from megagate.engine.base import Engine
-from megagate.engine.optim import MOMENTS, build_optimizer, fresh_state, parameter_groups
+from megagate.engine.base import Engine, Fragment
+from megagate.engine.optim import build_optimizer, parameter_groups
 from megagate.engine.zero_config import zero_config
 from megagate.model.lm import LanguageModel, LossParts
-from megagate.nn.base import named_labels
+from megagate.nn.base import Weight, named_labels
+from megagate.parallel.comm import total
 from megagate.parallel.mesh import Axis, ParallelMesh
-from megagate.parallel.shard import Shard
 
 
 class ZeroEngine(Engine):
@@ -31,16 +32,18 @@ class ZeroEngine(Engine):
     def __init__(self, model: LanguageModel, config: RunConfig, mesh: ParallelMesh):
         super().__init__(model, config, mesh)
         _tame_deepspeed()
-        self.labels = named_labels(model)
+        self.stage = config.parallel.zero_stage
+        self.optimizer = build_optimizer(_groups(model, config, mesh), config.optim)
         mpu = _register(model, config, mesh)
         dtype = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(_groups(model, config, mesh), config.optim),
+            optimizer=self.optimizer,
             config=zero_config(config, dtype=dtype, dp=mesh.dp.size, local_parameters=sum(p.numel() for p in model.parameters())),
             mpu=mpu,
         )
         self.zero = self.engine.optimizer
+        self._flats = _Flats(self.optimizer)
 
     def _forward(self, tokens: Tensor, labels: Tensor) -> LossParts:
         return self.engine(tokens, labels)
@@ -54,43 +57,79 @@ class ZeroEngine(Engine):
     def _update(self, lr: float) -> tuple[float, bool]:
         for group in self.zero.param_groups:
             group["lr"] = lr
+        if self.stage == 0:
+            return self._update_replicated()
         self.engine.step()
         return float(self.engine.get_global_grad_norm()), not self.zero.overflow
 
-    def state_pieces(self) -> Iterator[Piece]:
-        """Views of the flat partitions, cut into boxes of the logical tensors."""
-        for name, kind, start, flat in self._fragments():
-            shard = self.labels[name].shard
-            if shard.axis or self.mesh.tp.rank == 0:  # what every tp rank holds is written once
-                yield from flat_pieces(f"{kind}/{name}", **_box(shard), start=start, flat=flat)
+    def _update_replicated(self) -> tuple[float, bool]:
+        """Stage 0, where DeepSpeed keeps the norm to itself and steps on whatever is in the gradients: clip and refuse here."""
+        norm = _global_norm(self.model, self.mesh)
+        applied = math.isfinite(norm)
+        if applied:
+            limit = self.config.optim.grad_clip or math.inf
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, torch.tensor(norm))
+        else:
+            self.optimizer.zero_grad()  # nothing to apply: SGD and AdamW pass parameters without a gradient
+        self.engine.step()
+        return norm, applied
 
-    def load_state(self, checkpoint: Checkpoint, *, applied_steps: int) -> None:
-        """Fill the flat partitions in place, then the weights from the masters."""
-        self.applied_steps = applied_steps
-        for group in self.zero.optimizer.param_groups:
-            for flat in group["params"]:
-                self.zero.optimizer.state[flat].update(fresh_state(flat, self.config.optim, applied_steps=applied_steps))
-        for name, kind, start, flat in self._fragments():
-            read_flat(checkpoint, f"{kind}/{name}", **_box(self.labels[name].shard), start=start, flat=flat)
+    def _fragments(self) -> Iterator[Fragment]:
+        """What this rank's partitions hold, padding left out."""
+        for name, parameter in self.model.named_parameters():
+            shard = self.labels[name].shard
+            owned = bool(shard.axis) or self.mesh.tp.rank == 0  # what every tp rank holds is written once
+            if self.stage == 0:
+                yield Fragment(name, 0, parameter, 0, parameter.numel(), owned=owned and self.mesh.dp.rank == 0)
+            elif self.stage == 3:
+                group, offset, padded = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                start = padded * self.zero._get_param_partition_rank(parameter)
+                size = min(padded, parameter.ds_numel - start)
+                if size > 0:
+                    yield Fragment(name, start, self.zero.fp32_partitioned_groups_flat[group], offset, size, owned=owned)
+            elif parameter._hp_mapping is not None:
+                start, master = parameter._hp_mapping.lp_fragment_address.start, parameter._hp_mapping.hp_fragment
+                yield Fragment(name, start, *self._flats.find(master), master.numel(), owned=owned)
+
+    def _load_weights(self, checkpoint: Checkpoint) -> None:
+        if self.stage == 3:
+            self._load_partitions()
+            return
         for name, parameter in self.model.named_parameters():
             master = torch.empty(parameter.shape, dtype=torch.float32)
             checkpoint.read(f"master/{name}", self.labels[name].shard.offset, master)
             parameter.data.copy_(master)
 
-    def _fragments(self) -> Iterator[tuple[str, str, int, Tensor]]:
-        """(parameter, kind of state, first element in the flattened local shard, 1-D view) of what this rank's partitions hold."""
-        # DeepSpeed 0.19.8 links moments of the first parameter group only; asking again after a step links them all.
-        self.zero._hp_optimizer_states_linked = False
-        if self.applied_steps and MOMENTS[self.config.optim.name]:
-            self.zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.model.named_parameters():
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                continue
-            start = mapping.lp_fragment_address.start
-            yield name, "master", start, mapping.hp_fragment.detach()
-            for moment in MOMENTS[self.config.optim.name] if self.applied_steps else ():
-                yield name, moment, start, mapping.optim_fragment[moment]
+    def _load_partitions(self) -> None:
+        """What DeepSpeed does with the masters at the end of a step of stage 3."""
+        zero = self.zero
+        zero._partition_all_parameters()
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+class _Flats:
+    """The flat tensors of an optimizer of stage 1 or 2, looked up by their views."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        flats = [flat for group in optimizer.param_groups for flat in group["params"]]
+        self._by_storage = {flat.untyped_storage().data_ptr(): flat for flat in flats}
+
+    def find(self, view: Tensor) -> tuple[Tensor, int]:
+        """The tensor that `view` is a part of, and where it begins in it."""
+        flat = self._by_storage[view.untyped_storage().data_ptr()]
+        return flat, view.storage_offset() - flat.storage_offset()
+
+
+def _global_norm(model: LanguageModel, mesh: ParallelMesh) -> float:
+    """Of gradients that are summed over dp and, where they are replicated over tp, equal there: those count once."""
+    labels = named_labels(model)
+    squares = {name: parameter.grad.float().square().sum() for name, parameter in model.named_parameters()}
+    sharded = sum(square for name, square in squares.items() if labels[name].shard.axis)
+    replicated = sum(square for name, square in squares.items() if not labels[name].shard.axis)
+    return math.sqrt(total(sharded, mesh.tp) + replicated)
 
 
 def _tame_deepspeed() -> None:
@@ -100,10 +139,6 @@ def _tame_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its bf16 optimizer prints a page about memory, whatever the level of the log.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
-
-
-def _box(shard: Shard) -> dict[str, tuple[int, ...]]:
-    return {"full_shape": shard.full_shape, "shard_offset": shard.offset, "shard_shape": shard.shape}
 
 
 class _Mpu:
@@ -160,6 +195,9 @@ def _register(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) -> _M
         parameter, expert = parameters[key], label.shard.axis == "ep" and marked
         if expert:
             parameter.allreduce, parameter.group_name = False, name
+        if expert and config.parallel.zero_stage == 3:
+            parameter.ds_zero_placement_family, parameter.ds_zero_partition_group_name = "autoep_expert", name
+            parameter.ds_zero_partition_process_group = mesh.edp.group or lone
         # "Distinct on every tp rank": true of experts too, since the grid folds them over tp; without it the norm leaves some out.
         if mesh.tp.size > 1 and (expert or label.shard.axis == "tp"):
             parameter.tensor_model_parallel = True
@@ -168,8 +206,19 @@ def _register(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) -> _M
         known._EXPERT_PARALLEL_GROUP[name], known._EXPERT_PARALLEL_GROUP_RANKS[name] = mesh.ep.group or lone, list(mesh.ep.ranks)
         known._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp.group or lone
         known._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(mesh.edp.ranks)
-        model.expert_marker = _ExpertMarker(config.model.moe.num_experts, name, mesh.ep.size)
+        if config.parallel.zero_stage != 3:
+            model.expert_marker = _ExpertMarker(config.model.moe.num_experts, name, mesh.ep.size)
+    if config.parallel.zero_stage == 3:
+        _tell_who_reads(model)
     return _Mpu(mesh.tp, mesh.tp.group, mesh.dp, mesh.dp.group or lone) if mesh.tp.size > 1 else None
+
+
+def _tell_who_reads(model: LanguageModel) -> None:
+    """Stage 3 gathers a module's own parameters before its forward; a `Weight` has none, its parent reads it."""
+    for module in model.modules():
+        if module is not model and any(isinstance(child, Weight) for child in module.children()):
+            set_z3_leaf_module(module, True)
+    deepspeed.zero.register_external_parameter(model, model.output_weight)
 
 
 def _lone_group(world: Axis) -> dist.ProcessGroup | None:

@@ -23,7 +23,8 @@ def zero_config(config: RunConfig, *, dtype: str, dp: int, local_parameters: int
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": batch // (micro * dp),
-        "gradient_clipping": config.optim.grad_clip,
+        # Stage 0 is clipped in `zero.py`: DeepSpeed does not tell its norm there.
+        "gradient_clipping": config.optim.grad_clip if config.parallel.zero_stage else 0.0,
         # immediate_grad_update: each bf16 gradient is added to its fp32 sum and freed as soon as it is there.
         "bf16": {"enabled": dtype == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": grad_dtype},
@@ -34,6 +35,8 @@ def zero_config(config: RunConfig, *, dtype: str, dp: int, local_parameters: int
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "overlap_comm": False,
+            # Stage 3 keeps vectors (norms) whole: gathering a few KB for each use costs more than holding them.
+            "stage3_param_persistence_threshold": max(config.model.hidden_size, config.model.attention.head_dim),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -53,13 +53,16 @@ class LanguageModel(Layer):
         initialize(self, seed=seed, std=self.config.init_std, num_layers=self.config.num_layers, device=device)
         return self
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> LossParts:
-        """The loss of a micro-batch.
+    def forward(self, tokens: Tensor, labels: Tensor | None) -> LossParts | Tensor:
+        """The loss of a micro-batch; without labels the logits, see `logits`.
 
         Shapes: tokens and labels [b, s] int64, the same on all tp ranks.
         """
         x, stats = self._hidden(tokens)
-        ce_sum = cross_entropy_sum(x, self._output_weight(), labels, vocab_size=self.config.vocab_size, tp=self.mesh.tp)
+        if labels is None:
+            local = F.linear(enter(x, self.mesh.tp, dim=1), self.output_weight).float()
+            return gather(local, self.mesh.tp, dim=2)[..., : self.config.vocab_size]
+        ce_sum = cross_entropy_sum(x, self.output_weight, labels, vocab_size=self.config.vocab_size, tp=self.mesh.tp)
         return LossParts(ce_sum, stats)
 
     @torch.no_grad()
@@ -68,11 +71,11 @@ class LanguageModel(Layer):
 
         Shapes: tokens [b, s] -> [b, s, vocab_size] fp32; s a multiple of tp.
         """
-        x, _ = self._hidden(tokens)
-        local = F.linear(enter(x, self.mesh.tp, dim=1), self._output_weight()).float()
-        return gather(local, self.mesh.tp, dim=2)[..., : self.config.vocab_size]
+        return self(tokens, None)  # through `forward`, whose hooks gather partitioned weights under ZeRO-3
 
-    def _output_weight(self) -> Tensor:
+    @property
+    def output_weight(self) -> Tensor:
+        """The output projection, [V/tp, h]."""
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def _hidden(self, tokens: Tensor) -> tuple[Tensor, list[RouterStats]]:

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from megagate.backend.native import NativeBackend
 from megagate.nn.base import Label, named_labels
-from megagate.nn.moe.router import Router
 from megagate.parallel.comm import gather, total
 from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.shard import Shard
+from megagate.verify.routes import SMALLEST_GAP, watched_routes
 
 CPU = torch.device("cpu")
 BACKEND = NativeBackend(CPU)
-SMALLEST_GAP = 1e-4
-"""Between the k-th and the next router logit of any token of a test, so that no route hangs on a rounding."""
 
 
 def random(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,24 +81,9 @@ def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
         assert_close(actual[name], value, to=to, what=name)
 
 
-@torch.no_grad()
-def route_gap(router: Router, x: Tensor) -> float:
-    """The smallest difference between the k-th and the (k + 1)-th logit of the tokens x [T, h]."""
-    logits = (x.double() @ router.weight.double().T).sort(-1, descending=True).values
-    k = router.config.top_k
-    return (logits[:, k - 1] - logits[:, k]).min().item()
-
-
 @contextmanager
 def clear_routes(model: nn.Module) -> Iterator[None]:
     """Asserts that no token that passes through a router of the model inside the context is near a tie."""
-    gaps: list[float] = []
-
-    def look(router: nn.Module, args: tuple[Tensor]) -> None:
-        gaps.append(route_gap(router, args[0].detach()))
-
-    handles = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, Router)]
-    yield
-    for handle in handles:
-        handle.remove()
-    assert not handles or min(gaps) > SMALLEST_GAP, f"near a tie: {min(gaps):.1e}; choose other inputs"
+    with watched_routes(model) as gaps:
+        yield
+    assert not gaps or min(gaps) > SMALLEST_GAP, f"near a tie: {min(gaps):.1e}; choose other inputs"

@@ -213,6 +213,7 @@ CASES = [
     Case(2, 2, 1, TIED, recompute=True, dtype="bf16", stage=2),
     Case(4, 4, 1, DENSE, recompute=True),
     Case(4, 2, 1, DENSE, stage=0),
+    Case(4, 1, 2, recompute=True, stage=3),
     Case(2, 1, 1),
     Case(4, 1, 1, DENSE),
     Case(1, 1, 1),

@@ -1,0 +1,88 @@
+"""A user's run made small enough for a minute's work, with its layout, precision and options."""
+
+import math
+from dataclasses import replace
+
+from megagate.config.model import VOCAB_MULTIPLE, AttentionConfig, ModelConfig, MoEConfig
+from megagate.config.run import OptimConfig, RunConfig, TrainConfig
+
+HIDDEN, HEAD_DIM, LAYERS, EXPERTS, TOP_K, WIDTH, SEQUENCE = 64, 8, 2, 8, 3, 32, 8
+"""The sizes that a shrunken model has at most, where the layout allows it."""
+CLIP, LR = 0.1, 0.1
+
+
+def fit_layout(config: RunConfig, *, world_size: int) -> RunConfig:
+    """The same run where its layout fits the ranks, else with tp and ep lowered to their largest divisors that do."""
+    tp, ep = config.parallel.tp, config.parallel.ep
+    if math.lcm(tp, ep) <= world_size:
+        return config
+    tp = max(_divisors(tp, world_size))
+    ep = max(d for d in _divisors(ep, world_size) if d % tp == 0 or tp % d == 0)
+    return replace(config, parallel=replace(config.parallel, tp=tp, ep=ep))
+
+
+def shrink(config: RunConfig, *, world_size: int) -> RunConfig:
+    """A small run with the same layout, precision, options and kinds of layers, trained by SGD with active clipping.
+
+    Args:
+        config: A run that `world_size` ranks can do.
+        world_size: Number of ranks.
+    """
+    tp = config.parallel.tp
+    dp = world_size // tp
+    accumulation = min(2, config.train.global_batch_size // (config.micro_batch(dp) * dp))
+    micro_batch = 1 if dp > 2 else 2
+    train = TrainConfig(
+        global_batch_size=accumulation * micro_batch * dp,
+        micro_batch_size=micro_batch,
+        seq_len=_multiple(tp, SEQUENCE),
+        recompute=config.train.recompute,
+    )
+    # Adam would hide errors of scale; clipping is active where the run clips at all.
+    optim = OptimConfig(name="sgd", lr=LR, grad_clip=CLIP if config.optim.grad_clip else 0.0)
+    model = _model(config.model, tp=tp, ep=config.parallel.ep)
+    return replace(RunConfig(), model=model, train=train, optim=optim, parallel=config.parallel, precision=config.precision)
+
+
+def _model(model: ModelConfig, *, tp: int, ep: int) -> ModelConfig:
+    padded = math.lcm(2 * VOCAB_MULTIPLE, tp)
+    return replace(
+        model,
+        vocab_size=padded if model.vocab_size % VOCAB_MULTIPLE == 0 else padded - 6,
+        hidden_size=HIDDEN,
+        num_layers=min(model.num_layers, LAYERS),
+        ffn_size=_multiple(tp, WIDTH) if model.ffn_size else 0,
+        attention=_attention(model.attention, tp=tp),
+        moe=_moe(model.moe, tp=tp, ep=ep) if model.is_moe else model.moe,
+    )
+
+
+def _attention(attention: AttentionConfig, *, tp: int) -> AttentionConfig:
+    """Fewer heads; key/value heads are cut or replicated over tp as they were."""
+    kv_heads = attention.num_kv_heads
+    per_kv_head = attention.num_heads // kv_heads
+    if kv_heads >= tp:
+        kv_heads = tp if tp > 1 else min(kv_heads, 2)
+    heads = math.lcm(tp, kv_heads * min(per_kv_head, 2))
+    return replace(attention, num_heads=heads, num_kv_heads=kv_heads, head_dim=min(attention.head_dim, HEAD_DIM))
+
+
+def _moe(moe: MoEConfig, *, tp: int, ep: int) -> MoEConfig:
+    experts = min(moe.num_experts, _multiple(ep, EXPERTS))
+    return replace(
+        moe,
+        num_experts=experts,
+        top_k=min(moe.top_k, TOP_K, experts),
+        ffn_size=min(moe.ffn_size, WIDTH),
+        shared_ffn_size=_multiple(tp, WIDTH) if moe.shared_ffn_size else 0,
+    )
+
+
+def _divisors(number: int, other: int) -> list[int]:
+    """The common divisors."""
+    return [d for d in range(1, number + 1) if number % d == 0 and other % d == 0]
+
+
+def _multiple(unit: int, least: int) -> int:
+    """The smallest multiple of `unit` that is at least `least`."""
+    return -(-least // unit) * unit

@@ -1,0 +1,165 @@
+"""The matrix of layouts: its cases, and one case run and compared with one process on plain PyTorch.
+
+A case is a `RunConfig` (model, batch, layout) for a number of ranks. SGD, because Adam hides errors of scale; clipping is active.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import pytest
+import ranks
+from parity.sharded import BACKEND, CPU
+
+from megagate.checkpoint.store import Piece
+from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
+from megagate.config.rules import check
+from megagate.config.run import OptimConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
+from megagate.engine.reference import ReferenceEngine
+from megagate.parallel.mesh import ParallelMesh
+from megagate.parallel.spawn import RankContext
+from megagate.verify.compare import Agreement, compare, whole_tensors
+from megagate.verify.routes import SMALLEST_GAP, watched_routes
+from megagate.verify.trial import Outcome, build_model, reference_config, run_trial
+
+TOLERANCE = 1e-6
+"""Of a number relative, of a tensor's element relative to the largest of its tensor."""
+BATCH, SEQUENCE, CLIP, LR = 8, 8, 0.1, 0.03
+MOE = ModelConfig(
+    vocab_size=250,  # padded to 256
+    hidden_size=32,
+    num_layers=2,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, gate=GateConfig("G1", "elementwise")),
+    moe=MoEConfig(num_experts=8, top_k=3, ffn_size=16, shared_ffn_size=24, balance_coef=0.1, z_loss_coef=0.01),
+)
+MODELS = {
+    "moe": MOE,
+    "tied": replace(MOE, tie_embeddings=True),
+    "padded": replace(MOE, vocab_size=90),  # on four tensor-parallel ranks one holds nothing but padding
+    "unpadded": replace(MOE, vocab_size=256),
+    "dense": replace(MOE, moe=MoEConfig(), ffn_size=48),
+}
+SEEDS = {"moe": 2, "tied": 20, "padded": 13, "unpadded": 22, "dense": 2}
+"""Of weights and tokens: no route near a tie in any step, and gradients that fp32 knows to less than the tolerance."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the matrix."""
+
+    world: int = 1
+    tp: int = 1
+    ep: int = 1
+    stage: int = 1
+    accumulation: int = 2
+    recompute: bool = False
+    scope: BalanceScope = "global_batch"
+    model: str = "moe"
+    dtype: str = "fp32"
+
+    def __str__(self) -> str:
+        """dp x tp x ep, then what is not usual."""
+        words = [f"{self.model} dp{self.world // self.tp} tp{self.tp} ep{self.ep} zero{self.stage}"]
+        words += [f"acc{self.accumulation}"] if self.accumulation != 2 else []
+        words += ["recompute"] if self.recompute else []
+        words += [self.scope] if self.scope != "global_batch" else []
+        words += [self.dtype] if self.dtype != "fp32" else []
+        return " ".join(words)
+
+    @property
+    def config(self) -> RunConfig:
+        model = MODELS[self.model]
+        dp = self.world // self.tp
+        return RunConfig(
+            model=replace(model, moe=replace(model.moe, balance_scope=self.scope)) if model.is_moe else model,
+            train=TrainConfig(
+                global_batch_size=BATCH,
+                micro_batch_size=BATCH // self.accumulation // dp,
+                seq_len=SEQUENCE,
+                recompute=self.recompute,
+            ),
+            optim=OptimConfig(name="sgd", lr=LR, grad_clip=CLIP),
+            parallel=ParallelConfig(tp=self.tp, ep=self.ep, zero_stage=self.stage),
+            precision=PrecisionConfig(dtype=self.dtype),
+        )
+
+    @property
+    def seed(self) -> int:
+        return SEEDS[self.model]
+
+
+def layouts(*worlds: int) -> list[tuple[int, int, int]]:
+    """(world, tp, ep) of every layout that the grid allows."""
+    return [
+        (world, tp, ep)
+        for world in worlds
+        for tp in range(1, world + 1)
+        for ep in range(1, world + 1)
+        if world % tp == 0 and world % ep == 0 and (tp % ep == 0 or ep % tp == 0)
+    ]
+
+
+def run_case(context: RankContext, case: Case) -> Outcome:
+    """In each rank."""
+    from megagate.engine.zero import ZeroEngine
+
+    config = case.config
+    check(config, world_size=context.world_size)
+    mesh = ParallelMesh.build(tp=case.tp, ep=case.ep)
+    model = build_model(config, mesh, backend=BACKEND, device=CPU, seed=case.seed)
+    return run_trial(ZeroEngine(model, config, mesh), seed=case.seed, device=CPU)
+
+
+def reference(case: Case) -> Outcome:
+    """The same steps in this process; one for all layouts."""
+    return _reference(replace(case, world=1, tp=1, ep=1, stage=1))
+
+
+@lru_cache
+def _reference(case: Case) -> Outcome:
+    config, mesh = reference_config(case.config, dp=1), ParallelMesh.single()
+    model = build_model(config, mesh, backend=BACKEND, device=CPU, seed=case.seed)
+    with watched_routes(model) as gaps:
+        outcome = run_trial(ReferenceEngine(model, config, mesh), seed=case.seed, device=CPU)
+    if case.dtype == "fp32":
+        assert not gaps or min(gaps) > SMALLEST_GAP, f"near a tie: {min(gaps):.1e}; choose another seed"
+    assert all(step.grad_norm > 2 * CLIP for step in outcome.steps), "clipping must be active"
+    return outcome
+
+
+def pieces_of(outcomes: list[Outcome], kind: str) -> list[Piece]:
+    return [piece for outcome in outcomes for piece in getattr(outcome, kind)]
+
+
+def worst(pieces: Iterable[Piece], expected: Iterable[Piece]) -> Agreement:
+    """The agreement of all tensors together, `where` naming the worst."""
+    everything = Agreement()
+    for agreement in compare(pieces, whole_tensors(expected)).values():
+        everything.add(agreement)
+    return everything
+
+
+def assert_same(outcomes: list[Outcome], expected: Outcome, *, to: float = TOLERANCE) -> None:
+    """Numbers, gradients of each step, outputs and weights; all ranks tell the same numbers."""
+    first = outcomes[0]
+    assert all(one.steps == first.steps and one.val_loss == first.val_loss for one in outcomes), "ranks tell different numbers"
+    assert worst(pieces_of(outcomes, "initial"), expected.initial).worst == 0, "initial weights differ"
+    for number, (step, other) in enumerate(zip(first.steps, expected.steps, strict=True)):
+        assert step.applied and step.targets == other.targets
+        gradients = [piece for one in outcomes for piece in one.gradients[number]]
+        _require(worst(gradients, expected.gradients[number]), f"gradient of step {number}", to)
+        assert step.loss == pytest.approx(other.loss, rel=to), f"loss of step {number}"
+        assert step.grad_norm == pytest.approx(other.grad_norm, rel=to), f"gradient norm of step {number}"
+        assert (step.aux is None) == (other.aux is None)
+        assert step.aux is None or step.aux == pytest.approx(other.aux, rel=to), f"auxiliary losses of step {number}"
+    assert first.val_loss == pytest.approx(expected.val_loss, rel=to)
+    for kind in ("aux_gradients", "outputs", "masters"):
+        _require(worst(pieces_of(outcomes, kind), getattr(expected, kind)), kind, to)
+
+
+def _require(agreement: Agreement, what: str, to: float) -> None:
+    assert agreement.worst <= to, f"{what}: {agreement.where} differs by {agreement.worst:.1e} of its scale, ratio {agreement.ratio:.6f}"
+
+
+def check_case(case: Case, *, timeout: float = 60) -> None:
+    assert_same(ranks.run_ranks(run_case, case.world, case, timeout=timeout), reference(case))
