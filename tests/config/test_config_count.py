@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megagate.config.cli import parse
-from megagate.config.count import count_parameters, flops_per_token, parameter_shapes
+from megagate.config.count import count_parameters, flops_per_token, parameter_parts, parameter_shapes
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -20,6 +20,7 @@ SMALL = ModelConfig(
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=2),
 )
 SMALL_MOE = replace(SMALL, moe=MoEConfig(num_experts=4, top_k=2, ffn_size=3))
+SMALL_SHARED = replace(SMALL_MOE, moe=replace(SMALL_MOE.moe, shared_ffn_size=5))
 
 
 def gated(model: ModelConfig, granularity: str) -> ModelConfig:
@@ -38,7 +39,7 @@ def test_dense_by_hand() -> None:
     assert count.attention == 2 * (48 + 24 + 24 + 48)
     assert count.ffn == 2 * 3 * 30
     assert count.norms == 2 * (6 + 6 + 2 + 2) + 6
-    assert count.gate == count.router == count.experts == count.active_experts == 0
+    assert count.gate == count.router == count.experts == count.active_experts == count.shared_expert == 0
     assert count.total == count.active == 60 + 60 + 288 + 180 + 38
 
 
@@ -50,6 +51,15 @@ def test_moe_by_hand() -> None:
     assert count.ffn == 0
     assert count.total == 60 + 60 + 288 + 38 + 48 + 432
     assert count.active == count.total - 216
+
+
+def test_a_shared_expert_by_hand() -> None:
+    """Every token passes it: all its parameters are active and work."""
+    count, without = count_parameters(SMALL_SHARED), count_parameters(SMALL_MOE)
+    assert count.shared_expert == 2 * 3 * 5 * 6 and without.shared_expert == 0
+    assert replace(count, shared_expert=0) == without
+    assert count.total - without.total == count.active - without.active == 180
+    assert flops_per_token(SMALL_SHARED, 7) - flops_per_token(SMALL_MOE, 7) == 6 * 180
 
 
 def test_gate_tied_head_and_norms_by_hand() -> None:
@@ -68,34 +78,40 @@ def test_padding_counts_only_on_request() -> None:
     assert padded.total == sum(math.prod(shape) for shape in parameter_shapes(SMALL_MOE).values())
 
 
-def test_names_and_shapes() -> None:
-    shapes = parameter_shapes(gated(SMALL_MOE, "headwise"))
-    assert shapes == {
-        "embedding.weight": (128, 6),
+def test_names_shapes_and_parts() -> None:
+    model = gated(SMALL_SHARED, "headwise")
+    expected = {
+        "embedding.weight": ((128, 6), "embedding"),
         **{
-            f"layers.{layer}.{name}": shape
+            f"layers.{layer}.{name}": shape_and_part
             for layer in range(2)
-            for name, shape in {
-                "attention_norm.weight": (6,),
-                "attention.q.weight": (8, 6),
-                "attention.k.weight": (4, 6),
-                "attention.v.weight": (4, 6),
-                "attention.o.weight": (6, 8),
-                "attention.q_norm.weight": (2,),
-                "attention.k_norm.weight": (2,),
-                "attention.gate.weight": (4, 6),
-                "ffn_norm.weight": (6,),
-                "moe.router.weight": (4, 6),
-                "moe.experts.gate_up": (4, 6, 6),
-                "moe.experts.down": (4, 6, 3),
+            for name, shape_and_part in {
+                "attention_norm.weight": ((6,), "norms"),
+                "attention.q.weight": ((8, 6), "attention"),
+                "attention.k.weight": ((4, 6), "attention"),
+                "attention.v.weight": ((4, 6), "attention"),
+                "attention.o.weight": ((6, 8), "attention"),
+                "attention.q_norm.weight": ((2,), "norms"),
+                "attention.k_norm.weight": ((2,), "norms"),
+                "attention.gate.weight": ((4, 6), "gate"),
+                "ffn_norm.weight": ((6,), "norms"),
+                "moe.router.weight": ((4, 6), "router"),
+                "moe.experts.gate_up": ((4, 6, 6), "experts"),
+                "moe.experts.down": ((4, 6, 3), "experts"),
+                "moe.shared_expert.gate.weight": ((5, 6), "shared_expert"),
+                "moe.shared_expert.up.weight": ((5, 6), "shared_expert"),
+                "moe.shared_expert.down.weight": ((6, 5), "shared_expert"),
             }.items()
         },
-        "final_norm.weight": (6,),
-        "head.weight": (128, 6),
+        "final_norm.weight": ((6,), "norms"),
+        "head.weight": ((128, 6), "head"),
     }
-    dense = parameter_shapes(SMALL)
+    assert parameter_shapes(model) == {name: shape for name, (shape, _) in expected.items()}
+    assert parameter_parts(model) == {name: part for name, (_, part) in expected.items()}
+    dense, parts = parameter_shapes(SMALL), parameter_parts(SMALL)
     assert dense["layers.1.ffn.gate.weight"] == dense["layers.1.ffn.up.weight"] == (5, 6)
     assert dense["layers.1.ffn.down.weight"] == (6, 5)
+    assert {parts[f"layers.1.ffn.{name}.weight"] for name in ("gate", "up", "down")} == {"ffn"}
 
 
 def test_flops_by_hand() -> None:

@@ -49,7 +49,7 @@ def plain_loop(run: Run, config: RunConfig) -> tuple[dict[str, Tensor], list[flo
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """With gradient, unlike the model's own."""
     x, _ = model._hidden(tokens)
-    return F.linear(x, model._output_weight())[..., : model.config.vocab_size]
+    return F.linear(x, model.output_weight)[..., : model.config.vocab_size]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -81,7 +81,7 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("scope", get_args(BalanceScope))
 def test_the_objective_is_the_mean_loss_plus_the_weighted_auxiliary_losses(scope):
-    """All written out: means over the tokens of the step, summed over layers; counts of the micro-steps so far, or of each alone."""
+    """All written out: means over the tokens of the step, summed over layers; counts of micro-steps so far, of each, of each sequence."""
     run = Run(scope=scope)
     engine, model = build_engine(run, Layout(), ALONE), build_engine(run, Layout(), ALONE).model
     engine._update = lambda lr: (1.0, True)
@@ -95,8 +95,10 @@ def test_the_objective_is_the_mean_loss_plus_the_weighted_auxiliary_losses(scope
     for layer in range(run.model.num_layers):
         stats = [part.stats[layer] for part in parts]
         for k in range(MICRO_STEPS):
-            seen = sum(s.counts for s in (stats[: k + 1] if scope == "global_batch" else stats[k : k + 1]))
-            balance = balance + moe.num_experts * (seen / seen.sum() * stats[k].prob_sums / count).sum()
+            for row, prob_sums in enumerate(stats[k].prob_sums):  # of one sequence
+                so_far = sum(s.counts.sum(0) for s in stats[: k + 1])
+                seen = {"global_batch": so_far, "micro_batch": stats[k].counts.sum(0), "sequence": stats[k].counts[row]}[scope]
+                balance = balance + moe.num_experts * (seen / seen.sum() * prob_sums / count).sum()
             z = z + stats[k].z_sum / count
     mean_loss = sum(part.ce_sum for part in parts) / (labels != IGNORE_INDEX).sum()
     (mean_loss + moe.balance_coef * balance + moe.z_loss_coef * z).backward()

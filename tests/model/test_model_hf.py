@@ -23,11 +23,10 @@ from megagate.parallel.mesh import ParallelMesh
 
 # Three query heads per kv head: with one or two, wrong groupings can go unseen.
 ATTENTION = AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=8, rope=RopeConfig(base=1000.0))
-MOE = ModelConfig(
-    vocab_size=200, hidden_size=48, num_layers=2, attention=ATTENTION, moe=MoEConfig(num_experts=8, top_k=3, ffn_size=16)
-)
+MOE = ModelConfig(vocab_size=200, hidden_size=48, num_layers=2, attention=ATTENTION, moe=MoEConfig(num_experts=8, top_k=3, ffn_size=16))
 PLAIN_TOP_K = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, renormalize=False))
 GATED = dataclasses.replace(MOE, attention=dataclasses.replace(ATTENTION, gate=GateConfig("G1", "elementwise")))
+SHARED = dataclasses.replace(GATED, moe=dataclasses.replace(MOE.moe, shared_ffn_size=40))
 TIED_DENSE = dataclasses.replace(MOE, moe=MoEConfig(), ffn_size=80, tie_embeddings=True)
 UNTIED_DENSE = dataclasses.replace(TIED_DENSE, tie_embeddings=False)
 SEQUENCE = 24
@@ -66,7 +65,8 @@ def theirs(config: ModelConfig) -> nn.Module:
     if config.attention.gate.position == "none":
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared))
     layers = ["full_attention"] * config.num_layers
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**shared, layer_types=layers, shared_expert_intermediate_size=0, partial_rotary_factor=1.0))
+    shared |= {"shared_expert_intermediate_size": config.moe.shared_ffn_size, "partial_rotary_factor": 1.0}
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**shared, layer_types=layers))
 
 
 def named_as_theirs(values: Named, config: ModelConfig, *, gradients: bool = False) -> Named:
@@ -89,6 +89,8 @@ def named_as_theirs(values: Named, config: ModelConfig, *, gradients: bool = Fal
         if config.is_moe:
             block |= {"mlp.gate.weight": mine["moe.router.weight"]}
             block |= {"mlp.experts.gate_up_proj": mine["moe.experts.gate_up"], "mlp.experts.down_proj": mine["moe.experts.down"]}
+            if config.moe.shared_ffn_size:
+                block |= shared_expert_as_theirs(mine, gradients=gradients)
         else:
             block |= {f"mlp.{one}_proj.weight": mine[f"ffn.{one}.weight"] for one in ("gate", "up", "down")}
         out |= {f"model.layers.{layer}.{name}": value for name, value in block.items()}
@@ -97,10 +99,19 @@ def named_as_theirs(values: Named, config: ModelConfig, *, gradients: bool = Fal
     return out
 
 
+def shared_expert_as_theirs(mine: Named, *, gradients: bool) -> Named:
+    """Of one layer. They multiply its output by sigmoid(gate x), ours is not scaled: under a gate of zeros, 1/2 of twice ours."""
+    gate, up, down = (mine[f"moe.shared_expert.{one}.weight"] for one in ("gate", "up", "down"))
+    block = {"mlp.shared_expert.gate_proj.weight": gate, "mlp.shared_expert.up_proj.weight": up}
+    if gradients:
+        return block | {"mlp.shared_expert.down_proj.weight": down / 2}
+    return block | {"mlp.shared_expert.down_proj.weight": 2 * down, "mlp.shared_expert_gate.weight": torch.zeros(1, gate.shape[1])}
+
+
 @pytest.mark.parametrize(
     "config",
-    [MOE, PLAIN_TOP_K, GATED, TIED_DENSE, UNTIED_DENSE],
-    ids=["qwen3_moe", "qwen3_moe without renormalisation", "qwen3_next", "qwen3 tied", "qwen3"],
+    [MOE, PLAIN_TOP_K, GATED, SHARED, TIED_DENSE, UNTIED_DENSE],
+    ids=["qwen3_moe", "qwen3_moe without renormalisation", "qwen3_next", "qwen3_next with a shared expert", "qwen3 tied", "qwen3"],
 )
 def test_equals_hugging_face(config):
     model, peer = ours(config), theirs(config)
@@ -108,7 +119,8 @@ def test_equals_hugging_face(config):
     loaded = peer.load_state_dict(named_as_theirs(values, config), strict=False)
     assert not loaded.unexpected_keys
     absent = {"lm_head.weight"} if config.tie_embeddings else set()  # tied: the same parameter by another name
-    assert {name for name in loaded.missing_keys if "shared_expert" not in name} == absent
+    only_theirs = "shared_expert_gate" if config.moe.shared_ffn_size else "shared_expert"  # they always build one, of width 0 if need be
+    assert {name for name in loaded.missing_keys if only_theirs not in name} == absent
 
     generator = torch.Generator().manual_seed(3)
     text = torch.randint(0, config.vocab_size, (2, SEQUENCE + 1), generator=generator)
@@ -125,5 +137,5 @@ def test_equals_hugging_face(config):
     assert_close(parts.ce_sum, loss, to=1e-6, what="loss")
     gradients = named_as_theirs({name: p.grad for name, p in model.named_parameters()}, config, gradients=True)
     expected = dict(peer.named_parameters())
-    assert len(gradients) == len([name for name in expected if "shared_expert" not in name])
+    assert len(gradients) == len([name for name in expected if only_theirs not in name])
     assert_all_close(gradients, {name: expected[name].grad for name in gradients}, to=2e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import ranks
@@ -10,9 +11,10 @@ import yaml
 from parity.sharded import BACKEND, CPU, assert_all_close, assert_close, clear_routes, fill, full_gradients, full_weights
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from megagate.config.cli import parse
-from megagate.config.count import parameter_shapes
+from megagate.config.count import Part, count_parameters, flops_per_token, parameter_parts, parameter_shapes
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.model.lm import LanguageModel
 from megagate.nn.base import named_labels
@@ -28,10 +30,11 @@ GATED = ModelConfig(
     hidden_size=32,
     num_layers=2,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, gate=GateConfig("G1", "elementwise")),
-    moe=MoEConfig(num_experts=4, top_k=2, ffn_size=16),
+    moe=MoEConfig(num_experts=4, top_k=2, ffn_size=16, shared_ffn_size=24),
 )
 UNGATED = dataclasses.replace(GATED, attention=dataclasses.replace(GATED.attention, gate=GateConfig("none")))
 SHALLOW = dataclasses.replace(GATED, num_layers=1)
+SHALLOW_UNSHARED = dataclasses.replace(SHALLOW, moe=dataclasses.replace(SHALLOW.moe, shared_ffn_size=0))
 TIED_DENSE = dataclasses.replace(UNGATED, moe=MoEConfig(), ffn_size=48, tie_embeddings=True)
 
 
@@ -67,6 +70,31 @@ def test_names_and_shapes_are_those_of_the_count(base, delta):
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == parameter_shapes(config)
     assert {name: label.shard.full_shape for name, label in named_labels(model).items()} == parameter_shapes(config)
     assert all(p.is_meta for p in model.parameters()), "nothing is held before it gets its values"
+
+
+def test_the_count_is_that_of_the_built_parts():
+    """Of a model that has every part of a mixture of experts; the example configs have no shared expert."""
+    built = {name: p.numel() for name, p in build(GATED).named_parameters()}
+    parts, count = parameter_parts(GATED), count_parameters(GATED, padded=True)
+    assert parts.keys() == built.keys(), "each parameter belongs to a part"
+    by_part = {part: sum(size for name, size in built.items() if parts[name] == part) for part in get_args(Part)}
+    assert by_part == {part: getattr(count, part) for part in get_args(Part)}
+    idle = 1 - GATED.moe.top_k / GATED.moe.num_experts
+    assert count.active == count.total - idle * by_part["experts"] == sum(built.values()) - idle * by_part["experts"]
+
+
+def test_operations_of_a_shared_expert_are_those_that_run():
+    """Against PyTorch's own count. One layer: a second would route otherwise without a shared expert below."""
+    tokens, labels = sample(SHALLOW)
+
+    def counted(config: ModelConfig) -> int:
+        model = fill(build(config))
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, labels).ce_sum.backward()
+        return counter.get_total_flops()
+
+    of_a_token = [flops_per_token(config, tokens.shape[1]) for config in (SHALLOW, SHALLOW_UNSHARED)]
+    assert counted(SHALLOW) - counted(SHALLOW_UNSHARED) == tokens.numel() * (of_a_token[0] - of_a_token[1]) > 0
 
 
 # ---- initial weights
@@ -105,7 +133,7 @@ def test_initial_spread():
         if "norm" in name:
             assert torch.equal(value, torch.ones_like(value)), name
         else:
-            output = name.endswith(("attention.o.weight", "experts.down"))
+            output = name.endswith(("attention.o.weight", "experts.down", "shared_expert.down.weight"))
             assert value.std().item() == pytest.approx(narrow if output else 0.02, rel=0.1), name
             assert abs(value.mean().item()) < 0.1 * 0.02, name
 
@@ -122,6 +150,9 @@ PINNED = {
     "layers.0.moe.router.weight": -0.132830,
     "layers.0.moe.experts.gate_up": -0.632710,
     "layers.0.moe.experts.down": -0.337569,
+    "layers.0.moe.shared_expert.gate.weight": 0.500827,
+    "layers.0.moe.shared_expert.up.weight": 0.153642,
+    "layers.0.moe.shared_expert.down.weight": 0.170374,
     "head.weight": 1.070373,
 }
 
@@ -140,7 +171,7 @@ def loss_and_gradients(config: ModelConfig, mesh: ParallelMesh, *, recompute: bo
     model = fill(build(config, mesh, recompute=recompute))
     with clear_routes(model):
         parts = model(*sample(config))
-    extra = sum((s.prob_sums * torch.arange(s.prob_sums.numel())).sum() + s.z_sum for s in parts.stats)
+    extra = sum((s.prob_sums * torch.arange(s.prob_sums.numel()).view_as(s.prob_sums)).sum() + s.z_sum for s in parts.stats)
     (parts.ce_sum + 0.1 * extra).backward()
     return parts.ce_sum.detach(), full_gradients(model, mesh)
 

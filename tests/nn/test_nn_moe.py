@@ -7,7 +7,6 @@ import ranks
 import torch
 from parity.sharded import (
     BACKEND,
-    SMALLEST_GAP,
     assert_all_close,
     assert_close,
     clear_routes,
@@ -15,7 +14,6 @@ from parity.sharded import (
     full_gradients,
     full_weights,
     random,
-    route_gap,
     take,
 )
 from torch import Tensor
@@ -56,13 +54,19 @@ ROUTINGS = {
 }
 
 
-def config(renormalize: bool) -> MoEConfig:
-    return MoEConfig(num_experts=EXPERTS, top_k=TOP_K, ffn_size=12, renormalize=renormalize)
+def config(renormalize: bool, shared: int = 0) -> MoEConfig:
+    return MoEConfig(num_experts=EXPERTS, top_k=TOP_K, ffn_size=12, shared_ffn_size=shared, renormalize=renormalize)
 
 
-def make(mesh: ParallelMesh, routing: Routing, renormalize: bool) -> MoE:
+PLAIN, RENORMALIZED, SHARED = config(False), config(True), config(True, shared=24)
+# The shared expert sees every token alike, so that it has no part in how tokens are routed: one routing is enough.
+BLOCKS = {f"{name}-{kind}": (name, moe) for name in ROUTINGS for kind, moe in (("renormalized", RENORMALIZED), ("plain", PLAIN))}
+BLOCKS |= {"free-shared expert": ("free", SHARED)}
+
+
+def make(mesh: ParallelMesh, routing: Routing, config: MoEConfig) -> MoE:
     """A block whose router avoids experts by channel 0 (always 1) and, for tokens of the first rank, by channel 1."""
-    moe = fill(MoE(config(renormalize), HIDDEN, dtype=torch.float32, backend=BACKEND, mesh=mesh))
+    moe = fill(MoE(config, HIDDEN, dtype=torch.float32, backend=BACKEND, mesh=mesh))
     with torch.no_grad():
         moe.router.weight[:, :2] = 0
         moe.router.weight[list(routing.dead), 0] = -30
@@ -85,9 +89,9 @@ def local(full: Tensor, mesh: ParallelMesh) -> Tensor:
     return take(take(full, mesh.dp, 0), mesh.tp, 1)
 
 
-def objective(out: Tensor, stats: RouterStats, cotangent: Tensor) -> Tensor:
-    """Something that depends on all that a block returns."""
-    return (out * cotangent).sum() + (stats.prob_sums * random("prob weights", EXPERTS)).sum() + 0.01 * stats.z_sum
+def objective(out: Tensor, stats: RouterStats, cotangent: Tensor, prob_weights: Tensor) -> Tensor:
+    """Something that depends on all that a block returns, on each sequence in its own way."""
+    return (out * cotangent).sum() + (stats.prob_sums * prob_weights).sum() + 0.01 * stats.z_sum
 
 
 def assert_counts(counts: Tensor, on_first: Tensor, routing: Routing) -> None:
@@ -102,59 +106,59 @@ def assert_counts(counts: Tensor, on_first: Tensor, routing: Routing) -> None:
 # ---- the whole block
 
 
-def against_one_rank(context: RankContext, tp: int, ep: int, name: str, renormalize: bool) -> tuple[Tensor, Tensor]:
+def against_one_rank(context: RankContext, tp: int, ep: int, name: str, config: MoEConfig) -> tuple[Tensor, Tensor]:
     """Outputs, statistics and gradients. Returns the tokens of each expert from this rank and from all."""
     mesh, alone, routing = ParallelMesh.build(tp=tp, ep=ep), ParallelMesh.single(), ROUTINGS[name]
     x, cotangent = tokens(mesh).requires_grad_(), random("cotangent", BATCH, SEQUENCE, HIDDEN)
-    whole = make(alone, routing, renormalize)
+    prob_weights = random("prob weights", BATCH, EXPERTS)
+    whole = make(alone, routing, config)
     with clear_routes(whole):
         out, stats = whole(x)
-    objective(out, stats, cotangent).backward()
+    objective(out, stats, cotangent, prob_weights).backward()
 
-    local_x, moe = local(x, mesh).requires_grad_(), make(mesh, routing, renormalize)
+    local_x, moe = local(x, mesh).requires_grad_(), make(mesh, routing, config)
     local_out, local_stats = moe(local_x)
-    objective(local_out, local_stats, local(cotangent, mesh)).backward()
+    objective(local_out, local_stats, local(cotangent, mesh), take(prob_weights, mesh.dp, 0)).backward()
 
     assert_all_close(full_weights(moe, mesh), full_weights(whole, alone), to=0)
     assert_close(local_out, local(out, mesh), to=TIGHT, what="output")
     assert_close(local_x.grad, local(x.grad, mesh), to=TIGHT, what="input gradient")
     assert_all_close(full_gradients(moe, mesh), full_gradients(whole, alone), to=TIGHT)
-    assert torch.equal(total(local_stats.counts, mesh.world), stats.counts)
+    # Of each sequence: tp ranks have parts of the same ones, dp ranks have others.
+    assert torch.equal(total(local_stats.counts, mesh.tp), take(stats.counts, mesh.dp, 0))
     assert not local_stats.counts.requires_grad
-    assert_close(total(local_stats.prob_sums, mesh.world), stats.prob_sums, to=TIGHT, what="sums of probabilities")
+    assert_close(total(local_stats.prob_sums, mesh.tp), take(stats.prob_sums, mesh.dp, 0), to=TIGHT, what="sums of probabilities")
     assert_close(total(local_stats.z_sum, mesh.world), stats.z_sum, to=TIGHT, what="sum of squares")
-    dead = [e for e in range(EXPERTS) if not stats.counts[e]]
+    dead = [e for e in range(EXPERTS) if not stats.counts[:, e].any()]
     gradients = full_gradients(moe, mesh)
     assert not gradients["experts.gate_up"][dead].any() and not gradients["experts.down"][dead].any()
-    return local_stats.counts, stats.counts
+    return local_stats.counts.sum(0), stats.counts.sum(0)
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize(("name", "config"), BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize(("world_size", "tp", "ep"), [(2, 1, 2), (2, 2, 2), (2, 2, 1), (4, 1, 4), (4, 1, 2), (4, 2, 4), (4, 4, 2)])
-def test_the_block_on_many_ranks_equals_one(world_size, tp, ep, name, renormalize):
-    results = ranks.run_ranks(against_one_rank, world_size, tp, ep, name, renormalize)
+def test_the_block_on_many_ranks_equals_one(world_size, tp, ep, name, config):
+    results = ranks.run_ranks(against_one_rank, world_size, tp, ep, name, config)
     assert_counts(results[0][1], results[0][0], ROUTINGS[name])
     for expert in ROUTINGS[name].dead_on_first:
         assert sum(counts[expert] for counts, _ in results[1:]) > 0
     assert torch.equal(sum(counts for counts, _ in results), results[0][1])
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize("name", ROUTINGS)
-def test_the_block_is_a_weighted_sum_over_experts(name, renormalize):
+@pytest.mark.parametrize(("name", "config"), BLOCKS.values(), ids=BLOCKS)
+def test_the_block_is_a_weighted_sum_over_experts(name, config):
     mesh = ParallelMesh.single()
-    moe, x = make(mesh, ROUTINGS[name], renormalize), tokens(mesh).requires_grad_()
-    cotangent = random("cotangent", BATCH, SEQUENCE, HIDDEN)
+    moe, x = make(mesh, ROUTINGS[name], config), tokens(mesh).requires_grad_()
+    cotangent, prob_weights = random("cotangent", BATCH, SEQUENCE, HIDDEN), random("prob weights", BATCH, EXPERTS)
     with clear_routes(moe):
         out, stats = moe(x)
-    objective(out, stats, cotangent).backward()
+    objective(out, stats, cotangent, prob_weights).backward()
     gradients = {name: p.grad for name, p in moe.named_parameters()}
 
     wide = x.detach().double().requires_grad_()
     weights = {name: p.detach().double().requires_grad_() for name, p in moe.named_parameters()}
-    expected, expected_stats = loop_over_experts(wide, weights, renormalize)
-    objective(expected, expected_stats, cotangent.double()).backward()
+    expected, expected_stats = loop_over_experts(wide, weights, config.renormalize)
+    objective(expected, expected_stats, cotangent.double(), prob_weights.double()).backward()
     assert_close(out, expected, to=TIGHT, what="output")
     assert_close(x.grad, wide.grad, to=TIGHT, what="input gradient")
     assert_all_close(gradients, {name: w.grad for name, w in weights.items()}, to=TIGHT)
@@ -164,7 +168,7 @@ def test_the_block_is_a_weighted_sum_over_experts(name, renormalize):
 
 
 def loop_over_experts(x: Tensor, weights: dict[str, Tensor], renormalize: bool) -> tuple[Tensor, RouterStats]:
-    """Every token through every expert, weighted by zero where it was not chosen."""
+    """Every token through every expert, weighted by zero where it was not chosen, and through the shared one, if there is one."""
     logits = x @ weights["router.weight"].T
     scores = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
     chosen = scores >= scores.sort(-1, descending=True).values[..., TOP_K - 1 : TOP_K]
@@ -175,8 +179,11 @@ def loop_over_experts(x: Tensor, weights: dict[str, Tensor], renormalize: bool) 
     for expert in range(EXPERTS):
         gate, up = (x @ weights["experts.gate_up"][expert].T).chunk(2, -1)
         out = out + probs[..., expert, None] * (F.silu(gate) * up @ weights["experts.down"][expert].T)
+    if "shared_expert.down.weight" in weights:
+        gate, up, down = (weights[f"shared_expert.{one}.weight"] for one in ("gate", "up", "down"))
+        out = out + F.silu(x @ gate.T) * (x @ up.T) @ down.T
     z = torch.log(torch.exp(logits).sum(-1)).pow(2).sum()
-    return out, RouterStats(chosen.flatten(0, 1).sum(0).double(), scores.flatten(0, 1).sum(0), z)
+    return out, RouterStats(chosen.sum(1).double(), scores.sum(1), z)
 
 
 # ---- the router
@@ -186,25 +193,27 @@ def loop_over_experts(x: Tensor, weights: dict[str, Tensor], renormalize: bool) 
 def test_router_probabilities(renormalize):
     router = fill(Router(config(renormalize), HIDDEN, dtype=torch.float32, tp=ParallelMesh.single().tp))
     x = random("x", 50, HIDDEN)
-    assert route_gap(router, x) > SMALLEST_GAP
-    route, stats = router(x)
+    with clear_routes(router):
+        route, stats = router(x.view(2, 25, HIDDEN))
     scores = (x @ router.weight.T).double().softmax(-1)
     best = scores.argsort(-1, descending=True)[:, :TOP_K]
     assert torch.equal(route.ids, best)
     expected = scores.gather(1, best)
     assert_close(route.probs, expected / expected.sum(-1, keepdim=True) if renormalize else expected, to=TIGHT)
-    assert torch.equal(stats.counts, torch.bincount(best.flatten(), minlength=EXPERTS).float())
+    by_sequence = [torch.bincount(ids.flatten(), minlength=EXPERTS) for ids in best.split(25)]
+    assert torch.equal(stats.counts, torch.stack(by_sequence).float())
+    assert torch.equal(route.counts, sum(by_sequence))
 
 
 def test_router_is_fp32_under_bf16():
     """Logits are products in fp32, not bf16 products cast afterwards: routes of near-ties would differ."""
     router = fill(Router(config(True), HIDDEN, dtype=torch.bfloat16, tp=ParallelMesh.single().tp))
     x = random("x", 100, HIDDEN).bfloat16()
-    assert route_gap(router, x) > SMALLEST_GAP
-    route, stats = router(x)
+    with clear_routes(router):
+        route, stats = router(x.view(4, 25, HIDDEN))
     assert route.probs.dtype == stats.counts.dtype == stats.prob_sums.dtype == stats.z_sum.dtype == torch.float32
     scores = (x.double() @ router.weight.double().T).softmax(-1)
-    assert_close(stats.prob_sums, scores.sum(0), to=1e-6)
+    assert_close(stats.prob_sums, scores.view(4, 25, EXPERTS).sum(1), to=1e-6)
     top = scores.topk(TOP_K).values
     assert_close(route.probs, top / top.sum(-1, keepdim=True), to=1e-6)
 
