@@ -34,6 +34,12 @@ def test_the_bases_are_fine() -> None:
     assert violations({}, base=DENSE) == []
 
 
+def test_stages_of_zero() -> None:
+    assert [stage for stage in range(-1, 5) if not violations({"parallel.zero_stage": stage})] == [1, 2, 3]
+    dense_fp32 = {**DENSE, "precision.dtype": "fp32"}
+    assert [stage for stage in range(-1, 5) if not violations({"parallel.zero_stage": stage}, base=dense_fp32)] == [0, 1, 2, 3]
+
+
 def test_every_number_has_a_rule_of_its_own() -> None:
     numbers = {name for name, key in all_keys().items() if key.type in (int, float)}
     assert numbers == {*RANGES, *_SIZE_KEYS, "parallel.zero_stage"}
@@ -80,6 +86,12 @@ def test_a_missing_base_config_is_the_hint() -> None:
             "model.attention.num_heads (5) must be divisible by model.attention.num_kv_heads (2); each key/value head",
         ),
         ({"model.attention.head_dim": 15}, 1, "model.attention.head_dim (15) must be even: RoPE"),
+        ({"model.moe.shared_ffn_size": -1}, 1, "model.moe.shared_ffn_size (-1) must be at least 0; raise model.moe.shared_ffn_size"),
+        (
+            {"parallel.tp": 2, "model.moe.shared_ffn_size": 33},
+            2,
+            "model.moe.shared_ffn_size (33) must be divisible by parallel.tp (2); lower parallel.tp or change shared_ffn_size",
+        ),
         ({"model.moe.top_k": 9}, 1, "model.moe.top_k (9) must be at most model.moe.num_experts (8); lower model.moe.top_k"),
         ({"schedule.warmup_steps": 101}, 1, "schedule.warmup_steps (101) must be at most train.steps (100); lower"),
         ({"schedule.min_lr": 0.5, "optim.lr": 0.1}, 1, "schedule.min_lr (0.5) must be at most optim.lr (0.1); lower"),
@@ -89,9 +101,8 @@ def test_a_missing_base_config_is_the_hint() -> None:
             1,
             "schedule.decay_steps (91) must be at most train.steps - schedule.warmup_steps (90); lower",
         ),
-        ({"parallel.zero_stage": 0}, 1, "parallel.zero_stage (0) must be 1 or 2: stage 0 clips experts with a wrong gradient norm; set"),
-        ({"parallel.zero_stage": 3}, 1, "parallel.zero_stage (3) must be 1 or 2: stage 3 is not supported yet; set"),
-        ({"parallel.zero_stage": 7}, 1, "parallel.zero_stage (7) must be 1 or 2: there is no such stage; set"),
+        ({"parallel.zero_stage": 0}, 1, "parallel.zero_stage (0) must be at least 1 for a mixture of experts: DeepSpeed's stage 0 sums"),
+        ({"parallel.zero_stage": 7}, 1, "parallel.zero_stage (7) must be 0, 1, 2 or 3: there is no such stage; set"),
         (
             {"parallel.tp": 8, "parallel.ep": 8, "model.attention.num_heads": 12},
             8,
@@ -146,11 +157,14 @@ def test_dense_models() -> None:
     assert violations({"parallel.tp": 2, "model.ffn_size": 95}, world_size=2, base=DENSE) == [
         "model.ffn_size (95) must be divisible by parallel.tp (2); lower parallel.tp or change ffn_size"
     ]
-    assert violations({"model.moe.top_k": 4}, base=DENSE) == [], "the router's keys do not matter to a dense model"
+    (line,) = violations({"parallel.zero_stage": 0, "precision.dtype": "bf16"}, base=DENSE)
+    assert line.startswith("parallel.zero_stage (0) must be at least 1 where precision.dtype is bf16: DeepSpeed's stage 0 keeps no fp32")
+    unused = {"model.moe.top_k": 4, "model.moe.shared_ffn_size": 33, "parallel.tp": 2}
+    assert violations(unused, world_size=2, base=DENSE) == [], "the keys of a mixture of experts do not matter to a dense model"
 
 
 def test_all_violations_come_at_once() -> None:
-    settings = {"optim.lr": 0.0, "optim.beta1": 1.0, "parallel.tp": 3, "parallel.ep": 5, "parallel.zero_stage": 3, "train.seq_len": 0}
+    settings = {"optim.lr": 0.0, "optim.beta1": 1.0, "parallel.tp": 3, "parallel.ep": 5, "parallel.zero_stage": 4, "train.seq_len": 0}
     keys = [line.split()[0] for line in violations(settings, world_size=7)]
     assert keys == [
         "train.seq_len",
