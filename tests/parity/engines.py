@@ -1,13 +1,13 @@
 """A small training run under any engine and layout, for the tests of the engines. A run is a `Run`; what came of it, an `Outcome`."""
 
 import hashlib
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from parity.sharded import BACKEND, clear_routes, fill, full_weights
+from parity.sharded import BACKEND, fill, join
 from torch import Tensor
 
 from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
@@ -40,10 +40,12 @@ class Run:
     scope: BalanceScope = "global_batch"
     recompute: bool = False
     dense: bool = False
+    head_dim: int = 8
 
     @property
     def model(self) -> ModelConfig:
-        return TIED_DENSE if self.dense else replace(MOE, moe=replace(MOE.moe, balance_scope=self.scope))
+        model = TIED_DENSE if self.dense else replace(MOE, moe=replace(MOE.moe, balance_scope=self.scope))
+        return replace(model, attention=replace(model.attention, head_dim=self.head_dim))
 
     @property
     def lr(self) -> float:
@@ -132,19 +134,28 @@ def outcome(engine: Engine, steps: list[StepResult], *, next_step: int) -> Outco
     """What there is to compare. Collective."""
     val_loss = engine.evaluate(zip(*batch(next_step, engine.mesh), strict=True))
     pieces = [(p.name, p.full_shape, p.offset, p.tensor.clone()) for p in engine.state_pieces()]
-    return Outcome(steps, full_weights(engine.model, engine.mesh), val_loss, pieces)
+    return Outcome(steps, whole_weights(engine), val_loss, pieces)
 
 
-def run_reference(run: Run, *, steps: int = 3) -> Outcome:
-    """In this process, with no route near a tie."""
-    engine = build_engine(run, Layout(), ParallelMesh.single())
-    with clear_routes(engine.model) if run.dtype == "fp32" else nullcontext():
-        return outcome(engine, train(engine, range(steps), lr=run.lr), next_step=steps)
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
+    """The model's parameters, joined. Collective."""
+    weights = {}
+    for name, parameter in engine.model.named_parameters():
+        with gathered(parameter):
+            weights[name] = join(parameter, engine.labels[name], engine.mesh)
+    return weights
 
 
-def initial_weights(run: Run) -> dict[str, Tensor]:
-    engine = build_engine(replace(run, dtype="fp32"), Layout(), ParallelMesh.single())
-    return full_weights(engine.model, engine.mesh)
+@contextmanager
+def gathered(parameter: Tensor) -> Iterator[None]:
+    """Inside the context a parameter that ZeRO-3 has partitioned holds the whole of this rank's shard. Collective."""
+    if parameter.numel():  # of another stage, or one that stage 3 keeps whole (not after a skipped step, until it is used)
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
 
 
 class Whole(NamedTuple):

@@ -1,12 +1,12 @@
 """A gradient that is not finite somewhere: no rank applies the step, nothing changes, and the next step is as if it had not been."""
 
+import math
 from typing import NamedTuple
 
 import pytest
 import ranks
 import torch
-from parity.engines import Layout, Run, batch, build_engine, outcome, train
-from parity.sharded import full_weights
+from parity.engines import Layout, Run, batch, build_engine, outcome, train, whole_weights
 from torch import Tensor
 
 from megagate.engine.base import Engine, StepResult
@@ -33,11 +33,12 @@ def spoil(engine: Engine, where: str, tokens: Tensor, labels: Tensor, *, lr: flo
     if spoilt.rank != spoilt.size - 1:
         return engine.train_step(tokens, labels, lr=lr)
     if where == "weight":
-        data = parameters["layers.1.attention.q.weight"].data
-        value = data[1, 2].clone()
-        data[1, 2] = torch.nan
+        parameter = parameters["layers.1.attention.q.weight"]
+        data = getattr(parameter, "ds_tensor", parameter).data.view(-1)  # stage 3 keeps a partition of it
+        value = data[3].clone()
+        data[3] = torch.nan
         step = engine.train_step(tokens, labels, lr=lr)
-        data[1, 2] = value
+        data[3] = value
         return step
     name = "layers.1.moe.experts.down" if where == "expert gradient" else "layers.0.ffn_norm.weight"
     handle = parameters[name].register_hook(lambda grad: torch.where(grad == grad.max(), torch.inf, grad))
@@ -59,19 +60,39 @@ def spoilt_run(context: RankContext, run: Run, layout: Layout, where: str) -> Sp
 
     engine = build_engine(run, layout, mesh)
     steps = train(engine, [0], lr=run.lr)
-    before = full_weights(engine.model, mesh)
+    before = whole_weights(engine)
     spoilt = spoil(engine, where, *batch(1, mesh), lr=run.lr)
-    after = full_weights(engine.model, mesh)
+    after = whole_weights(engine)
     kept = all(torch.equal(after[name], value) for name, value in before.items())
     return Spoilt(spoilt, kept, end(engine, steps + train(engine, [2], lr=run.lr)), without)
 
 
+LAYOUTS = [
+    Layout(2),
+    Layout(2, tp=2, ep=2),
+    Layout(4, tp=2, ep=4, zero_stage=2),
+    Layout(4, tp=2, ep=4),
+    Layout(4, tp=2, ep=4, zero_stage=3),
+    Layout(4, tp=4, ep=2, zero_stage=3),
+]
+
+
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])  # DeepSpeedZeroOptimizer and BF16_Optimizer
-@pytest.mark.parametrize("layout", [Layout(2), Layout(2, tp=2, ep=2), Layout(4, tp=2, ep=4, zero_stage=2), Layout(4, tp=2, ep=4)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_it_skips_the_step_on_all_ranks(layout, dtype, where):
-    for result in ranks.run_ranks(spoilt_run, layout.world_size, Run(optimizer="adamw", dtype=dtype), layout, where):
-        assert not result.step.applied and result.step.grad_norm == float("inf")
+    check_skipped(Run(optimizer="adamw", dtype=dtype), layout, where)
+
+
+@pytest.mark.parametrize("where", ["weight", "replicated gradient"])
+@pytest.mark.parametrize("layout", [Layout(1, zero_stage=0), Layout(4, tp=2, zero_stage=0), Layout(4, tp=2, zero_stage=3)], ids=str)
+def test_a_dense_model_skips_it_too(layout, where):
+    check_skipped(Run(optimizer="adamw", dense=True), layout, where)
+
+
+def check_skipped(run: Run, layout: Layout, where: str) -> None:
+    for result in ranks.run_ranks(spoilt_run, layout.world_size, run, layout, where):
+        assert not result.step.applied and not math.isfinite(result.step.grad_norm)
         assert result.kept
         (steps, digest, applied, moments), (expected, expected_digest, expected_applied, expected_moments) = result.after, result.without
         assert steps == expected and all(step.applied for step in steps)

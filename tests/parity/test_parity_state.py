@@ -1,5 +1,6 @@
 """Masters, moments and step counters through a checkpoint, to the same layout and to others: the next AdamW step is the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,9 @@ def test_the_initial_state_can_be_loaded(saved):
         Layout(4, tp=4, ep=4),
         Layout(4, tp=1, ep=1),
         Layout(1),
+        Layout(4, tp=2, ep=4, zero_stage=3),
+        Layout(4, tp=4, ep=2, zero_stage=3),
+        Layout(2, tp=1, ep=1, zero_stage=3),
     ],
     ids=str,
 )
@@ -135,18 +139,25 @@ def test_zero_goes_on_from_the_reference(saved, tmp_path):
     engine = build_engine(RUN, Layout(), ParallelMesh.single())
     train(engine, range(STEPS), lr=RUN.lr)
     save(engine, tmp_path, STEPS)
-    layout = Layout(4, tp=2, ep=2, zero_stage=2)
-    assert_same_state(ranks.run_ranks(load_and_train, 4, RUN, layout, tmp_path), expected)
+    for layout in (Layout(4, tp=2, ep=2, zero_stage=2), Layout(4, tp=2, ep=2, zero_stage=3)):
+        assert_same_state(ranks.run_ranks(load_and_train, 4, RUN, layout, tmp_path), expected)
+
+
+DENSE = Run(optimizer="adamw", dense=True)
 
 
 @pytest.mark.parametrize(
     ("run", "first", "second"),
     [
-        (Run(optimizer="adamw"), Layout(4, tp=4, ep=4, zero_stage=2), Layout(4, tp=1, ep=4)),
-        (Run(optimizer="adamw", dense=True), Layout(4, tp=2), Layout(2, tp=1, zero_stage=2)),
+        (RUN, Layout(4, tp=4, ep=4, zero_stage=2), Layout(4, tp=1, ep=4)),
+        (RUN, Layout(4, tp=2, ep=4, zero_stage=3), Layout(4, tp=2, ep=2)),
         (Run(optimizer="sgd"), Layout(2, tp=2, ep=2), Layout(2, tp=1, ep=2, zero_stage=2)),
+        (DENSE, Layout(4, tp=2), Layout(2, tp=1, zero_stage=2)),
+        (DENSE, Layout(4, tp=2, zero_stage=3), Layout(2, tp=1, zero_stage=0)),
+        (DENSE, Layout(4, tp=2, zero_stage=0), Layout(4, tp=4, zero_stage=3)),
+        (replace(DENSE, recompute=True), Layout(2, tp=1, zero_stage=3), Layout(2, tp=2)),
     ],
-    ids=["kv replication", "tied dense", "sgd"],
+    ids=["kv replication", "stage 3", "sgd", "tied dense", "tied dense 3", "tied dense 0", "recompute"],
 )
 def test_other_models_and_back(run, first, second, tmp_path):
     expected = ranks.run_ranks(train_and_save, first.world_size, run, first, tmp_path)
@@ -154,7 +165,22 @@ def test_other_models_and_back(run, first, second, tmp_path):
     assert_same_state(ranks.run_ranks(load_and_train, second.world_size, run, second, tmp_path), expected)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_ranks_that_hold_only_padding_of_a_parameter(tmp_path):
+    """Of the 2 weights of a q_norm two of four ranks get one each in stage 3."""
+    run, layout, other = Run(optimizer="adamw", head_dim=2), Layout(4, tp=1, ep=2, zero_stage=3), Layout(2, tp=2, ep=2, zero_stage=3)
+    expected = ranks.run_ranks(train_and_save, 4, run, layout, tmp_path)
+    holders = [index for index, one in enumerate(expected) if any("layers.0.attention.q_norm" in piece[0] for piece in one.pieces)]
+    assert holders == [0, 1]
+    assert_same_bits(ranks.run_ranks(load_and_train, 4, run, layout, tmp_path), expected)
+    assert_same_state(ranks.run_ranks(load_and_train, 2, run, other, tmp_path), expected)
+
+
+def test_the_reference_goes_on_from_stage_3(tmp_path):
+    expected = ranks.run_ranks(train_and_save, 4, RUN, Layout(4, tp=1, ep=4, zero_stage=3), tmp_path)
+    assert_same_state([load_and_train(None, RUN, Layout(), tmp_path)], expected)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bf16_goes_on_with_the_same_bits(zero_stage, tmp_path):
     run, layout = Run(optimizer="adamw", dtype="bf16"), Layout(4, tp=2, ep=2, zero_stage=zero_stage)
     expected = ranks.run_ranks(train_and_save, 4, run, layout, tmp_path)
