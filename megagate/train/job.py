@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megagate.backend.native import NativeBackend
 from megagate.checkpoint.store import Checkpoint, clean_leftovers
+from megagate.config.rules import check
 from megagate.config.run import RunConfig
 from megagate.data.dataset import DataSet, open_dataset, prepare
 from megagate.data.loader import TrainLoader, ValidLoader
@@ -39,6 +40,7 @@ class Job:
         self.env = LaunchEnv.read()
         self.device = pick_device(self.env.local_rank, local_size=self.env.local_size)
         self.config = config = _resolved(config, self.device)
+        check(config, world_size=self.env.world_size)  # again: what was `auto` is known only here
         init_process_group(self.env, device=self.device, timeout=COLLECTIVE_TIMEOUT)
         self.mesh = ParallelMesh.build(tp=config.parallel.tp, ep=config.parallel.ep, timeout=COLLECTIVE_TIMEOUT)
         self.folder = RunFolder(Path(config.train.output_dir))

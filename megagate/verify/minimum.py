@@ -111,12 +111,12 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
     return [*terms, _all_reduce("norm", "tp", [FP32] * step.norm_over_tp, step)]
 
 
-def zero_terms(step: StepShape, *, dense: int, experts: int, grad_bytes: int, reductions: int = 1) -> list[Term]:
-    """What ZeRO 1 and 2 have to send beside that: each gradient to the rank that updates it, each updated weight to all, and one norm.
+def zero_terms(step: StepShape, *, dense: int, experts: int, grad_bytes: int, reductions: int = 1, gathers: int = 1) -> list[Term]:
+    """What ZeRO has to send beside that: each gradient to the rank that updates it, each updated weight to all, and one norm.
 
     With x elements of dense parameters and n = dp, and with those of experts and n = edp:
-        gradients          reduce_scatter  R x grad_bytes (n - 1) / n      (R = 1 at stage 1; at stage 2 every micro-step reduces)
-        weights            all_gather      x / n dtype_bytes (n - 1)
+        gradients          reduce_scatter  R x grad_bytes (n - 1) / n      (R = 1 at stage 1; at stages 2 and 3 every micro-step reduces)
+        weights            all_gather      G x / n dtype_bytes (n - 1)     (G = 1; at stage 3 before each forward and each backward pass)
     and
         norm               all_reduce      AR(4) over the world
     DeepSpeed 0.19.8 sends more, `tests/parity/test_parity_traffic.py` says exactly how much: it reduces gradients by all-reduce, twice the
@@ -127,7 +127,8 @@ def zero_terms(step: StepShape, *, dense: int, experts: int, grad_bytes: int, re
         dense: Elements that this rank holds of parameters that are not experts.
         experts: Elements that this rank holds of experts.
         grad_bytes: Bytes of an element of the reduced gradients.
-        reductions: Of the gradients in a step: 1, or the number of micro-steps at stage 2.
+        reductions: Of the gradients in a step: R.
+        gathers: Of the weights in a step: G.
     """
     terms = []
     for axis, elements in (("dp", dense), ("edp", experts)):
@@ -136,7 +137,7 @@ def zero_terms(step: StepShape, *, dense: int, experts: int, grad_bytes: int, re
         sent = bytes_sent("reduce_scatter", elements * grad_bytes, size)
         terms.append(Term("gradients", axis, "reduce_scatter", reductions * calls, reductions * sent))
         shard = -(-elements // size) * step.dtype_bytes
-        terms.append(Term("weights", axis, "all_gather", calls, bytes_sent("all_gather", shard, size)))
+        terms.append(Term("weights", axis, "all_gather", gathers * calls, gathers * bytes_sent("all_gather", shard, size)))
     return [*terms, _all_reduce("norm", "world", [FP32], step)]
 
 

@@ -14,7 +14,7 @@ from parity.sharded import BACKEND, CPU
 from megagate.checkpoint.store import Piece
 from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
 from megagate.config.rules import check
-from megagate.config.run import OptimConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
+from megagate.config.run import GradDType, OptimConfig, OptimizerName, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from megagate.engine.reference import ReferenceEngine
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
@@ -56,6 +56,8 @@ class Case:
     scope: BalanceScope = "global_batch"
     model: str = "moe"
     dtype: str = "fp32"
+    grad_dtype: GradDType = "fp32"
+    optimizer: OptimizerName = "sgd"
 
     def __str__(self) -> str:
         """dp x tp x ep, then what is not usual."""
@@ -64,6 +66,8 @@ class Case:
         words += ["recompute"] if self.recompute else []
         words += [self.scope] if self.scope != "global_batch" else []
         words += [self.dtype] if self.dtype != "fp32" else []
+        words += [f"{self.grad_dtype} gradients"] if self.grad_dtype != "fp32" else []
+        words += [self.optimizer] if self.optimizer != "sgd" else []
         return " ".join(words)
 
     @property
@@ -78,9 +82,9 @@ class Case:
                 seq_len=SEQUENCE,
                 recompute=self.recompute,
             ),
-            optim=OptimConfig(name="sgd", lr=LR, grad_clip=CLIP),
+            optim=OptimConfig(name=self.optimizer, lr=LR, grad_clip=CLIP),
             parallel=ParallelConfig(tp=self.tp, ep=self.ep, zero_stage=self.stage),
-            precision=PrecisionConfig(dtype=self.dtype),
+            precision=PrecisionConfig(dtype=self.dtype, grad_dtype=self.grad_dtype),
         )
 
     @property

@@ -1,0 +1,251 @@
+"""From what the ranks and the reference recorded to a verdict that names the part that is wrong."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from megagate.checkpoint.store import Piece
+from megagate.config.count import Part, parameter_parts
+from megagate.config.run import RunConfig
+from megagate.engine.base import StepResult
+from megagate.parallel.mesh import ParallelMesh
+from megagate.verify.account import SentRow
+from megagate.verify.compare import Agreement, compare, whole_tensors
+from megagate.verify.trial import Outcome
+
+FP32_LIMIT = 5e-6
+"""Of a number relative, of a tensor's element relative to the largest of its tensor: several times what rounding does in a small model."""
+FP32_UPDATE_LIMIT = 1e-3
+BF16_LIMIT = 3.0
+"""Times the distance between one process in bf16 and one in fp32."""
+BF16_NUMBER_FLOOR = 5e-3
+"""Relative; a single number may by chance be exact in the yardstick."""
+SAME_FACTOR = 1e-3
+"""Relative; factors nearer than this are the same."""
+TITLES: Mapping[Part, str] = {"shared_expert": "shared expert", "ffn": "dense FFN"}
+"""Where a part's title is not its name."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line about tensors.
+
+    Args:
+        what: A group of parameters, or what else is compared.
+        ratio: Factor between ours and the reference's.
+        error: fp32: the worst difference as a share of its tensor's scale; bf16: the distance in units of bf16's own rounding.
+        where: The tensor with the worst difference.
+        ok: Whether the error is within its limit.
+        factor: In words, where ours is a multiple of the reference's; else empty.
+    """
+
+    what: str
+    ratio: float
+    error: float
+    where: str
+    ok: bool
+    factor: str = ""
+
+
+@dataclass(frozen=True)
+class Number:
+    """One line about a number: a loss or a norm, and what it should be."""
+
+    what: str
+    ours: float
+    reference: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found.
+
+    Args:
+        gradients: Of the first step, by group of parameters, and of the auxiliary losses alone.
+        outputs: Of the forward pass, in its order.
+        initial: The first weights, which are bit-identical under every layout.
+        updates: What the steps changed in the fp32 masters.
+        numbers: Losses and norms of all steps.
+        sent: Bytes that the first rank sent in one step.
+        causes: What is wrong, the likely cause first; empty where all is well.
+    """
+
+    gradients: list[Row]
+    outputs: list[Row]
+    initial: Row
+    updates: Row
+    numbers: list[Number]
+    sent: list[SentRow]
+    causes: list[str] = field(default_factory=list)
+
+
+def diagnose(
+    config: RunConfig, mesh: ParallelMesh, outcomes: list[Outcome], expected: Outcome, *, fp32: Outcome | None, sent: list[SentRow]
+) -> Diagnosis:
+    """Compare.
+
+    Args:
+        config: The run.
+        mesh: Its sizes can be the cause of a factor.
+        outcomes: Of all ranks.
+        expected: Of one process in the same precision.
+        fp32: Of one process in fp32, where the run is in bf16: how far bf16 itself is from it is the yardstick.
+        sent: Bytes, passed on.
+    """
+    judge = _Judge(config, mesh, has_yardstick=fp32 is not None)
+    parts = parameter_parts(config.model)
+    cross_entropy = [_cross_entropy(one) for one in (*outcomes, expected, *([fp32] if fp32 else []))]
+    ours, reference = cross_entropy[: len(outcomes)], cross_entropy[len(outcomes)]
+    yard = cross_entropy[-1] if fp32 else None
+    gradients = judge.rows(_joined(ours), reference, yard, {name: TITLES.get(part, part) for name, part in parts.items()})
+    if expected.aux_gradients:
+        routers = {name: "auxiliary losses" for name, part in parts.items() if part == "router"}
+        aux = _joined(one.aux_gradients for one in outcomes)
+        gradients += judge.rows(aux, expected.aux_gradients, fp32.aux_gradients if fp32 else None, routers)
+    names = {piece.name.partition("/")[2] for piece in expected.outputs}
+    outputs = judge.rows(
+        _joined(one.outputs for one in outcomes), expected.outputs, fp32.outputs if fp32 else None, {name: name for name in names}
+    )
+    initial = judge.initial(outcomes, expected)
+    updates = judge.updates(outcomes, expected, fp32)
+    numbers = judge.numbers(outcomes[0], expected, fp32) + judge.clip_norms(outcomes)
+    found = Diagnosis(gradients, outputs, initial, updates, numbers, sent)
+    return replace(found, causes=_causes(found, outcomes, unit=judge.unit))
+
+
+def _cross_entropy(outcome: Outcome) -> list[Piece]:
+    """The first step's gradient without the auxiliary losses', which were measured with the same weights and tokens."""
+    if not outcome.aux_gradients:
+        return outcome.gradients[0]
+    both = zip(outcome.gradients[0], outcome.aux_gradients, strict=True)
+    return [replace(piece, tensor=piece.tensor - aux.tensor) for piece, aux in both]
+
+
+def _joined(pieces: Iterable[list[Piece]]) -> list[Piece]:
+    return [piece for some in pieces for piece in some]
+
+
+def _updates(outcome: Outcome) -> list[Piece]:
+    """Masters after the last step less those before the first."""
+    both = zip(outcome.masters, outcome.initial, strict=True)
+    return [replace(after, tensor=after.tensor - before.tensor) for after, before in both]
+
+
+class _Judge:
+    """Limits: absolute in fp32, in units of bf16's own rounding in bf16."""
+
+    def __init__(self, config: RunConfig, mesh: ParallelMesh, *, has_yardstick: bool):
+        self.config, self.mesh, self.bf16 = config, mesh, has_yardstick
+        self.unit = "x bf16's own rounding" if has_yardstick else "of its scale"
+
+    def rows(self, pieces: list[Piece], expected: list[Piece], fp32: list[Piece] | None, groups: Mapping[str, str]) -> list[Row]:
+        """A row for each group of tensors, in the order of `expected`; tensors without a group are left out."""
+        ours = _grouped(compare(pieces, whole_tensors(expected)), groups)
+        yard = _grouped(compare(expected, whole_tensors(fp32)), groups) if fp32 is not None else {}
+        return [self._row(what, agreement, yard.get(what)) for what, agreement in ours.items()]
+
+    def _row(self, what: str, agreement: Agreement, yard: Agreement | None) -> Row:
+        error, limit = agreement.worst, FP32_LIMIT
+        if yard is not None:
+            error, limit = (agreement.distance / yard.distance if yard.distance else agreement.distance), BF16_LIMIT
+        ok = error <= limit
+        factor = ""
+        if not ok and agreement.is_multiple and abs(agreement.ratio - 1) > SAME_FACTOR:
+            factor = f"{agreement.ratio:.2f} x the reference{self._name(agreement.ratio)}"
+        return Row(what, agreement.ratio, error, agreement.where, ok, factor)
+
+    def _name(self, ratio: float) -> str:
+        """The axes whose size, or its inverse, is the ratio: ` = ep`."""
+        sizes = {axis: getattr(self.mesh, axis).size for axis in ("tp", "dp", "ep", "edp", "world")}
+        names = [axis for axis, size in sizes.items() if size > 1 and abs(ratio / size - 1) < SAME_FACTOR]
+        names += [f"1/{axis}" for axis, size in sizes.items() if size > 1 and abs(ratio * size - 1) < SAME_FACTOR]
+        return "".join(f" = {name}" for name in names)
+
+    def initial(self, outcomes: list[Outcome], expected: Outcome) -> Row:
+        """The weights before the first step, to the bit."""
+        agreements = compare(_joined(one.initial for one in outcomes), whole_tensors(expected.initial))
+        (agreement,) = _grouped(agreements, dict.fromkeys(agreements, "")).values()
+        return Row("initial weights", agreement.ratio, agreement.worst, agreement.where, agreement.worst == 0)
+
+    def updates(self, outcomes: list[Outcome], expected: Outcome, fp32: Outcome | None) -> Row:
+        """What all steps changed. In fp32 the length of the difference counts: an element's change is near the rounding of the element."""
+        ours, reference = _joined(_updates(one) for one in outcomes), whole_tensors(_updates(expected))
+        (agreement,) = _grouped(compare(ours, reference), dict.fromkeys(reference, "")).values()
+        if fp32 is None:
+            return Row("updates", agreement.ratio, agreement.distance, agreement.where, agreement.distance <= FP32_UPDATE_LIMIT)
+        yard = compare(_updates(expected), whole_tensors(_updates(fp32)))
+        return self._row("updates", agreement, _grouped(yard, dict.fromkeys(yard, ""))[""])
+
+    def numbers(self, ours: Outcome, expected: Outcome, fp32: Outcome | None) -> list[Number]:
+        """Each loss and norm."""
+        ours_by_name, expected_by_name = _numbers(ours), _numbers(expected)
+        limits = dict.fromkeys(ours_by_name, FP32_LIMIT)
+        if fp32 is not None:
+            yard = {name: _relative(expected_by_name[name], value) for name, value in _numbers(fp32).items()}
+            limits = dict.fromkeys(ours_by_name, max(BF16_NUMBER_FLOOR, BF16_LIMIT * max(yard.values())))
+        return [
+            Number(name, value, expected_by_name[name], _relative(value, expected_by_name[name]) <= limits[name])
+            for name, value in ours_by_name.items()
+        ]
+
+    def clip_norms(self, outcomes: list[Outcome]) -> list[Number]:
+        """The norm that was clipped by, beside that of the very gradients: exact in bf16 too, where the reference's differs by rounding."""
+        exact = self.config.precision.grad_dtype == "fp32" or not self.bf16
+        numbers = []
+        for count, step in enumerate(outcomes[0].steps):
+            wholes = whole_tensors(_joined(one.gradients[count] for one in outcomes)).values()
+            norm = math.sqrt(sum(whole.double().square().sum().item() for whole in wholes))
+            ok = _relative(step.grad_norm, norm) <= (FP32_LIMIT if exact else BF16_NUMBER_FLOOR)
+            numbers.append(Number(f"norm of the gradients, step {count + 1}", step.grad_norm, norm, ok))
+        return numbers
+
+
+def _grouped(agreements: Mapping[str, Agreement], groups: Mapping[str, str]) -> dict[str, Agreement]:
+    together: dict[str, Agreement] = {}
+    for name, agreement in agreements.items():
+        if name in groups:
+            together.setdefault(groups[name], Agreement()).add(agreement)
+    return together
+
+
+def _numbers(outcome: Outcome) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for count, step in enumerate(outcome.steps, 1):
+        numbers[f"loss, step {count}"] = step.loss
+        numbers[f"gradient norm, step {count}"] = step.grad_norm
+        if step.aux is not None:
+            numbers[f"balance loss, step {count}"] = step.aux.balance
+            numbers[f"z-loss, step {count}"] = step.aux.z
+    return numbers | {"loss of one more batch": outcome.val_loss}
+
+
+def _relative(value: float, expected: float) -> float:
+    return abs(value / expected - 1) if expected else abs(value)
+
+
+def _causes(found: Diagnosis, outcomes: list[Outcome], *, unit: str) -> list[str]:
+    """What is wrong. A fault shows in all that comes after it, so only the first kind that is found is told."""
+    first: list[StepResult] = outcomes[0].steps
+    if not all(step.applied for step in first):
+        return ["a step was skipped because a gradient is not finite"]
+    if not found.initial.ok:
+        return [f"initial weights differ by {found.initial.error:.1e} {unit} in {found.initial.where}"]
+    for row in found.outputs:
+        if not row.ok:
+            return [f"{row.what}: its output differs by {row.error:.1e} {unit}, and all that follows with it"]
+    wrong = [row for row in found.gradients if not row.ok]
+    if wrong:
+        if len(wrong) == len(found.gradients) and len({row.factor for row in wrong}) == 1 and wrong[0].factor:
+            return [f"all parameters: gradients are {wrong[0].factor}"]
+        multiples = [f"{row.what}: gradients are {row.factor}" for row in wrong if row.factor]
+        return multiples + [f"{row.what}: gradients differ by {row.error:.1e} {unit} in {row.where}" for row in wrong if not row.factor]
+    numbers = [number for number in found.numbers if not number.ok]
+    if numbers:
+        worst = numbers[0]
+        return [f"{worst.what}: {worst.ours:.7g}, expected {worst.reference:.7g} ({worst.ours / worst.reference:.4f} x)"]
+    if not found.updates.ok:
+        return [f"what {len(first)} steps changed differs ({found.updates.error:.1e}), most in {found.updates.where}"]
+    if any(one.steps != first or one.val_loss != outcomes[0].val_loss for one in outcomes):
+        return ["ranks tell different losses or norms for the same step"]
+    return []

@@ -1,0 +1,124 @@
+"""The doctor: a user's layout against one process on plain PyTorch, in a minute."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from megagate.backend.native import NativeBackend
+from megagate.config.rules import check
+from megagate.config.run import RunConfig
+from megagate.engine.reference import ReferenceEngine
+from megagate.engine.zero import ZeroEngine
+from megagate.errors import RunError
+from megagate.parallel.comm import gather_objects
+from megagate.parallel.mesh import ParallelMesh
+from megagate.parallel.spawn import RankContext
+from megagate.verify.account import account
+from megagate.verify.diagnosis import Diagnosis, diagnose
+from megagate.verify.faults import inject
+from megagate.verify.routes import watched_routes
+from megagate.verify.shrink import fit_layout, shrink
+from megagate.verify.trial import Outcome, batch, build_model, reference_config, run_trial
+
+SEEDS = 100
+"""To try for a run in which no route is near a tie."""
+SMALLEST_GAP = 1e-5
+"""Between router logits around the choice; the doctor's small models know theirs to about 1e-6."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every rank is told to do.
+
+    Args:
+        config: The shrunken run, its precision resolved.
+        asked: Layout of the user's run, (tp, ep); the run's own where it fits.
+        world_size: Ranks.
+        fault: Name of a fault to put in, or empty.
+    """
+
+    config: RunConfig
+    asked: tuple[int, int]
+    world_size: int
+    fault: str = ""
+
+    @property
+    def reduced(self) -> bool:
+        """Whether the layout had to be made smaller than the user's."""
+        return self.asked != (self.config.parallel.tp, self.config.parallel.ep)
+
+
+def order(config: RunConfig, *, world_size: int, gpu: bool, fault: str = "") -> Order:
+    """What to do for a user's run on `world_size` ranks.
+
+    Raises:
+        ConfigError: The layout cannot exist on that many ranks.
+    """
+    dtype = config.precision.dtype
+    resolved = replace(config, precision=replace(config.precision, dtype=("bf16" if gpu else "fp32") if dtype == "auto" else dtype))
+    fitted = fit_layout(resolved, world_size=world_size)
+    check(fitted, world_size=world_size)
+    small = shrink(fitted, world_size=world_size)
+    check(small, world_size=world_size)
+    return Order(small, (config.parallel.tp, config.parallel.ep), world_size, fault)
+
+
+def examine_local(context: RankContext, order: Order) -> Diagnosis | None:
+    """`examine` in a rank of `parallel/spawn.py`, on the CPU."""
+    return examine(order, device=torch.device("cpu"))
+
+
+def examine(order: Order, *, device: torch.device) -> Diagnosis | None:
+    """Run the trial on this rank. Collective, in a default process group; the first rank gets the diagnosis, the others None."""
+    config = order.config
+    mesh = ParallelMesh.build(tp=config.parallel.tp, ep=config.parallel.ep)
+    references = _References.make(config, dp=mesh.dp.size, device=device) if mesh.world.rank == 0 else None
+    seed = gather_objects(references.seed if references else None, mesh.world)[0]
+    engine = ZeroEngine(build_model(config, mesh, backend=NativeBackend(device), device=device, seed=seed), config, mesh)
+    if order.fault:
+        inject(order.fault, engine)
+    outcome = run_trial(engine, seed=seed, device=device)
+    sent = account(engine, *batch(config, mesh, seed=seed, step=0, device=device))
+    outcomes = gather_objects(outcome, mesh.world)
+    if references is None:
+        return None
+    return diagnose(config, mesh, outcomes, references.outcome, fp32=references.fp32, sent=sent)
+
+
+@dataclass(frozen=True)
+class _References:
+    """The same steps in one process.
+
+    Args:
+        seed: Of weights and tokens, chosen so that no route is near a tie.
+        outcome: In the run's precision.
+        fp32: In fp32, where the run's is another; else None.
+    """
+
+    seed: int
+    outcome: Outcome
+    fp32: Outcome | None
+
+    @classmethod
+    def make(cls, config: RunConfig, *, dp: int, device: torch.device) -> "_References":
+        """Look for a seed, and run.
+
+        Raises:
+            RunError: No seed was found.
+        """
+        own = reference_config(config, dp=dp)
+        fp32 = replace(own, precision=replace(own.precision, dtype="fp32"))
+        for seed in range(SEEDS):
+            outcome, gap = _run_reference(fp32, seed=seed, device=device)
+            if gap > SMALLEST_GAP:
+                return cls(seed, outcome, None) if own == fp32 else cls(seed, _run_reference(own, seed=seed, device=device)[0], outcome)
+        raise RunError(f"none of {SEEDS} seeds gave a run of {dp} data-parallel ranks without near ties; run the doctor on fewer ranks")
+
+
+def _run_reference(config: RunConfig, *, seed: int, device: torch.device) -> tuple[Outcome, float]:
+    """On this process alone; also the smallest gap of its routes."""
+    mesh = ParallelMesh.single()
+    model = build_model(config, mesh, backend=NativeBackend(device), device=device, seed=seed)
+    with watched_routes(model) as gaps:
+        outcome = run_trial(ReferenceEngine(model, config, mesh), seed=seed, device=device)
+    return outcome, min(gaps, default=float("inf"))

@@ -1,0 +1,186 @@
+"""Faults that other training stacks have had, put into an engine on purpose, to see that the doctor finds them.
+
+Each fault changes one engine object that is thrown away afterwards; nothing is patched for others.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from megagate.engine.base import Engine
+from megagate.errors import ConfigError
+from megagate.nn.moe.balance import BalanceLoss
+from megagate.nn.moe.layer import MoE
+from megagate.nn.moe.router import RouterStats
+from megagate.parallel.comm import gather
+from megagate.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Args:
+        text: What is wrong.
+        axis: The axis that must have more than one rank for it to matter.
+        inject: Puts it into an engine.
+    """
+
+    text: str
+    axis: str
+    inject: Callable[[Engine], None]
+
+
+def inject(name: str, engine: Engine) -> None:
+    """Put the named fault into the engine.
+
+    Raises:
+        ConfigError: There is no such fault, or it cannot show under this layout.
+    """
+    if name not in FAULTS:
+        raise ConfigError(f"--fault {name} is not one of {', '.join(FAULTS)}; choose one of these")
+    fault = FAULTS[name]
+    if getattr(engine.mesh, fault.axis).size == 1:
+        raise ConfigError(f"--fault {name} needs more than one rank on the axis {fault.axis}; choose another layout or fault")
+    if not engine.config.model.is_moe and fault.inject in _OF_EXPERTS:
+        raise ConfigError(f"--fault {name} needs a mixture of experts, and model.moe.num_experts is 0; choose another fault")
+    fault.inject(engine)
+
+
+def _expert_gradients_times_ep(engine: Engine) -> None:
+    for name, parameter in engine.model.named_parameters():
+        if engine.labels[name].shard.axis == "ep":
+            parameter.register_hook(lambda grad: grad * engine.mesh.ep.size)
+
+
+def _norm_without_sum(engine: Engine) -> None:
+    engine.model.layers[0].ffn_norm.tp = Axis("tp")
+
+
+def _aux_over_dp(engine: Engine) -> None:
+    make = engine._balance_loss
+
+    def make_small(tokens: Tensor) -> BalanceLoss:
+        loss = make(tokens)
+        share = loss.share
+        loss.share = lambda stats: share(stats) / engine.mesh.dp.size
+        return loss
+
+    engine._balance_loss = make_small
+
+
+def _tokens_on_every_tp_rank(engine: Engine) -> None:
+    for block in engine.model.layers:
+        block.moe.forward = _RedundantMoE(block.moe, engine.mesh.tp)
+
+
+def _wrong_vocabulary_shard(engine: Engine) -> None:
+    embedding = engine.model.embedding
+    label = embedding.labels["weight"]
+    shard = replace(label.shard, index=(label.shard.index + 1) % label.shard.parts)
+    embedding.labels = {"weight": replace(label, shard=shard)}
+
+
+def _in_place_collective(engine: Engine) -> None:
+    for block in engine.model.layers:
+        block.attention.backend = _ReducesItsInput(block.attention.backend)
+
+
+def _norm_forgets_experts(engine: Engine) -> None:
+    for name, parameter in engine.model.named_parameters():
+        if engine.labels[name].shard.axis == "ep":
+            parameter.tensor_model_parallel = False
+
+
+def _gradients_over_dp(engine: Engine) -> None:
+    backward = engine._backward
+    engine._backward = lambda loss, *, last: backward(loss / engine.mesh.dp.size, last=last)
+
+
+def _hang(engine: Engine) -> None:
+    if engine.mesh.world.rank == engine.mesh.world.size - 1:
+        engine._backward = lambda loss, *, last: threading.Event().wait()
+
+
+class _RedundantMoE:
+    """A MoE block whose tp ranks all route all tokens and each keep their own part of the result: experts see each token tp times."""
+
+    def __init__(self, moe: MoE, tp: Axis):
+        self.moe, self.tp = moe, tp
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+        shared, self.moe.shared_expert = self.moe.shared_expert, None
+        out, stats = MoE.forward(self.moe, _Replicate.apply(x, self.tp))
+        self.moe.shared_expert = shared
+        out = _OwnPart.apply(out, self.tp)
+        return (out if shared is None else out + shared(x)), stats
+
+
+class _Replicate(Function):
+    """All tokens on every rank; its gradient is this rank's part, as if all ranks had computed the same."""
+
+    @staticmethod
+    def forward(ctx, x, tp):
+        ctx.tp = tp
+        return gather(x, tp, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _own(grad, ctx.tp), None
+
+
+class _OwnPart(Function):
+    """The reverse of `_Replicate`."""
+
+    @staticmethod
+    def forward(ctx, x, tp):
+        ctx.tp = tp
+        return _own(x, tp)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return gather(grad, ctx.tp, 1), None
+
+
+def _own(x: Tensor, tp: Axis) -> Tensor:
+    return x.chunk(tp.size, dim=1)[tp.rank].clone()
+
+
+class _ReducesItsInput:
+    """A backend whose row-parallel product sums its *input* over tp, in place, after using it."""
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def row_linear(self, x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+        out = self._backend.row_linear(x, weight, tp)
+        with torch.no_grad():
+            dist.all_reduce(x.data, group=tp.group)  # autograd saved x for the weight's gradient, and does not notice
+        return out
+
+
+_OF_EXPERTS = (_expert_gradients_times_ep, _aux_over_dp, _tokens_on_every_tp_rank, _norm_forgets_experts)
+
+FAULTS: Mapping[str, Fault] = MappingProxyType(
+    {
+        "expert-gradients-times-ep": Fault("expert gradients ep times too large", "ep", _expert_gradients_times_ep),
+        "norm-without-sum": Fault("the gradient of one norm is not summed over tp", "tp", _norm_without_sum),
+        "aux-over-dp": Fault("auxiliary losses divided by dp", "dp", _aux_over_dp),
+        "tokens-on-every-tp-rank": Fault("each tp rank sends all tokens to the experts", "tp", _tokens_on_every_tp_rank),
+        "wrong-vocabulary-shard": Fault("each tp rank looks up the next one's rows of the vocabulary", "tp", _wrong_vocabulary_shard),
+        "in-place-collective": Fault("a collective writes to a tensor that autograd has saved", "tp", _in_place_collective),
+        "norm-forgets-experts": Fault("the clip norm counts experts on the first tp rank only", "tp", _norm_forgets_experts),
+        "gradients-over-dp": Fault("gradients divided by dp once too often", "dp", _gradients_over_dp),
+        "hang": Fault("the last rank stops in its first backward pass", "world", _hang),
+    }
+)
