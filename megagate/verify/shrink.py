@@ -38,8 +38,8 @@ def shrink(config: RunConfig, *, world_size: int) -> RunConfig:
         seq_len=_multiple(tp, SEQUENCE),
         recompute=config.train.recompute,
     )
-    # Adam would hide errors of scale; clipping is active where the run clips at all.
-    optim = OptimConfig(name="sgd", lr=LR, grad_clip=CLIP if config.optim.grad_clip else 0.0)
+    # Adam would hide errors of scale, and decay be most of an update; clipping is active where the run clips at all.
+    optim = OptimConfig(name="sgd", lr=LR, weight_decay=0.0, grad_clip=CLIP if config.optim.grad_clip else 0.0)
     model = _model(config.model, tp=tp, ep=config.parallel.ep)
     return replace(RunConfig(), model=model, train=train, optim=optim, parallel=config.parallel, precision=config.precision)
 
