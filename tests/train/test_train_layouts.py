@@ -16,11 +16,11 @@ LIMIT_S = 240.0  # of one job; two run at a time on what may be a busy machine
 KEYS = ("loss", "aux_loss", "z_loss", "grad_norm", "val_loss")
 
 
-def settings(folder: Path, *, dp: int, tp: int = 1, ep: int = 1) -> list[object]:
+def settings(folder: Path, *, dp: int, tp: int = 1, ep: int = 1, stage: int = 1) -> list[object]:
     micro = SAMPLES_PER_MICRO_STEP // dp
     return [
         *("--train.output_dir", folder / "run", "--train.steps", STEPS, "--train.micro_batch_size", micro),
-        *("--parallel.tp", tp, "--parallel.ep", ep, "--eval.every", 5, "--checkpoint.every", 0),
+        *("--parallel.tp", tp, "--parallel.ep", ep, "--parallel.zero_stage", stage, "--eval.every", 5, "--checkpoint.every", 0),
     ]
 
 
