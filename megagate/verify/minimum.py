@@ -75,8 +75,9 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
 
     tp, activations:
         attention          all_gather  M L (F + 1) AG(a)     reduce_scatter  M L (F + 1) RS(A)      (in and out, and their adjoints)
-        FFN                all_gather  M L (F + 1) AG(a)     reduce_scatter  M L 2 RS(A)            (the dense block, or the shared expert
-                           where there is one; it ends a block, and a recomputed block stops before the last reduce-scatter)
+        shared expert      all_gather  M L (F + 1) AG(a)     reduce_scatter  M L (F + 1) RS(A)      (where there is one)
+        dense FFN          all_gather  M L (F + 1) AG(a)     reduce_scatter  M L 2 RS(A)            (of a dense model; it ends a block, and
+                           a recomputed block stops before the last reduce-scatter)
         embedding          all_gather  M AG(a)               reduce_scatter  M RS(A)                (backward, forward)
         head               all_gather  M AG(a)               reduce_scatter  M RS(A)                (forward, backward)
     tp, sums in fp32, c tokens in a chunk of the loss:
@@ -86,8 +87,9 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
                            there are; the router [E, h] of a mixture; k, v [g d, h] each where tp > g; once the final norm [h]
     ep, each layer of a mixture, with rows_out and rows_in summed over layers and micro-steps:
         split sizes        all_to_all  M L F (ep - 1) E/ep 8                                        (int64 counts, one row per rank)
-        rows               all_to_all  (rows_out + rows_in) (F + 1) h B, in M L 2 (F + 1) calls     (one row per token and expert; forward
-                           rows_out to dispatch and rows_in to combine; backward rows_in for dispatch, rows_out for combine)
+        rows               all_to_all  ((F + 1) rows_out + 2 rows_in) h B, in M L (F + 3) calls     (one row per token and expert; forward
+                           rows_out to dispatch and rows_in to combine, which ends a block; backward rows_in for dispatch, rows_out for
+                           combine)
         router weights     all_to_all  (F rows_out + rows_in) 4, in M L (F + 1) calls               (fp32, dispatch only)
     balance of a mixture, fp32:
         counts             all_reduce  M AR(4 L E) over the world; scope `sequence`: M AR(4 L b E) over tp
@@ -161,8 +163,10 @@ def _activations(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     micro, blocks, passes = step.micro_steps, step.micro_steps * model.num_layers, 1 + step.recompute
     shard = step.tokens // step.tp * model.hidden_size * step.dtype_bytes
     sublayers = [("attention", blocks * (passes + 1), blocks * (passes + 1))]
-    if model.moe.shared_ffn_size if model.is_moe else model.ffn_size:
-        sublayers.append(("FFN", blocks * (passes + 1), blocks * 2))
+    if not model.is_moe:
+        sublayers.append(("dense FFN", blocks * (passes + 1), blocks * 2))
+    elif model.moe.shared_ffn_size:
+        sublayers.append(("shared expert", blocks * (passes + 1), blocks * (passes + 1)))
     sublayers += [("embedding", micro, micro), ("head", micro, micro)]
     for what, gathers, scatters in sublayers:
         yield _repeated(what, "tp", "all_gather", gathers, shard, step)
@@ -191,10 +195,10 @@ def _routing(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     blocks, passes = step.micro_steps * model.num_layers, 1 + step.recompute
     there = int(step.ep > 1)
     splits = (step.ep - 1) * (model.moe.num_experts // step.ep) * INT64
-    rows = (step.rows_out + step.rows_in) * (passes + 1) * model.hidden_size * step.dtype_bytes
+    rows = ((passes + 1) * step.rows_out + 2 * step.rows_in) * model.hidden_size * step.dtype_bytes
     weights = (passes * step.rows_out + step.rows_in) * FP32
     yield Term("split sizes", "ep", "all_to_all", there * blocks * passes, blocks * passes * splits)
-    yield Term("rows", "ep", "all_to_all", there * blocks * 2 * (passes + 1), rows)
+    yield Term("rows", "ep", "all_to_all", there * blocks * (passes + 3), rows)
     yield Term("router weights", "ep", "all_to_all", there * blocks * (passes + 1), weights)
 
 

@@ -141,9 +141,10 @@ class _Collect(Function):
 
     @staticmethod
     def forward(ctx, x, source, slots):
-        ctx.save_for_backward(source)
+        # Not through save_for_backward: a recomputed block would run up to here for it, and send its rows home again for nothing.
+        ctx.source = source
         return _sum_slots(x, slots)
 
     @staticmethod
     def backward(ctx, grad):
-        return _gather_rows(grad, *ctx.saved_tensors), None, None
+        return _gather_rows(grad, ctx.source), None, None

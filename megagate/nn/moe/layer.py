@@ -32,7 +32,9 @@ class MoE(Layer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """Apply the block."""
+        # The shared expert first: a recomputed block stops at the last tensor that is kept, so that `combine` does not run again.
+        shared = None if self.shared_expert is None else self.shared_expert(x)
         route, stats = self.router(x)
         rows, plan = self.dispatcher.dispatch(x.flatten(0, 1), route)
         out = self.dispatcher.combine(self.experts(rows), plan).view_as(x)
-        return (out if self.shared_expert is None else out + self.shared_expert(x)), stats
+        return (out if shared is None else out + shared), stats
