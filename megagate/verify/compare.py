@@ -19,7 +19,7 @@ class Agreement:
         actual: Squares of the actual elements.
         expected: Squares of the expected elements.
         squares: Squares of the differences.
-        worst: Largest difference of an element, as a share of the largest expected element of its tensor.
+        worst: Largest difference of an element, as a share of the scale of its tensor: its largest expected element, unless told otherwise.
         where: The tensor of that element.
     """
 
@@ -67,16 +67,18 @@ def whole_tensors(pieces: Iterable[Piece]) -> dict[str, Tensor]:
     return wholes
 
 
-def compare(pieces: Iterable[Piece], expected: Mapping[str, Tensor]) -> dict[str, Agreement]:
+def compare(pieces: Iterable[Piece], expected: Mapping[str, Tensor], *, scales: Mapping[str, float] | None = None) -> dict[str, Agreement]:
     """Every piece of every rank against its place in the expected tensor. Elements that no rank has count as not agreeing.
 
     Args:
         pieces: Of all ranks; several may hold the same place.
         expected: Whole tensors, by name.
+        scales: Of each tensor, at the least: where it is what larger numbers leave when they cancel, it is only known to theirs.
     """
+    scales = scales or {}
     results = {name: Agreement(where=name) for name in expected}
     seen = {name: torch.zeros(whole.shape, dtype=torch.bool) for name, whole in expected.items()}
-    scales = {name: whole.abs().max().item() for name, whole in expected.items()}
+    scales = {name: max(whole.abs().max().item(), scales.get(name, 0.0)) for name, whole in expected.items()}
     for piece in pieces:
         name = _name(piece)
         seen[name][_place(piece)] = True

@@ -22,6 +22,8 @@ BF16_NUMBER_FLOOR = 5e-3
 """Relative; a single number may by chance be exact in the yardstick."""
 SAME_FACTOR = 1e-3
 """Relative; factors nearer than this are the same."""
+SMALLEST_SCALE = 1e-3
+"""Of a gradient, as a share of the model's largest: one that cancels to nothing, like a top-1 router's, is rounding and nothing else."""
 TITLES: Mapping[Part, str] = {"shared_expert": "shared expert", "ffn": "dense FFN"}
 """Where a part's title is not its name."""
 
@@ -98,11 +100,12 @@ def diagnose(
     cross_entropy = [_cross_entropy(one) for one in (*outcomes, expected, *([fp32] if fp32 else []))]
     ours, reference = cross_entropy[: len(outcomes)], cross_entropy[len(outcomes)]
     yard = cross_entropy[-1] if fp32 else None
-    gradients = judge.rows(_joined(ours), reference, yard, {name: TITLES.get(part, part) for name, part in parts.items()})
+    scales = _scales(expected)
+    gradients = judge.rows(_joined(ours), reference, yard, {name: TITLES.get(part, part) for name, part in parts.items()}, scales)
     if expected.aux_gradients:
         routers = {name: "auxiliary losses" for name, part in parts.items() if part == "router"}
         aux = _joined(one.aux_gradients for one in outcomes)
-        gradients += judge.rows(aux, expected.aux_gradients, fp32.aux_gradients if fp32 else None, routers)
+        gradients += judge.rows(aux, expected.aux_gradients, fp32.aux_gradients if fp32 else None, routers, scales)
     names = {piece.name.partition("/")[2] for piece in expected.outputs}
     outputs = judge.rows(
         _joined(one.outputs for one in outcomes), expected.outputs, fp32.outputs if fp32 else None, {name: name for name in names}
@@ -122,6 +125,15 @@ def _cross_entropy(outcome: Outcome) -> list[Piece]:
     return [replace(piece, tensor=piece.tensor - aux.tensor) for piece, aux in both]
 
 
+def _scales(reference: Outcome) -> dict[str, float]:
+    """Of the terms that the first step's gradients are sums of, by tensor: a gradient is known to the rounding of these."""
+    wholes = whole_tensors(reference.gradients[0])
+    aux = whole_tensors(reference.aux_gradients)
+    scales = {name: max(x.abs().max().item() for x in (whole, aux.get(name, whole))) for name, whole in wholes.items()}
+    least = SMALLEST_SCALE * max(scales.values())
+    return {name: max(scale, least) for name, scale in scales.items()}
+
+
 def _joined(pieces: Iterable[list[Piece]]) -> list[Piece]:
     return [piece for some in pieces for piece in some]
 
@@ -139,9 +151,16 @@ class _Judge:
         self.config, self.mesh, self.bf16 = config, mesh, has_yardstick
         self.unit = "x bf16's own rounding" if has_yardstick else "of its scale"
 
-    def rows(self, pieces: list[Piece], expected: list[Piece], fp32: list[Piece] | None, groups: Mapping[str, str]) -> list[Row]:
+    def rows(
+        self,
+        pieces: list[Piece],
+        expected: list[Piece],
+        fp32: list[Piece] | None,
+        groups: Mapping[str, str],
+        scales: Mapping[str, float] | None = None,
+    ) -> list[Row]:
         """A row for each group of tensors, in the order of `expected`; tensors without a group are left out."""
-        ours = _grouped(compare(pieces, whole_tensors(expected)), groups)
+        ours = _grouped(compare(pieces, whole_tensors(expected), scales=scales), groups)
         yard = _grouped(compare(expected, whole_tensors(fp32)), groups) if fp32 is not None else {}
         return [self._row(what, agreement, yard.get(what)) for what, agreement in ours.items()]
 
