@@ -16,6 +16,10 @@ if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))  # for `import ranks`
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-product", action="store_true", help="test_parity_matrix.py: all combinations, not all pairs")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:

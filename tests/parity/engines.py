@@ -176,5 +176,3 @@ def assemble(outcomes: list[Outcome]) -> dict[str, Tensor]:
     wrong = [name for name, whole in wholes.items() if not (whole.times == 1).all()]
     assert not wrong, f"not held exactly once: {wrong}"
     return {name: whole.tensor for name, whole in wholes.items()}
-
-

@@ -9,13 +9,17 @@ from functools import lru_cache
 
 import pytest
 import ranks
+import torch
+from parity.routing import Routing, steer
 from parity.sharded import BACKEND, CPU
 
 from megagate.checkpoint.store import Piece
 from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
 from megagate.config.rules import check
 from megagate.config.run import GradDType, OptimConfig, OptimizerName, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
+from megagate.engine.base import Engine
 from megagate.engine.reference import ReferenceEngine
+from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
 from megagate.verify.compare import Agreement, compare, whole_tensors
@@ -24,7 +28,8 @@ from megagate.verify.trial import Outcome, build_model, reference_config, run_tr
 
 TOLERANCE = 1e-6
 """Of a number relative, of a tensor's element relative to the largest of its tensor."""
-BATCH, SEQUENCE, CLIP, LR = 8, 8, 0.1, 0.03
+BATCH, SEQUENCE, CLIP = 8, 8, 0.1
+LRS = {"sgd": 0.03, "adamw": 1e-3}
 MOE = ModelConfig(
     vocab_size=250,  # padded to 256
     hidden_size=32,
@@ -58,6 +63,8 @@ class Case:
     dtype: str = "fp32"
     grad_dtype: GradDType = "fp32"
     optimizer: OptimizerName = "sgd"
+    weight_decay: float = 0.1
+    routing: Routing = "free"
 
     def __str__(self) -> str:
         """dp x tp x ep, then what is not usual."""
@@ -68,6 +75,7 @@ class Case:
         words += [self.dtype] if self.dtype != "fp32" else []
         words += [f"{self.grad_dtype} gradients"] if self.grad_dtype != "fp32" else []
         words += [self.optimizer] if self.optimizer != "sgd" else []
+        words += [self.routing] if self.routing != "free" else []
         return " ".join(words)
 
     @property
@@ -82,7 +90,7 @@ class Case:
                 seq_len=SEQUENCE,
                 recompute=self.recompute,
             ),
-            optim=OptimConfig(name=self.optimizer, lr=LR, grad_clip=CLIP),
+            optim=OptimConfig(name=self.optimizer, lr=LRS[self.optimizer], weight_decay=self.weight_decay, grad_clip=CLIP),
             parallel=ParallelConfig(tp=self.tp, ep=self.ep, zero_stage=self.stage),
             precision=PrecisionConfig(dtype=self.dtype, grad_dtype=self.grad_dtype),
         )
@@ -105,13 +113,25 @@ def layouts(*worlds: int) -> list[tuple[int, int, int]]:
 
 def run_case(context: RankContext, case: Case) -> Outcome:
     """In each rank."""
+    check(case.config, world_size=context.world_size)
+    engine = build_engine(case, ParallelMesh.build(tp=case.tp, ep=case.ep))
+    return run_trial(engine, seed=case.seed, device=CPU)
+
+
+def build_engine(case: Case, mesh: ParallelMesh) -> Engine:
+    """`ZeroEngine` in a process group, the reference without one."""
+    if not torch.distributed.is_initialized():
+        config = reference_config(case.config, dp=case.world // case.tp)
+        return ReferenceEngine(_build_model(case, config, mesh), config, mesh)
     from megagate.engine.zero import ZeroEngine
 
-    config = case.config
-    check(config, world_size=context.world_size)
-    mesh = ParallelMesh.build(tp=case.tp, ep=case.ep)
+    return ZeroEngine(_build_model(case, case.config, mesh), case.config, mesh)
+
+
+def _build_model(case: Case, config: RunConfig, mesh: ParallelMesh) -> LanguageModel:
     model = build_model(config, mesh, backend=BACKEND, device=CPU, seed=case.seed)
-    return run_trial(ZeroEngine(model, config, mesh), seed=case.seed, device=CPU)
+    steer(model, mesh, case.routing)
+    return model
 
 
 def reference(case: Case) -> Outcome:
@@ -121,10 +141,9 @@ def reference(case: Case) -> Outcome:
 
 @lru_cache
 def _reference(case: Case) -> Outcome:
-    config, mesh = reference_config(case.config, dp=1), ParallelMesh.single()
-    model = build_model(config, mesh, backend=BACKEND, device=CPU, seed=case.seed)
-    with watched_routes(model) as gaps:
-        outcome = run_trial(ReferenceEngine(model, config, mesh), seed=case.seed, device=CPU)
+    engine = build_engine(case, ParallelMesh.single())
+    with watched_routes(engine.model) as gaps:
+        outcome = run_trial(engine, seed=case.seed, device=CPU)
     if case.dtype == "fp32":
         assert not gaps or min(gaps) > SMALLEST_GAP, f"near a tie: {min(gaps):.1e}; choose another seed"
     assert all(step.grad_norm > 2 * CLIP for step in outcome.steps), "clipping must be active"
@@ -133,6 +152,14 @@ def _reference(case: Case) -> Outcome:
 
 def pieces_of(outcomes: list[Outcome], kind: str) -> list[Piece]:
     return [piece for outcome in outcomes for piece in getattr(outcome, kind)]
+
+
+def by_kind(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    """Masters and moments apart."""
+    kinds: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        kinds.setdefault(piece.name.partition("/")[0], []).append(piece)
+    return kinds
 
 
 def worst(pieces: Iterable[Piece], expected: Iterable[Piece]) -> Agreement:
@@ -157,8 +184,12 @@ def assert_same(outcomes: list[Outcome], expected: Outcome, *, to: float = TOLER
         assert (step.aux is None) == (other.aux is None)
         assert step.aux is None or step.aux == pytest.approx(other.aux, rel=to), f"auxiliary losses of step {number}"
     assert first.val_loss == pytest.approx(expected.val_loss, rel=to)
-    for kind in ("aux_gradients", "outputs", "masters"):
+    for kind in ("aux_gradients", "outputs"):
         _require(worst(pieces_of(outcomes, kind), getattr(expected, kind)), kind, to)
+    state, expected_state = by_kind(pieces_of(outcomes, "masters")), by_kind(expected.masters)
+    assert state.keys() == expected_state.keys()
+    for kind, pieces in state.items():
+        _require(worst(pieces, expected_state[kind]), kind, to)
 
 
 def _require(agreement: Agreement, what: str, to: float) -> None:
