@@ -40,13 +40,12 @@ class Agreement:
         """Length of the difference, relative to the expected length."""
         return math.sqrt(self.squares / self.expected) if self.expected else math.inf if self.squares else 0.0
 
-    @property
-    def is_multiple(self) -> bool:
-        """Whether actual is `ratio` times expected, to 1e-3 of its length."""
+    def is_multiple(self, to: float) -> bool:
+        """Whether actual is `ratio` times expected, but for a part `to` of its length."""
         if not self.actual or not self.expected:
             return False
         rest = self.actual - self.product**2 / self.expected
-        return rest <= 1e-6 * self.actual
+        return rest <= to**2 * self.actual
 
     def add(self, other: "Agreement") -> None:
         """Take the elements of another tensor in."""

@@ -20,8 +20,8 @@ BF16_LIMIT = 3.0
 """Times the distance between one process in bf16 and one in fp32."""
 BF16_NUMBER_FLOOR = 5e-3
 """Relative; a single number may by chance be exact in the yardstick."""
-SAME_FACTOR = 1e-3
-"""Relative; factors nearer than this are the same."""
+SAME_FACTOR, SAME_FACTOR_BF16 = 1e-3, 0.05
+"""Relative; factors nearer than this are the same. In bf16 at the most; as near as its own rounding lets them be."""
 SMALLEST_SCALE = 1e-3
 """Of a gradient, as a share of the model's largest: one that cancels to nothing, like a top-1 router's, is rounding and nothing else."""
 TITLES: Mapping[Part, str] = {"shared_expert": "shared expert", "ffn": "dense FFN"}
@@ -169,17 +169,17 @@ class _Judge:
         if yard is not None:
             error, limit = (agreement.distance / yard.distance if yard.distance else agreement.distance), BF16_LIMIT
         ok = error <= limit
-        factor = ""
-        if not ok and agreement.is_multiple and abs(agreement.ratio - 1) > SAME_FACTOR:
-            factor = f"{agreement.ratio:.2f} x the reference{self._name(agreement.ratio)}"
-        return Row(what, agreement.ratio, error, agreement.where, ok, factor)
+        same = SAME_FACTOR if yard is None else min(SAME_FACTOR_BF16, BF16_LIMIT * yard.distance)
+        told = not ok and agreement.is_multiple(same) and abs(agreement.ratio - 1) > same
+        return Row(what, agreement.ratio, error, agreement.where, ok, self._factor(agreement.ratio, same) if told else "")
 
-    def _name(self, ratio: float) -> str:
-        """The axes whose size, or its inverse, is the ratio: ` = ep`."""
+    def _factor(self, ratio: float, same: float) -> str:
+        """In words, with the axes whose size, or its inverse, is the ratio: `2.00 x the reference = ep`."""
         sizes = {axis: getattr(self.mesh, axis).size for axis in ("tp", "dp", "ep", "edp", "world")}
-        names = [axis for axis, size in sizes.items() if size > 1 and abs(ratio / size - 1) < SAME_FACTOR]
-        names += [f"1/{axis}" for axis, size in sizes.items() if size > 1 and abs(ratio * size - 1) < SAME_FACTOR]
-        return "".join(f" = {name}" for name in names)
+        known = sizes | {f"1/{axis}": 1 / size for axis, size in sizes.items()}
+        named = {name: value for name, value in known.items() if value != 1 and abs(ratio / value - 1) <= same}
+        names = "".join(f" = {name}" for name in named)
+        return f"{next(iter(named.values()), ratio):.2f} x the reference{names}"
 
     def initial(self, outcomes: list[Outcome], expected: Outcome) -> Row:
         """The weights before the first step, to the bit."""
