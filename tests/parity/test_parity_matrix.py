@@ -1,7 +1,7 @@
 """Every parallel layout is the same model as one process on plain PyTorch.
 
-The suite runs every layout of 1, 2 and 4 ranks under every ZeRO stage, and of everything else every pair of values. All combinations with all
-layouts, about 2,100 cases:
+The suite runs every layout of 1, 2 and 4 ranks under every ZeRO stage, and of everything else every pair of values. All combinations with
+all layouts, about 2,100 cases:
 
     pytest tests/parity/test_parity_matrix.py --full-product
 
@@ -43,7 +43,8 @@ def case_of(row: dict) -> Case:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "combination" in metafunc.fixturenames:
         if metafunc.config.getoption("full_product"):
-            rows = every_row(MOE | {"layout": layouts(1, 2, 4)}) + every_row(DENSE | {"layout": [one for one in layouts(1, 2, 4) if one[2] == 1]})
+            every_layout = layouts(1, 2, 4)
+            rows = every_row(MOE | {"layout": every_layout}) + every_row(DENSE | {"layout": [one for one in every_layout if one[2] == 1]})
         else:
             rows = pairwise(MOE) + pairwise(DENSE)
         cases = [case_of(row) for row in rows]
