@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from megagate.verify.doctor import Order
 
 PRELOAD = ["deepspeed", "torch._dynamo", "torch._inductor.compile_fx"]  # by ZeRO's first step: seconds in each rank, once in their server
+NEAR_S = 10.0  # ranks start one after the other, and so do their limits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speaks = int(os.environ.get("RANK", 0)) == 0
     try:
         config = parse(settings, prog="doctor.py")
+        _check(options)
         return _in_launched_rank(config, options) if launched else _in_own_ranks(config, options)
     except MegagateError as error:
         if speaks:
@@ -53,13 +58,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(options: argparse.Namespace) -> None:
+    """What would else be found out after a minute's work."""
+    from megagate.errors import ConfigError
+
+    if not (0 < options.timeout < math.inf):
+        raise ConfigError(f"--timeout ({options.timeout:g}) must be a number of seconds above 0; leave it out for 300")
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise ConfigError(f"--json {options.json} cannot be written: its folder must exist, and it be no folder; give the path of a file")
+
+
 def _in_own_ranks(config: "RunConfig", options: argparse.Namespace) -> int:
     """Start the ranks here."""
-    from megagate.errors import ConfigError
+    from megagate.errors import ConfigError, MegagateError
 
     if options.world < 1:
         raise ConfigError(f"--world ({options.world}) must be at least 1 without a launcher; add --world 4, or start with deepspeed")
-    from megagate.parallel.spawn import RankError, run_ranks, start_server
+    from megagate.parallel.spawn import RankError, RankTimeoutError, run_ranks, start_server
 
     cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     os.environ.update(cpu)  # the ranks inherit it
@@ -69,24 +84,34 @@ def _in_own_ranks(config: "RunConfig", options: argparse.Namespace) -> int:
     what = order(config, world_size=options.world, gpu=False, fault=options.fault)
     try:
         diagnosis = run_ranks(examine_local, options.world, what, timeout=options.timeout)[0]
+    except RankTimeoutError as error:
+        return _failed(str(error), f"ranks {', '.join(map(str, error.ranks))} {_late(options)}")
     except RankError as error:
-        return _rank_failed(error)
+        if isinstance(error.__cause__, MegagateError):
+            raise error.__cause__ from None
+        return _failed(str(error), f"rank {error.ranks[0]}: {_reason(error)}")
     return _tell(what, diagnosis, options)
 
 
-def _rank_failed(error: Exception) -> int:
-    """A rank raised, died or stood still: the others have been killed."""
-    from megagate.errors import MegagateError
+def _reason(error: Exception) -> str:
+    """In one line: the rank's exception, or how it died, which is the story's second paragraph."""
+    cause = error.__cause__
+    return str(error).split("\n\n")[1].splitlines()[0] if cause is None else traceback.format_exception_only(cause)[-1].strip()
 
-    if isinstance(error.__cause__, MegagateError):
-        raise error.__cause__
-    print(f"{error}\n\nFAIL: {str(error).splitlines()[0]}", file=sys.stderr)
+
+def _failed(story: str, reason: str) -> int:
+    """A rank raised, died or stood still; the reason is the last line."""
+    print(f"{story}\n\nFAIL: {reason}", file=sys.stderr, flush=True)
     return 1
+
+
+def _late(options: argparse.Namespace) -> str:
+    return f"did not finish within --timeout {options.timeout:g} s"
 
 
 def _in_launched_rank(config: "RunConfig", options: argparse.Namespace) -> int:
     """One of the ranks that a launcher started."""
-    from megagate.errors import ConfigError
+    from megagate.errors import ConfigError, MegagateError
 
     if options.world:
         raise ConfigError(f"--world ({options.world}) is for a start without a launcher; leave it out under deepspeed")
@@ -96,27 +121,35 @@ def _in_launched_rank(config: "RunConfig", options: argparse.Namespace) -> int:
     from megagate.verify.doctor import examine, order
 
     env = LaunchEnv.read()
-    _end_after(options.timeout, env.rank)
+    deadline = _end_after(env.rank, options)
     device = pick_device(env.local_rank, local_size=env.local_size)
     what = order(config, world_size=env.world_size, gpu=device.type == "cuda", fault=options.fault)
     init_process_group(env, device=device, timeout=timedelta(seconds=options.timeout + 60))
-    diagnosis = examine(what, device=device)
+    try:
+        diagnosis = examine(what, device=device)
+    except Exception as error:
+        if isinstance(error, MegagateError):
+            raise
+        if deadline - time.monotonic() < NEAR_S:
+            threading.Event().wait()  # another rank's time was over before ours, and its end is the error: say what it says
+        return _failed(traceback.format_exc(), f"rank {env.rank}: {traceback.format_exception_only(error)[-1].strip()}")
     code = _tell(what, diagnosis, options) if diagnosis is not None else 0
     dist.barrier()
     dist.destroy_process_group()
     return code
 
 
-def _end_after(seconds: float, rank: int) -> None:
-    """End this process when the time is over, whatever it waits for; the launcher then ends the others."""
+def _end_after(rank: int, options: argparse.Namespace) -> float:
+    """End this process when the time is over, whatever it waits for; the launcher then ends the others. Returns that time."""
 
     def end() -> None:
-        print(f"FAIL: rank {rank} did not finish within --timeout {seconds:g} s", file=sys.stderr, flush=True)
+        print(f"FAIL: rank {rank} {_late(options)}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    timer = threading.Timer(seconds, end)
+    timer = threading.Timer(options.timeout, end)
     timer.daemon = True
     timer.start()
+    return time.monotonic() + options.timeout
 
 
 def _tell(what: "Order", diagnosis: "Diagnosis", options: argparse.Namespace) -> int:

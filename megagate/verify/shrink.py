@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from megagate.config.model import VOCAB_MULTIPLE, AttentionConfig, ModelConfig, MoEConfig
+from megagate.config.rules import check
 from megagate.config.run import OptimConfig, RunConfig, TrainConfig
 
 HIDDEN, HEAD_DIM, LAYERS, EXPERTS, TOP_K, WIDTH, SEQUENCE = 64, 8, 2, 8, 3, 32, 8
@@ -12,10 +13,15 @@ CLIP, LR = 0.1, 0.1
 
 
 def fit_layout(config: RunConfig, *, world_size: int) -> RunConfig:
-    """The same run where its layout fits the ranks, else with tp and ep lowered to their largest divisors that do."""
+    """The same run where its layout fits the ranks, else with tp and ep lowered to their largest divisors that do.
+
+    Raises:
+        ConfigError: The layout cannot exist on any number of ranks.
+    """
     tp, ep = config.parallel.tp, config.parallel.ep
     if math.lcm(tp, ep) <= world_size:
         return config
+    check(config, world_size=math.lcm(tp, ep))
     tp = max(_divisors(tp, world_size))
     ep = max(d for d in _divisors(ep, world_size) if d % tp == 0 or tp % d == 0)
     return replace(config, parallel=replace(config.parallel, tp=tp, ep=ep))
