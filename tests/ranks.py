@@ -74,9 +74,13 @@ def after_call() -> None:
     from deepspeed import DeepSpeedEngine
     from deepspeed.utils import groups
 
-    # An engine hangs on its parameters' gradient hooks, a cycle through C++ that no collection sees: it must be told to let go.
+    # An engine hangs on its parameters' gradient hooks, a cycle through C++ that no collection sees: it must be told to let go, and what
+    # stage 3 hangs on a parameter is taken away. Else every call would leave its groups' threads behind, and these wake all the time.
     for engine in [thing for thing in gc.get_objects() if issubclass(type(thing), DeepSpeedEngine)]:
+        held = [*engine.module.parameters(), *engine.module.modules(), engine.optimizer, engine]
         engine.destroy()
+        for thing in held:
+            vars(thing).clear()
     groups._release_process_group_references()
     for module_name, values in DEEPSPEED_STATE.items():
         module = sys.modules.get(module_name)
