@@ -202,10 +202,8 @@ def _register(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) -> _M
         if mesh.tp.size > 1 and (expert or label.shard.axis == "tp"):
             parameter.tensor_model_parallel = True
     if marked:
-        known = deepspeed_groups
-        known._EXPERT_PARALLEL_GROUP[name], known._EXPERT_PARALLEL_GROUP_RANKS[name] = mesh.ep.group or lone, list(mesh.ep.ranks)
-        known._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp.group or lone
-        known._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(mesh.edp.ranks)
+        deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep.group or lone
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp.group or lone
         if config.parallel.zero_stage != 3:
             model.expert_marker = _ExpertMarker(config.model.moe.num_experts, name, mesh.ep.size)
     if config.parallel.zero_stage == 3:

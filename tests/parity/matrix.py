@@ -65,6 +65,7 @@ class Case:
     optimizer: OptimizerName = "sgd"
     weight_decay: float = 0.1
     routing: Routing = "free"
+    expert_gain: float = 1.0
 
     def __str__(self) -> str:
         """dp x tp x ep, then what is not usual."""
@@ -131,6 +132,9 @@ def build_engine(case: Case, mesh: ParallelMesh) -> Engine:
 def _build_model(case: Case, config: RunConfig, mesh: ParallelMesh) -> LanguageModel:
     model = build_model(config, mesh, backend=BACKEND, device=CPU, seed=case.seed)
     steer(model, mesh, case.routing)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.data *= case.expert_gain
     return model
 
 
