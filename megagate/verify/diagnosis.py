@@ -168,7 +168,7 @@ class _Judge:
         error, limit = agreement.worst, FP32_LIMIT
         if yard is not None:
             error, limit = (agreement.distance / yard.distance if yard.distance else agreement.distance), BF16_LIMIT
-        ok = error <= limit
+        ok = error <= limit or agreement.worst <= FP32_LIMIT  # in bf16 too what is nothing in fp32 is nothing
         same = SAME_FACTOR if yard is None else min(SAME_FACTOR_BF16, BF16_LIMIT * yard.distance)
         told = not ok and agreement.is_multiple(same) and abs(agreement.ratio - 1) > same
         return Row(what, agreement.ratio, error, agreement.where, ok, self._factor(agreement.ratio, same) if told else "")
