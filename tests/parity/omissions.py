@@ -1,86 +1,70 @@
 """What the engine tells DeepSpeed, left out piece by piece: each omission is a context manager around the building of an engine."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
+from torch import nn
+
+from megagate.engine import zero
 from megagate.engine.optim import parameter_groups
 from megagate.nn.base import named_labels
 
 Omission = Callable[[], AbstractContextManager]
+PLACEMENT = ("ds_zero_placement_family", "ds_zero_partition_group_name", "ds_zero_partition_process_group")
 
 
-@contextmanager
-def _after_registration(change: Callable) -> Iterator[None]:
-    """`change(engine/zero.py, model)` undoes something of what `_register` did."""
-    from megagate.engine import zero
+def after_registration(change: Callable[[nn.Module], None]) -> AbstractContextManager:
+    """`change(model)` undoes something of what the engine registered."""
+    own = zero._register
 
     def register(model, config, mesh):
         mpu = own(model, config, mesh)
-        change(zero, model)
+        change(model)
         return mpu
 
-    own = zero._register
-    with patch.object(zero, "_register", register):
-        yield
+    return patch.object(zero, "_register", register)
 
 
 def without_marks(axis: str, *names: str) -> Omission:
     """Parameters that are cut over `axis` lack attributes."""
 
-    def change(zero, model) -> None:
+    def change(model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
         for name, label in named_labels(model).items():
             for mark in names if label.shard.axis == axis else ():
                 delattr(parameters[name], mark)
 
-    return lambda: _after_registration(change)
+    return lambda: after_registration(change)
 
 
 def without_group(table: str) -> Omission:
     """A table of DeepSpeed's groups is empty."""
-    return lambda: _after_registration(lambda zero, model: getattr(zero.deepspeed_groups, table).clear())
+    return lambda: after_registration(lambda model: getattr(zero.deepspeed_groups, table).clear())
 
 
 def without_marker() -> AbstractContextManager:
-    return _after_registration(lambda zero, model: delattr(model, "expert_marker"))
+    return after_registration(lambda model: delattr(model, "expert_marker"))
 
 
-@contextmanager
-def without_mpu() -> Iterator[None]:
-    from megagate.engine import zero
-
+def without_mpu() -> AbstractContextManager:
     own = zero._register
-    with patch.object(zero, "_register", lambda model, config, mesh: own(model, config, mesh) and None):
-        yield
+    return patch.object(zero, "_register", lambda *args: own(*args) and None)
 
 
-@contextmanager
-def without_expert_groups() -> Iterator[None]:
+def without_expert_groups() -> AbstractContextManager:
     """The optimizer's groups mix experts with other parameters."""
-    from megagate.engine import zero
-
-    with patch.object(zero, "_groups", lambda model, config, mesh: parameter_groups(list(model.named_parameters()), config.optim)):
-        yield
+    return patch.object(zero, "_groups", lambda model, config, mesh: parameter_groups(list(model.named_parameters()), config.optim))
 
 
-@contextmanager
-def without_leaves() -> Iterator[None]:
-    from megagate.engine import zero
-
-    with patch.object(zero, "set_z3_leaf_module"):
-        yield
+def without_leaves() -> AbstractContextManager:
+    return patch.object(zero, "set_z3_leaf_module")
 
 
-@contextmanager
-def without_external_parameter() -> Iterator[None]:
-    import deepspeed
-
-    with patch.object(deepspeed.zero, "register_external_parameter"):
-        yield
+def without_external_parameter() -> AbstractContextManager:
+    return patch.object(zero.deepspeed.zero, "register_external_parameter")
 
 
-PLACEMENT = ("ds_zero_placement_family", "ds_zero_partition_group_name", "ds_zero_partition_process_group")
 OMISSIONS: dict[str, Omission] = {
     "nothing": nullcontext,
     "tensor_model_parallel of experts": without_marks("ep", "tensor_model_parallel"),
