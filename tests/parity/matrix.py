@@ -3,6 +3,7 @@
 A case is a `RunConfig` (model, batch, layout) for a number of ranks. SGD, because Adam hides errors of scale; clipping is active.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -167,11 +168,9 @@ def by_kind(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
 
 
 def worst(pieces: Iterable[Piece], expected: Iterable[Piece]) -> Agreement:
-    """The agreement of all tensors together, `where` naming the worst."""
-    everything = Agreement()
-    for agreement in compare(pieces, whole_tensors(expected)).values():
-        everything.add(agreement)
-    return everything
+    """Of the tensor that agrees least, `where` naming it."""
+    tensors = compare(pieces, whole_tensors(expected)).values()
+    return max(tensors, key=lambda one: math.inf if math.isnan(one.worst) else one.worst, default=Agreement())
 
 
 def assert_same(outcomes: list[Outcome], expected: Outcome, *, to: float = TOLERANCE) -> None:

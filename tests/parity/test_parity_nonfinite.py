@@ -73,7 +73,6 @@ LAYOUTS = [
     Layout(4, tp=2, ep=4, zero_stage=2),
     Layout(4, tp=2, ep=4),
     Layout(4, tp=2, ep=4, zero_stage=3),
-    Layout(4, tp=4, ep=2, zero_stage=3),
 ]
 
 
