@@ -1,6 +1,7 @@
 """Is my layout the same model as one process? `python tools/doctor.py --help`."""
 
 import argparse
+import faulthandler
 import json
 import math
 import os
@@ -29,10 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megagate.config.cli import parse
     from megagate.errors import MegagateError
 
-    speaks = int(os.environ.get("RANK", 0)) == 0
+    # The ranks of one machine read the same files, so its first one speaks for them.
+    speaks = int(os.environ.get("LOCAL_RANK", 0)) == 0
     try:
         config = parse(settings, prog="doctor.py")
-        _check(options)
+        if int(os.environ.get("RANK", 0)) == 0:
+            _check(options)
         return _in_launched_rank(config, options) if launched else _in_own_ranks(config, options)
     except MegagateError as error:
         if speaks:
@@ -95,8 +98,14 @@ def _in_own_ranks(config: "RunConfig", options: argparse.Namespace) -> int:
 
 def _reason(error: Exception) -> str:
     """In one line: the rank's exception, or how it died, which is the story's second paragraph."""
-    cause = error.__cause__
-    return str(error).split("\n\n")[1].splitlines()[0] if cause is None else traceback.format_exception_only(cause)[-1].strip()
+    if error.__cause__ is not None:
+        return _in_a_line(error.__cause__)
+    lines = str(error).partition("\n\nits last output:")[0].split("\n\n", 1)[1].splitlines()
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]  # an exception that could not be sent, or a death
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _failed(story: str, reason: str) -> int:
@@ -132,7 +141,7 @@ def _in_launched_rank(config: "RunConfig", options: argparse.Namespace) -> int:
             raise
         if deadline - time.monotonic() < NEAR_S:
             threading.Event().wait()  # another rank's time was over before ours, and its end is the error: say what it says
-        return _failed(traceback.format_exc(), f"rank {env.rank}: {traceback.format_exception_only(error)[-1].strip()}")
+        return _failed(traceback.format_exc(), f"rank {env.rank}: {_in_a_line(error)}")
     code = _tell(what, diagnosis, options) if diagnosis is not None else 0
     dist.barrier()
     dist.destroy_process_group()
@@ -143,6 +152,7 @@ def _end_after(rank: int, options: argparse.Namespace) -> float:
     """End this process when the time is over, whatever it waits for; the launcher then ends the others. Returns that time."""
 
     def end() -> None:
+        faulthandler.dump_traceback()  # every rank's time ends at once: where each of them stands tells which one held the others up
         print(f"FAIL: rank {rank} {_late(options)}", file=sys.stderr, flush=True)
         os._exit(1)
 
