@@ -174,6 +174,11 @@ class Engine(ABC):
         finally:
             handle.remove()
 
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside the context the model's parameters hold this rank's whole shards, to read. Collective."""
+        yield
+
     def _state(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(kind, tensor) of what the optimizer keeps for one of its tensors."""
         yield "master", flat

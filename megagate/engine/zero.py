@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -90,6 +91,12 @@ class ZeroEngine(Engine):
             elif parameter._hp_mapping is not None:
                 start, master = parameter._hp_mapping.lp_fragment_address.start, parameter._hp_mapping.hp_fragment
                 yield Fragment(name, start, *self._flats.find(master), master.numel(), owned=owned)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """At stage 3 the parameters are gathered for a while."""
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters()), enabled=self.stage == 3):
+            yield
 
     def _load_weights(self, checkpoint: Checkpoint) -> None:
         if self.stage == 3:

@@ -76,7 +76,8 @@ class Saver:
     def tell_changed_micro_steps(self, checkpoint: Checkpoint) -> None:
         """Say it where a micro-step now holds another number of samples: all a change of layout can do to the numbers."""
         before, moe = checkpoint.metadata["micro_step_samples"], self.config.model.moe
-        if self.config.model.is_moe and moe.balance_coef and before != self.micro_step_samples:
+        of_micro_steps = moe.balance_scope != "sequence"
+        if self.config.model.is_moe and moe.balance_coef and of_micro_steps and before != self.micro_step_samples:
             logger.info(
                 "a micro-step now holds %d samples over all ranks, %d before: the balance loss (%s) counts experts over other tokens, "
                 "so this is not exactly the run it was; train.micro_batch_size x data-parallel ranks = %d keeps it",

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from megagate.checkpoint.store import Piece
 from megagate.config.count import Part, parameter_parts
 from megagate.config.run import RunConfig
@@ -11,11 +13,13 @@ from megagate.engine.base import StepResult
 from megagate.parallel.mesh import ParallelMesh
 from megagate.verify.account import SentRow
 from megagate.verify.compare import Agreement, compare, whole_tensors
-from megagate.verify.trial import Outcome
+from megagate.verify.trial import DTYPES, Outcome, clipping
 
 FP32_LIMIT = 5e-6
 """Of a number relative, of a tensor's element relative to the largest of its tensor: several times what rounding does in a small model."""
 FP32_UPDATE_LIMIT = 1e-3
+OWN_UPDATE_LIMIT = 5e-2
+"""Of an update's length: the weights of a norm are near 1, and their updates near the rounding of that."""
 BF16_LIMIT = 3.0
 """Times the distance between one process in bf16 and one in fp32."""
 BF16_NUMBER_FLOOR = 5e-3
@@ -65,18 +69,22 @@ class Diagnosis:
 
     Args:
         gradients: Of the first step, by group of parameters, and of the auxiliary losses alone.
+        later: Gradients of the steps after it, a row for each.
         outputs: Of the forward pass, in its order.
         initial: The first weights, which are bit-identical under every layout.
         updates: What the steps changed in the fp32 masters.
+        weights: Of this run alone: its updates beside lr times its gradients, by group, and the weights that it uses beside its masters.
         numbers: Losses and norms of all steps.
         sent: Bytes that the first rank sent in one step.
         causes: What is wrong, the likely cause first; empty where all is well.
     """
 
     gradients: list[Row]
+    later: list[Row]
     outputs: list[Row]
     initial: Row
     updates: Row
+    weights: list[Row]
     numbers: list[Number]
     sent: list[SentRow]
     causes: list[str] = field(default_factory=list)
@@ -96,6 +104,10 @@ def diagnose(
         sent: Bytes, passed on.
     """
     judge = _Judge(config, mesh, has_yardstick=fp32 is not None)
+    if not all(step.applied for step in outcomes[0].steps):
+        initial = judge.initial(outcomes, expected)
+        causes = ["a step was skipped because a gradient is not finite"]
+        return Diagnosis([], [], [], initial, initial, [], judge.numbers(outcomes[0], expected, fp32), sent, causes)
     parts = parameter_parts(config.model)
     cross_entropy = [_cross_entropy(one) for one in (*outcomes, expected, *([fp32] if fp32 else []))]
     ours, reference = cross_entropy[: len(outcomes)], cross_entropy[len(outcomes)]
@@ -106,6 +118,11 @@ def diagnose(
         routers = {name: "auxiliary losses" for name, part in parts.items() if part == "router"}
         aux = _joined(one.aux_gradients for one in outcomes)
         gradients += judge.rows(aux, expected.aux_gradients, fp32.aux_gradients if fp32 else None, routers, scales)
+    later: list[Row] = []
+    for step in range(1, len(expected.gradients)):
+        everything = dict.fromkeys(parts, f"all, step {step + 1}")
+        own = _joined(one.gradients[step] for one in outcomes)
+        later += judge.rows(own, expected.gradients[step], fp32.gradients[step] if fp32 else None, everything, scales)
     names = {piece.name.partition("/")[2] for piece in expected.outputs}
     outputs = judge.rows(
         _joined(one.outputs for one in outcomes), expected.outputs, fp32.outputs if fp32 else None, {name: name for name in names}
@@ -113,7 +130,7 @@ def diagnose(
     initial = judge.initial(outcomes, expected)
     updates = judge.updates(outcomes, expected, fp32)
     numbers = judge.numbers(outcomes[0], expected, fp32) + judge.clip_norms(outcomes)
-    found = Diagnosis(gradients, outputs, initial, updates, numbers, sent)
+    found = Diagnosis(gradients, later, outputs, initial, updates, judge.weights(outcomes, parts), numbers, sent)
     return replace(found, causes=_causes(found, outcomes, unit=judge.unit))
 
 
@@ -196,6 +213,21 @@ class _Judge:
         yard = compare(_updates(expected), whole_tensors(_updates(fp32)))
         return self._row("updates", agreement, _grouped(yard, dict.fromkeys(yard, ""))[""])
 
+    def weights(self, outcomes: list[Outcome], parts: Mapping[str, Part]) -> list[Row]:
+        """What this run did with its own gradients, which needs no reference and is exact in bf16 too."""
+        wanted: dict[str, Tensor] = {}
+        for count, step in enumerate(outcomes[0].steps):
+            rate = self.config.optim.lr / clipping(step.grad_norm, self.config.optim.grad_clip)
+            for name, gradient in whole_tensors(_joined(one.gradients[count] for one in outcomes)).items():
+                wanted[name] = wanted.get(name, 0) - rate * gradient
+        made = _grouped(compare(_joined(_updates(one) for one in outcomes), wanted), {n: TITLES.get(p, p) for n, p in parts.items()})
+        rows = [Row(f"{what}: update", a.ratio, a.distance, a.where, a.distance <= OWN_UPDATE_LIMIT) for what, a in made.items()]
+        dtype = DTYPES[self.config.precision.dtype]
+        masters = {name: x.to(dtype).float() for name, x in whole_tensors(_joined(one.masters for one in outcomes)).items()}
+        used = compare(_joined(one.weights for one in outcomes), masters)
+        (agreement,) = _grouped(used, dict.fromkeys(used, "")).values()
+        return [*rows, Row("weights in use", agreement.ratio, agreement.worst, agreement.where, agreement.worst == 0)]
+
     def numbers(self, ours: Outcome, expected: Outcome, fp32: Outcome | None) -> list[Number]:
         """Each loss and norm."""
         ours_by_name, expected_by_name = _numbers(ours), _numbers(expected)
@@ -210,12 +242,11 @@ class _Judge:
 
     def clip_norms(self, outcomes: list[Outcome]) -> list[Number]:
         """The norm that was clipped by, beside that of the very gradients: exact in bf16 too, where the reference's differs by rounding."""
-        exact = self.config.precision.grad_dtype == "fp32" or not self.bf16
         numbers = []
         for count, step in enumerate(outcomes[0].steps):
             wholes = whole_tensors(_joined(one.gradients[count] for one in outcomes)).values()
             norm = math.sqrt(sum(whole.double().square().sum().item() for whole in wholes))
-            ok = _relative(step.grad_norm, norm) <= (FP32_LIMIT if exact else BF16_NUMBER_FLOOR)
+            ok = _relative(step.grad_norm, norm) <= FP32_LIMIT
             numbers.append(Number(f"norm of the gradients, step {count + 1}", step.grad_norm, norm, ok))
         return numbers
 
@@ -226,6 +257,12 @@ def _grouped(agreements: Mapping[str, Agreement], groups: Mapping[str, str]) -> 
         if name in groups:
             together.setdefault(groups[name], Agreement()).add(agreement)
     return together
+
+
+def _same(one: Outcome, other: Outcome) -> bool:
+    """Whether two ranks tell the same numbers: sums over different groups may round differently."""
+    numbers = zip(_numbers(one).values(), _numbers(other).values(), strict=True)
+    return all(_relative(value, expected) <= FP32_LIMIT for value, expected in numbers)
 
 
 def _numbers(outcome: Outcome) -> dict[str, float]:
@@ -246,8 +283,6 @@ def _relative(value: float, expected: float) -> float:
 def _causes(found: Diagnosis, outcomes: list[Outcome], *, unit: str) -> list[str]:
     """What is wrong. A fault shows in all that comes after it, so only the first kind that is found is told."""
     first: list[StepResult] = outcomes[0].steps
-    if not all(step.applied for step in first):
-        return ["a step was skipped because a gradient is not finite"]
     if not found.initial.ok:
         return [f"initial weights differ by {found.initial.error:.1e} {unit} in {found.initial.where}"]
     for row in found.outputs:
@@ -259,12 +294,18 @@ def _causes(found: Diagnosis, outcomes: list[Outcome], *, unit: str) -> list[str
             return [f"all parameters: gradients are {wrong[0].factor}"]
         multiples = [f"{row.what}: gradients are {row.factor}" for row in wrong if row.factor]
         return multiples + [f"{row.what}: gradients differ by {row.error:.1e} {unit} in {row.where}" for row in wrong if not row.factor]
+    for row in found.weights:
+        if not row.ok:
+            beside = "its master" if row.what == "weights in use" else "lr x its clipped gradient"
+            return [f"{row.what}: not {beside} in {row.where} (ratio {row.ratio:.4f}, difference {row.error:.1e})"]
     numbers = [number for number in found.numbers if not number.ok]
     if numbers:
         worst = numbers[0]
         return [f"{worst.what}: {worst.ours:.7g}, expected {worst.reference:.7g} ({worst.ours / worst.reference:.4f} x)"]
+    if unlike := [row for row in found.later if not row.ok]:
+        return [f"gradients of {unlike[0].what.removeprefix('all, ')} differ by {unlike[0].error:.1e} {unit} in {unlike[0].where}"]
     if not found.updates.ok:
         return [f"what {len(first)} steps changed differs ({found.updates.error:.1e}), most in {found.updates.where}"]
-    if any(one.steps != first or one.val_loss != outcomes[0].val_loss for one in outcomes):
+    if any(not _same(one, outcomes[0]) for one in outcomes):
         return ["ranks tell different losses or norms for the same step"]
     return []

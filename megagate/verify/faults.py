@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from megagate.config.run import RunConfig
 from megagate.engine.base import Engine
 from megagate.errors import ConfigError
 from megagate.nn.moe.balance import BalanceLoss
@@ -31,27 +32,50 @@ class Fault:
         text: What is wrong.
         axis: The axis that must have more than one rank for it to matter.
         inject: Puts it into an engine.
+        of_experts: It needs a mixture of experts.
     """
 
     text: str
     axis: str
     inject: Callable[[Engine], None]
+    of_experts: bool = False
+
+
+def check_fault(name: str, config: RunConfig, *, world_size: int) -> None:
+    """Refuse a fault that could not show.
+
+    Raises:
+        ConfigError: There is no such fault, or it cannot show in this run.
+    """
+    if name not in FAULTS:
+        raise ConfigError(f"--fault {name} is not one of {', '.join(FAULTS)}; choose one of these")
+    fault, parallel = FAULTS[name], config.parallel
+    sizes = {"tp": parallel.tp, "dp": world_size // parallel.tp, "ep": parallel.ep, "world": world_size}
+    if sizes[fault.axis] == 1:
+        raise ConfigError(f"--fault {name} needs more than one rank on the axis {fault.axis}; choose another layout or fault")
+    if fault.of_experts and not config.model.is_moe:
+        raise ConfigError(f"--fault {name} needs a mixture of experts, and model.moe.num_experts is 0; choose another fault")
+    if fault.inject is _norm_forgets_experts and _norm_is_by_group(config):
+        raise ConfigError(
+            f"--fault {name} changes nothing at parallel.zero_stage 3, nor in bf16 with fp32 gradients at stage 1, where DeepSpeed sums "
+            "norms of experts by their group; choose stage 2"
+        )
+
+
+def _norm_is_by_group(config: RunConfig) -> bool:
+    """DeepSpeed's stage 3, and its optimizer for bf16 with fp32 gradients at stage 1, do not look at the mark."""
+    own_sums = config.precision.dtype == "bf16" and config.precision.grad_dtype == "fp32"
+    return config.parallel.zero_stage == 3 or (config.parallel.zero_stage == 1 and own_sums)
 
 
 def inject(name: str, engine: Engine) -> None:
     """Put the named fault into the engine.
 
     Raises:
-        ConfigError: There is no such fault, or it cannot show under this layout.
+        ConfigError: As `check_fault`.
     """
-    if name not in FAULTS:
-        raise ConfigError(f"--fault {name} is not one of {', '.join(FAULTS)}; choose one of these")
-    fault = FAULTS[name]
-    if getattr(engine.mesh, fault.axis).size == 1:
-        raise ConfigError(f"--fault {name} needs more than one rank on the axis {fault.axis}; choose another layout or fault")
-    if not engine.config.model.is_moe and fault.inject in _OF_EXPERTS:
-        raise ConfigError(f"--fault {name} needs a mixture of experts, and model.moe.num_experts is 0; choose another fault")
-    fault.inject(engine)
+    check_fault(name, engine.config, world_size=engine.mesh.world.size)
+    FAULTS[name].inject(engine)
 
 
 def _expert_gradients_times_ep(engine: Engine) -> None:
@@ -102,6 +126,18 @@ def _norm_forgets_experts(engine: Engine) -> None:
 def _gradients_over_dp(engine: Engine) -> None:
     backward = engine._backward
     engine._backward = lambda loss, *, last: backward(loss / engine.mesh.dp.size, last=last)
+
+
+def _stale_weights(engine: Engine) -> None:
+    update, norm = engine._update, engine.model.layers[0].ffn_norm.weight
+
+    def update_and_restore(lr: float) -> tuple[float, bool]:
+        before = norm.detach().clone()
+        result = update(lr)
+        norm.data.copy_(before)
+        return result
+
+    engine._update = update_and_restore
 
 
 def _hang(engine: Engine) -> None:
@@ -169,18 +205,17 @@ class _ReducesItsInput:
         return out
 
 
-_OF_EXPERTS = (_expert_gradients_times_ep, _aux_over_dp, _tokens_on_every_tp_rank, _norm_forgets_experts)
-
 FAULTS: Mapping[str, Fault] = MappingProxyType(
     {
-        "expert-gradients-times-ep": Fault("expert gradients ep times too large", "ep", _expert_gradients_times_ep),
+        "expert-gradients-times-ep": Fault("expert gradients ep times too large", "ep", _expert_gradients_times_ep, True),
         "norm-without-sum": Fault("the gradient of one norm is not summed over tp", "tp", _norm_without_sum),
-        "aux-over-dp": Fault("auxiliary losses divided by dp", "dp", _aux_over_dp),
-        "tokens-on-every-tp-rank": Fault("each tp rank sends all tokens to the experts", "tp", _tokens_on_every_tp_rank),
+        "aux-over-dp": Fault("auxiliary losses divided by dp", "dp", _aux_over_dp, True),
+        "tokens-on-every-tp-rank": Fault("each tp rank sends all tokens to the experts", "tp", _tokens_on_every_tp_rank, True),
         "wrong-vocabulary-shard": Fault("each tp rank looks up the next one's rows of the vocabulary", "tp", _wrong_vocabulary_shard),
         "in-place-collective": Fault("a collective writes to a tensor that autograd has saved", "tp", _in_place_collective),
-        "norm-forgets-experts": Fault("the clip norm counts experts on the first tp rank only", "tp", _norm_forgets_experts),
+        "norm-forgets-experts": Fault("the clip norm counts experts on the first tp rank only", "tp", _norm_forgets_experts, True),
         "gradients-over-dp": Fault("gradients divided by dp once too often", "dp", _gradients_over_dp),
+        "stale-weights": Fault("forward passes go on with the first weights of a norm", "world", _stale_weights),
         "hang": Fault("the last rank stops in its first backward pass", "world", _hang),
     }
 )

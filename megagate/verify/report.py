@@ -34,9 +34,10 @@ def render(order: Order, diagnosis: Diagnosis) -> str:
     bf16 = order.config.precision.dtype == "bf16"
     error = "x bf16 rounding" if bf16 else "worst error"
     lines = [first_line(order), _run_line(order.config), *([f"with the fault {order.fault}"] if order.fault else []), ""]
-    rows = [("parameters", "gradient ratio", error, "verdict"), *(_cells(row) for row in diagnosis.gradients)]
-    rows += [_cells(diagnosis.initial), _cells(diagnosis.updates)]
+    rows = [("parameters", "gradient ratio", error, "verdict"), *map(_cells, diagnosis.gradients + diagnosis.later)]
     lines += [*_table(rows), ""]
+    weights = [("weights", "ratio", "difference", "verdict"), *map(_cells, (diagnosis.initial, diagnosis.updates, *diagnosis.weights))]
+    lines += [*_table(weights), ""]
     outputs = [("forward pass", "output ratio", error, "verdict"), *(_cells(row) for row in diagnosis.outputs)]
     lines += [*_table(outputs), ""]
     numbers = [("number", "parallel", "expected", "verdict")]
@@ -53,15 +54,26 @@ def record(order: Order, diagnosis: Diagnosis) -> dict[str, Any]:
     parallel = order.config.parallel
     layout = {"world": order.world_size, "tp": parallel.tp, "ep": parallel.ep, "zero_stage": parallel.zero_stage}
     found = asdict(diagnosis) | {"sent": [row._asdict() for row in diagnosis.sent]}
-    return {
-        "verdict": verdict(order, diagnosis),
-        "passed": not diagnosis.causes,
-        "reduced": order.reduced,
-        "layout": layout,
-        "precision": order.config.precision.dtype,
-        "fault": order.fault,
-        **found,
-    }
+    return _plain(
+        {
+            "verdict": verdict(order, diagnosis),
+            "passed": not diagnosis.causes,
+            "reduced": order.reduced,
+            "layout": layout,
+            "precision": order.config.precision.dtype,
+            "fault": order.fault,
+            **found,
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that JSON has not, as text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_line(config: RunConfig) -> str:

@@ -32,6 +32,7 @@ class Outcome:
         outputs: `output/MODULE` of the first micro-step: embedding, each attention and feed-forward block, the final norm.
         initial: `master/NAME` before the first step.
         masters: `master/NAME` after the last step.
+        weights: `weight/NAME` after the last step, as forward passes use them, on every rank.
         val_loss: Of one more batch, with the weights that forward passes use.
     """
 
@@ -41,6 +42,7 @@ class Outcome:
     outputs: list[Piece]
     initial: list[Piece]
     masters: list[Piece]
+    weights: list[Piece]
     val_loss: float
 
 
@@ -87,7 +89,8 @@ def run_trial(engine: Engine, *, seed: int, device: torch.device, steps: int = S
         results.append(result)
         gradients.append(pieces)
     val_loss = engine.evaluate(zip(*batch(config, mesh, seed=seed, step=steps, device=device), strict=True))
-    return Outcome(results, gradients, aux_gradients, outputs, initial, _kept(engine.state_pieces()), val_loss)
+    masters, weights = _kept(engine.state_pieces()), _weights(engine)
+    return Outcome(results, gradients, aux_gradients, outputs, initial, masters, weights, val_loss)
 
 
 def batch(config: RunConfig, mesh: ParallelMesh, *, seed: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -110,9 +113,20 @@ def _step(engine: Engine, tokens: Tensor, labels: Tensor, *, lr: float) -> tuple
     """One step, and its gradients as they were before clipping."""
     with engine.recorded_gradients() as pieces:
         result = engine.train_step(tokens, labels, lr=lr)
-    limit = engine.config.optim.grad_clip
-    clipped = max(1.0, (result.grad_norm + 1e-6) / limit) if limit else 1.0  # both DeepSpeed and PyTorch add 1e-6
-    return result, [replace(piece, tensor=piece.tensor.cpu() * clipped) for piece in pieces]
+    divisor = clipping(result.grad_norm, engine.config.optim.grad_clip)
+    return result, [replace(piece, tensor=piece.tensor.cpu() * divisor) for piece in pieces]
+
+
+def clipping(norm: float, limit: float) -> float:
+    """What gradients of this global norm are divided by; 0 is no limit. Both DeepSpeed and PyTorch add 1e-6."""
+    return max(1.0, (norm + 1e-6) / limit) if limit else 1.0
+
+
+def _weights(engine: Engine) -> list[Piece]:
+    """This rank's shards."""
+    with engine.whole_weights():
+        shards = [(name, engine.labels[name].shard, parameter) for name, parameter in engine.model.named_parameters()]
+        return _kept(Piece(f"weight/{name}", shard.full_shape, shard.offset, parameter) for name, shard, parameter in shards)
 
 
 def _kept(pieces: Iterable[Piece]) -> list[Piece]:

@@ -158,9 +158,12 @@ def examine_spoiled(context: RankContext, order: Order, rank: int, how: str, nam
 
     def spoiled_model(config: Any, mesh: ParallelMesh, **kwargs: Any) -> Any:
         model = build(config, mesh, **kwargs)
+        parameters = dict(model.named_parameters())
         if how in ("add", "nan") and mesh.world.size > 1:  # not the reference
             with torch.no_grad():
-                dict(model.named_parameters())[name].view(-1)[3] += 0.01 if how == "add" else math.nan
+                parameters[name].view(-1)[3] += 0.01 if how == "add" else math.nan
+        if how == "inf" and mesh.world.size > 1:
+            parameters[name].register_hook(lambda grad: grad + math.inf)
         return model
 
     def spoiled_trial(engine: Any, **kwargs: Any) -> Outcome:
@@ -208,6 +211,12 @@ def test_a_skipped_step_is_told(stage: int) -> None:
     found = spoiled(2, f"{TP2} --parallel.zero_stage {stage}", 1, "nan", "layers.0.attention.o.weight")
     assert found.causes == ["a step was skipped because a gradient is not finite"]
     assert "nan" in render(prepare(f"nano {TP2}", 2), found)
+
+
+def test_a_step_that_is_skipped_for_a_gradient_alone_is_told() -> None:
+    """The step of the auxiliary losses alone, which does not reach the head's gradient, is not skipped."""
+    found = spoiled(2, TP2, 1, "inf", "head.weight")
+    assert found.causes == ["a step was skipped because a gradient is not finite"]
 
 
 @pytest.mark.parametrize("how", ["loss", "validation"])

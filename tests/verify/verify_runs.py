@@ -37,7 +37,7 @@ def diagnose(words: str, world: int, *, fault: str = "", examine: Callable[..., 
 
 def wrong(found: Diagnosis) -> list[str]:
     """All rows and numbers that are not as they should be, by what they are about."""
-    rows = [*found.gradients, *found.outputs, found.initial, found.updates]
+    rows = [*found.gradients, *found.later, *found.outputs, found.initial, found.updates, *found.weights]
     return [row.what for row in rows if not row.ok] + [number.what for number in found.numbers if not number.ok]
 
 
