@@ -193,6 +193,7 @@ def assert_same(outcomes: list[Outcome], expected: Outcome, *, to: float = TOLER
     assert state.keys() == expected_state.keys()
     for kind, pieces in state.items():
         _require(worst(pieces, expected_state[kind]), kind, to)
+    assert worst(pieces_of(outcomes, "weights"), state["master"]).worst == 0, "a rank uses other weights than the masters"
 
 
 def _require(agreement: Agreement, what: str, to: float) -> None:
