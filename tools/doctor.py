@@ -34,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speaks = int(os.environ.get("LOCAL_RANK", 0)) == 0
     try:
         config = parse(settings, prog="doctor.py")
-        if int(os.environ.get("RANK", 0)) == 0:
-            _check(options)
+        _check(options)
         return _in_launched_rank(config, options) if launched else _in_own_ranks(config, options)
     except MegagateError as error:
         if speaks:
@@ -67,7 +66,8 @@ def _check(options: argparse.Namespace) -> None:
 
     if not (0 < options.timeout < math.inf):
         raise ConfigError(f"--timeout ({options.timeout:g}) must be a number of seconds above 0; leave it out for 300")
-    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+    writes = int(os.environ.get("RANK", 0)) == 0
+    if writes and options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise ConfigError(f"--json {options.json} cannot be written: its folder must exist, and it be no folder; give the path of a file")
 
 

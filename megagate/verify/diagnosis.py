@@ -20,6 +20,7 @@ FP32_LIMIT = 5e-6
 FP32_UPDATE_LIMIT = 1e-3
 OWN_UPDATE_LIMIT = 5e-2
 """Of an update's length: the weights of a norm are near 1, and their updates near the rounding of that."""
+FP32_EPS = 2.0**-23
 BF16_LIMIT = 3.0
 """Times the distance between one process in bf16 and one in fp32."""
 BF16_NUMBER_FLOOR = 5e-3
@@ -220,10 +221,19 @@ class _Judge:
             rate = self.config.optim.lr / clipping(step.grad_norm, self.config.optim.grad_clip)
             for name, gradient in whole_tensors(_joined(one.gradients[count] for one in outcomes)).items():
                 wanted[name] = wanted.get(name, 0) - rate * gradient
-        made = _grouped(compare(_joined(_updates(one) for one in outcomes), wanted), {n: TITLES.get(p, p) for n, p in parts.items()})
-        rows = [Row(f"{what}: update", a.ratio, a.distance, a.where, a.distance <= OWN_UPDATE_LIMIT) for what, a in made.items()]
+        groups = {name: TITLES.get(part, part) for name, part in parts.items()}
+        made = _grouped(compare(_joined(_updates(one) for one in outcomes), wanted), groups)
+        pieces = _joined(one.masters for one in outcomes)
+        whole = whole_tensors(pieces)
+        sizes = _grouped(compare(pieces, whole), groups)
+        rows = []
+        for what, update in made.items():
+            # Each step rounds a weight once: of an update that is smaller than that, nothing need be left.
+            rounding = (FP32_EPS * len(outcomes[0].steps)) ** 2 * sizes[what].expected
+            ok = update.distance <= OWN_UPDATE_LIMIT or update.squares <= rounding
+            rows.append(Row(f"{what}: update", update.ratio, update.distance, update.where, ok))
         dtype = DTYPES[self.config.precision.dtype]
-        masters = {name: x.to(dtype).float() for name, x in whole_tensors(_joined(one.masters for one in outcomes)).items()}
+        masters = {name: x.to(dtype).float() for name, x in whole.items()}
         used = compare(_joined(one.weights for one in outcomes), masters)
         (agreement,) = _grouped(used, dict.fromkeys(used, "")).values()
         return [*rows, Row("weights in use", agreement.ratio, agreement.worst, agreement.where, agreement.worst == 0)]

@@ -106,8 +106,17 @@ def test_a_number_of_ranks_is_the_launcher_s(main: Callable[..., int], capfd: py
     assert main("--world", 2, *NANO) == 2
     assert capfd.readouterr().err == "ConfigError: --world (2) is for a start without a launcher; leave it out under deepspeed\n"
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main("--world", 2, *NANO) == 2
-    assert capfd.readouterr().err == "", "one rank speaks for all"
+    assert capfd.readouterr().err == "", "one rank of a machine speaks for all"
+
+
+def test_every_rank_refuses_a_bad_time_out(main: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Else the others would end by it, and the launcher with the exit code of a failure."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(*NANO, "--timeout", 0) == 2
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
