@@ -35,7 +35,7 @@ BAD_VALUES = {
     "a wrong type": (["--train.steps", "many"], "on the command line) must be a whole number"),
     "a wrong choice": (["--precision.dtype", "bf15"], "did you mean bf16?"),
     "out of range": (["--optim.beta1", 1.5], "optim.beta1 (1.5) must be less than 1"),
-    "an unsupported stage": (["--parallel.zero_stage", 3], "parallel.zero_stage (3) must be 1 or 2"),
+    "an unsupported stage": (["--parallel.zero_stage", 0], "parallel.zero_stage (0) must be at least 1 for a mixture of experts"),
     "tp that does not divide heads": (["--parallel.tp", 8], "model.attention.num_heads (4) must be divisible by parallel.tp (8)"),
     "ep that does not divide experts": (["--parallel.ep", 3], "model.moe.num_experts (8) must be divisible by parallel.ep (3)"),
     "micro-batch that does not divide": (["--train.micro_batch_size", 3], "train.global_batch_size (8) must be divisible by"),
