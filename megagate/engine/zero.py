@@ -108,13 +108,11 @@ class ZeroEngine(Engine):
             parameter.data.copy_(master)
 
     def _load_partitions(self) -> None:
-        """What DeepSpeed does with the masters at the end of a step of stage 3."""
+        """What DeepSpeed does with the masters at the end of a step of stage 3; forward passes gather what they read."""
         zero = self.zero
         zero._partition_all_parameters()
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 class _Flats:

@@ -1,13 +1,12 @@
 """A small training run under any engine and layout, for the tests of the engines. A run is a `Run`; what came of it, an `Outcome`."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from parity.sharded import BACKEND, fill, join
+from parity.sharded import BACKEND, fill, full_weights
 from torch import Tensor
 
 from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
@@ -74,12 +73,14 @@ class Outcome:
         weights: The model's parameters, joined.
         val_loss: Of the batch after the last step's.
         pieces: (name, full shape, offset, elements) of this rank's part of the optimizer's state.
+        seen: The validation loss at a checkpoint, where one was taken.
     """
 
     steps: list[StepResult]
     weights: dict[str, Tensor]
     val_loss: float
     pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]] = field(default_factory=list)
+    seen: float | None = None
 
     @property
     def digest(self) -> str:
@@ -130,32 +131,17 @@ def rate(lr: float, step: int) -> float:
     return lr * (1.0, 0.5, 0.8)[step % 3]
 
 
-def outcome(engine: Engine, steps: list[StepResult], *, next_step: int) -> Outcome:
+def outcome(engine: Engine, steps: list[StepResult], *, next_step: int, seen: float | None = None) -> Outcome:
     """What there is to compare. Collective."""
     val_loss = engine.evaluate(zip(*batch(next_step, engine.mesh), strict=True))
     pieces = [(p.name, p.full_shape, p.offset, p.tensor.clone()) for p in engine.state_pieces()]
-    return Outcome(steps, whole_weights(engine), val_loss, pieces)
+    return Outcome(steps, whole_weights(engine), val_loss, pieces, seen)
 
 
 def whole_weights(engine: Engine) -> dict[str, Tensor]:
     """The model's parameters, joined. Collective."""
-    weights = {}
-    for name, parameter in engine.model.named_parameters():
-        with gathered(parameter):
-            weights[name] = join(parameter, engine.labels[name], engine.mesh)
-    return weights
-
-
-@contextmanager
-def gathered(parameter: Tensor) -> Iterator[None]:
-    """Inside the context a parameter that ZeRO-3 has partitioned holds the whole of this rank's shard. Collective."""
-    if parameter.numel():  # of another stage, or one that stage 3 keeps whole (not after a skipped step, until it is used)
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        yield
+    with engine.whole_weights():
+        return {name: weight.clone() for name, weight in full_weights(engine.model, engine.mesh).items()}
 
 
 class Whole(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from parity.engines import Layout, Outcome, Run, assemble, build_engine, outcome, train
+from parity.engines import Layout, Outcome, Run, assemble, batch, build_engine, outcome, train
 from parity.sharded import assert_all_close
 
 from megagate.checkpoint import store
@@ -43,7 +43,8 @@ def train_and_save(context: RankContext, run: Run, layout: Layout, root: Path) -
     save(engine, root, 0)
     steps = train(engine, range(STEPS), lr=run.lr)
     save(engine, root, STEPS)
-    return outcome(engine, steps + train(engine, [STEPS], lr=run.lr), next_step=STEPS + 1)
+    seen = evaluate(engine)
+    return outcome(engine, steps + train(engine, [STEPS], lr=run.lr), next_step=STEPS + 1, seen=seen)
 
 
 def load_and_train(context: RankContext | None, run: Run, layout: Layout, root: Path, step: int = STEPS, warm: bool = False) -> Outcome:
@@ -56,12 +57,19 @@ def load_and_train(context: RankContext | None, run: Run, layout: Layout, root: 
         checkpoint.verify(rank=mesh.world.rank, world_size=mesh.world.size)
         engine.load_state(checkpoint, applied_steps=checkpoint.metadata["applied_steps"])
     assert engine.applied_steps == step
-    return outcome(engine, train(engine, range(step, STEPS + 1), lr=run.lr), next_step=STEPS + 1)
+    seen = evaluate(engine)
+    return outcome(engine, train(engine, range(step, STEPS + 1), lr=run.lr), next_step=STEPS + 1, seen=seen)
+
+
+def evaluate(engine: Engine) -> float:
+    """As a run that has nothing left to train does after it was resumed."""
+    return engine.evaluate(zip(*batch(STEPS, engine.mesh), strict=True))
 
 
 def assert_same_bits(outcomes: list[Outcome], expected: list[Outcome], *, steps: int = 1) -> None:
     for one, other in zip(outcomes, expected, strict=True):
         assert one.steps == other.steps[-steps:] and one.digest == other.digest and one.val_loss == other.val_loss
+        assert steps > 1 or one.seen == other.seen
     state, expected_state = assemble(outcomes), assemble(expected)
     assert state.keys() == expected_state.keys()
     assert all(torch.equal(value, expected_state[name]) for name, value in state.items())
@@ -72,6 +80,7 @@ def assert_same_state(outcomes: list[Outcome], expected: list[Outcome]) -> None:
     for one in outcomes:
         assert one.steps[-1].loss == pytest.approx(expected[0].steps[-1].loss, rel=1e-6)
         assert one.steps[-1].grad_norm == pytest.approx(expected[0].steps[-1].grad_norm, rel=3e-6)
+        assert one.seen == pytest.approx(expected[0].seen, rel=1e-6)
     assert_all_close(outcomes[0].weights, expected[0].weights, to=2e-5)
     state, expected_state = assemble(outcomes), assemble(expected)
     assert_all_close(dict(sorted(state.items())), dict(sorted(expected_state.items())), to=2e-5)
