@@ -30,9 +30,9 @@ MOE, DENSE, TIED = Case(world=4), Case(world=4, model="dense"), Case(world=4, mo
     ids=str,
 )
 def test_adamw_equals_reference(case):
-    """Less closely than SGD: a gradient near 0 is divided by its own size."""
+    """Less closely than SGD, since a gradient near 0 is divided by its own size; 4e-6 was seen."""
     case = replace(case, optimizer="adamw")
-    assert_same(ranks.run_ranks(run_case, case.world, case), reference(case), to=1e-3)
+    assert_same(ranks.run_ranks(run_case, case.world, case), reference(case), to=2e-5)
 
 
 # ---- sampling
