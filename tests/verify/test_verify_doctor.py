@@ -55,7 +55,10 @@ WELL = {
         2,
         "--model.moe.balance_coef 0 --model.moe.z_loss_coef 0 --model.moe.num_experts 2 --model.moe.top_k 2 --train.global_batch_size 2",
     ),
-    "a router whose gradient is nothing but rounding": (2, f"--model.moe.top_k 1 {TP2}"),
+    "a router whose gradient is nothing but rounding": (
+        2,
+        f"--model.moe.top_k 1 --model.moe.balance_coef 0 --model.moe.z_loss_coef 0 {TP2}",
+    ),
     "the same in bf16": (
         2,
         f"--model.moe.top_k 1 --model.moe.z_loss_coef 0 --model.moe.balance_scope sequence --precision.dtype bf16 {TP2}",
