@@ -10,8 +10,9 @@
 #
 #   deepspeed examples/pretrain_moe.sh --train.steps 50 --optim.lr 1e-3
 #   deepspeed examples/pretrain_moe.sh --config examples/configs/moe_15a2b.yaml --parallel.ep 8
+#   deepspeed examples/pretrain_moe.sh --preset paper/table1/row10 --data.path /data/mine --parallel.ep 8
 #
-# Without a --config the default is configs/tiny.yaml next to this script.
+# Without a --config or --preset the default is configs/tiny.yaml next to this script.
 #
 # This file is a shell script and a Python program at once. The deepspeed launcher starts `python -u SCRIPT` for every rank, whatever
 # the name of the script ends with. To Python, everything from here to the closing quotes is one string, and the two lines after it
@@ -37,7 +38,7 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 config=(--config "$here/configs/tiny.yaml")
 for argument in "$@"; do
   case "$argument" in
-    --config | --config=*) config=() ;;
+    --config | --config=* | --preset | --preset=*) config=() ;;
   esac
 done
 

@@ -16,11 +16,13 @@ import jsonargparse
 import yaml
 
 from megagate.config.keys import all_keys, from_dict, to_dict, unknown_key, wrong_type
+from megagate.config.paper import preset
 from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
 
 _COMMAND_LINE = "on the command line"
-_OWN_OPTIONS = ("config", "help", "print_config")
+_VALUED_OPTIONS = ("config", "preset")
+_OWN_OPTIONS = (*_VALUED_OPTIONS, "help", "print_config")
 _LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
 _TYPE_ERROR = re.compile(r'Parser key "(?P<key>[\w.]+)":.*Got value: (?P<value>.*)', flags=re.DOTALL)
 
@@ -29,7 +31,7 @@ Origins = dict[str, list[str]]
 
 
 def parse(argv: Sequence[str], *, prog: str) -> RunConfig:
-    """The config that a command line describes: defaults, then `--config` files and `--key value` overrides in their order.
+    """The config that a command line describes: defaults, then presets, `--config` files and `--key value` overrides in their order.
 
     `--help` and `--print_config` write to stdout and leave with exit code 0. The rules between keys are
     `megagate.config.rules.check`.
@@ -39,16 +41,16 @@ def parse(argv: Sequence[str], *, prog: str) -> RunConfig:
         prog: The command that `--help` shows.
 
     Raises:
-        ConfigError: A file is missing or broken, a key is unknown, or a value is of the wrong type.
+        ConfigError: A preset is unknown, a file is missing or broken, a key is unknown, or a value is of the wrong type.
     """
     own = _without_launcher_options(argv)
     origins = _origins(own)
     try:
-        namespace = _parser(prog).parse_args(own)
+        namespace = _parser(prog).parse_args(_presets_as_files(own))
     except argparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), origins)) from None
     settings = namespace.as_dict()
-    del settings["config"]
+    del settings["config"], settings["preset"]
     print_config = settings.pop("print_config")
     config = from_dict(settings)
     if print_config:
@@ -65,13 +67,15 @@ def to_yaml(config: RunConfig) -> str:
 def _parser(prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
-        usage="%(prog)s [--config F] [--KEY VALUE] ...",
-        description="Any key can be set in a YAML file (--config F, several, later wins) or as --key value; the last one counts.",
+        usage="%(prog)s [--preset NAME] [--config F] [--KEY VALUE] ...",
+        description="Any key can be set by a preset (--preset paper/table1/row05), in a YAML file (--config F, several), or as --key value; "
+        "the last one counts.",
         exit_on_error=False,
         default_env=False,
         print_config=None,  # jsonargparse's own prints what precedes it and one file more, not the whole command line
     )
     parser.add_argument("--config", action="config", metavar="F", help="A YAML file of settings. Can be given several times.")
+    parser.add_argument("--preset", metavar="NAME", help="A row of the paper, such as paper/table1/row05; see tools/count_params.py --all.")
     parser.add_argument("--print_config", action="store_true", help="Print the merged config as YAML and exit.")
     for key in all_keys().values():
         parser.add_argument(f"--{key.name}", type=key.type, default=key.default, help=key.help.replace("%", "%%"))
@@ -92,6 +96,17 @@ def _without_launcher_options(argv: Sequence[str]) -> list[str]:
     return kept
 
 
+def _presets_as_files(argv: Sequence[str]) -> list[str]:
+    """`argv` with each `--preset NAME` as a `--config` of its settings in its place (jsonargparse takes YAML text for a path)."""
+    tokens: list[str] = []
+    for option, value in _options(argv):
+        if option == "preset":
+            tokens.append(f"--config={yaml.safe_dump(dict(preset(value).settings))}")
+        else:
+            tokens.append(f"--{option}={value}" if value else f"--{option}")
+    return tokens
+
+
 def _origins(argv: Sequence[str]) -> Origins:
     """Where every key of the command line and its files is set.
 
@@ -103,6 +118,9 @@ def _origins(argv: Sequence[str]) -> Origins:
         if option == "config":
             for name, line in _keys_of_file(value):
                 origins.setdefault(name, []).append(f"{value} line {line}")
+        elif option == "preset":
+            for name in preset(value).settings:
+                origins.setdefault(name, []).append(f"preset {value}")
         elif option in all_keys():
             origins.setdefault(option, []).append(_COMMAND_LINE)
         elif option not in _OWN_OPTIONS:
@@ -120,7 +138,7 @@ def _options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not token.startswith("--") or token == "--":
             raise ConfigError(f"{token!r} {_COMMAND_LINE} belongs to no option; settings are written as --key value")
         option, equals, value = token[2:].partition("=")
-        if not equals and (option == "config" or option in all_keys()):
+        if not equals and (option in _VALUED_OPTIONS or option in all_keys()):
             position = next(tokens, None)
             if position is None or argv[position].startswith("--"):
                 raise ConfigError(f"--{option} {_COMMAND_LINE} needs a value; write --{option} VALUE or --{option}=VALUE")

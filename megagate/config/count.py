@@ -1,65 +1,75 @@
-"""Parameters and FLOPs of a model, from its config alone."""
+"""Parameters, FLOPs and cache of a model, from its config alone."""
 
 import math
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal, NamedTuple
 
 from megagate.config.model import ModelConfig
 
-Part = Literal["embedding", "attention", "gate", "router", "experts", "shared_expert", "ffn", "norms", "head"]
+Part = Literal["embedding", "attention", "switch", "gate", "router", "experts", "shared_expert", "ffn", "norms", "head"]
+"""`switch`: what switch heads have beyond one projection each, their routers included."""
+
+FFN_MULTIPLE = 16
+"""Widths of narrowed feed-forward blocks are multiples of this."""
+
+
+class Parameter(NamedTuple):
+    """One parameter of the built model.
+
+    Args:
+        part: What it belongs to.
+        name: Full name.
+        shape: Full shape.
+        share: The share of it that one token passes through, k of n where experts are chosen.
+        is_matrix: Tokens are multiplied by it.
+    """
+
+    part: Part
+    name: str
+    shape: tuple[int, ...]
+    share: Fraction = Fraction(1)
+    is_matrix: bool = True
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model by part.
+    """Parameters of a model.
 
     Args:
-        embedding: The embedding matrix.
-        attention: The q, k, v and o projections of all layers.
-        gate: The attention gates of all layers.
-        router: The routers of all layers.
-        experts: All experts of all layers.
-        active_experts: The experts of all layers that one token passes through.
-        shared_expert: The shared experts of all layers.
-        ffn: The dense feed-forward blocks of all layers.
-        norms: Every RMSNorm.
-        head: The output projection; 0 where it is tied to the embedding.
+        parts: All of them, by part; 0 where the model has none.
+        active_parts: Those that one token passes through, the embedding matrix included, by part.
     """
 
-    embedding: int
-    attention: int
-    gate: int
-    router: int
-    experts: int
-    active_experts: int
-    shared_expert: int
-    ffn: int
-    norms: int
-    head: int
+    parts: Mapping[Part, int]
+    active_parts: Mapping[Part, int]
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.active - self.active_experts + self.experts
+        return sum(self.parts.values())
 
     @property
     def active(self) -> int:
         """Parameters that one token uses, the embedding matrix included."""
-        attention = self.attention + self.gate
-        feed_forward = self.router + self.active_experts + self.shared_expert + self.ffn
-        return self.embedding + attention + feed_forward + self.norms + self.head
+        return sum(self.active_parts.values())
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The full shape of every parameter that the built model has, by its name, with the vocabulary padded."""
-    return {name: shape for _, name, shape in _parameters(model, model.padded_vocab_size)}
+    return {parameter.name: parameter.shape for parameter in parameters(model, padded=True)}
 
 
 def parameter_parts(model: ModelConfig) -> dict[str, Part]:
     """The part that every parameter of the built model belongs to, by its name."""
-    return {name: part for part, name, _ in _parameters(model, model.padded_vocab_size)}
+    return {parameter.name: parameter.part for parameter in parameters(model, padded=True)}
 
 
 def count_parameters(model: ModelConfig, *, padded: bool = False) -> ParameterCount:
@@ -69,11 +79,12 @@ def count_parameters(model: ModelConfig, *, padded: bool = False) -> ParameterCo
         model: The model.
         padded: Count the rows that pad the vocabulary too: what is held in memory. Reports leave them out.
     """
-    counts: dict[Part, int] = dict.fromkeys(typing.get_args(Part), 0)
-    for part, _, shape in _parameters(model, model.padded_vocab_size if padded else model.vocab_size):
-        counts[part] += math.prod(shape)
-    active_experts = counts["experts"] // model.moe.num_experts * model.moe.top_k if model.is_moe else 0
-    return ParameterCount(**counts, active_experts=active_experts)
+    parts: dict[Part, Fraction] = dict.fromkeys(typing.get_args(Part), Fraction(0))
+    active = dict(parts)
+    for parameter in parameters(model, padded=padded):
+        parts[parameter.part] += parameter.size
+        active[parameter.part] += parameter.size * parameter.share
+    return ParameterCount({part: int(n) for part, n in parts.items()}, {part: int(n) for part, n in active.items()})
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
@@ -84,7 +95,8 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
         its top-k experts, the shared expert or the dense FFN, output projection, also a tied one; not the embedding lookup, not norms),
         L layers, s tokens per sequence, n query heads of d channels. A product with a weight costs 2 operations per parameter forward
         and 4 backward. Scores and weighted values cost 4 s n d forward over a whole row, 12 s n d with the backward pass; a
-        causal mask needs half of that. Recomputation is not counted, nor the rows that pad the vocabulary.
+        causal mask needs half of that. Recomputation is not counted, nor the rows that pad the vocabulary, nor projections that switch
+        heads compute and do not choose.
 
     Peers:
         PaLM and torchtitan count 6 N + 12 L s n d: masked scores as work too. Their utilisation of the same run reads higher
@@ -93,54 +105,96 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     Source:
         arXiv 2204.02311, appendix B; halving: arXiv 2307.08691, section 4.1.
     """
-    counts = count_parameters(model)
-    head = model.vocab_size * model.hidden_size
-    matrices = counts.attention + counts.gate + counts.router + counts.active_experts + counts.shared_expert + counts.ffn + head
+    matrices = sum(p.size * p.share for p in parameters(model, padded=False) if p.is_matrix)
+    if model.tie_embeddings:
+        matrices += model.vocab_size * model.hidden_size
     attention = model.num_layers * seq_len * model.attention.num_heads * model.attention.head_dim
-    return 6 * matrices + 6 * attention
+    return int(6 * matrices) + 6 * attention
 
 
-def _parameters(model: ModelConfig, vocab_rows: int) -> Iterator[tuple[Part, str, tuple[int, ...]]]:
-    """Each parameter with its part, name and full shape."""
-    hidden = model.hidden_size
-    yield "embedding", "embedding.weight", (vocab_rows, hidden)
+def kv_cache_bytes_per_token(model: ModelConfig, *, element_bytes: int = 2) -> int:
+    """Bytes of keys and values that generation keeps per token of context: 2 L g d elements; bf16 by default."""
+    return 2 * model.num_layers * model.attention.num_kv_heads * model.attention.head_dim * element_bytes
+
+
+def narrowed_ffn_size(model: ModelConfig, baseline: ModelConfig) -> int:
+    """The width of the dense feed-forward blocks, a multiple of 16, with which `model` has nearest to as many parameters as `baseline`.
+
+    Raises:
+        ValueError: One of them is a mixture of experts, or what `model` adds leaves no feed-forward.
+    """
+    if model.is_moe or baseline.is_moe:
+        raise ValueError("only dense models are narrowed: a mixture's gate is added to it")
+    per_unit = 3 * model.hidden_size * model.num_layers * FFN_MULTIPLE
+    rest = count_parameters(replace(model, ffn_size=0)).total
+    width = FFN_MULTIPLE * round(Fraction(count_parameters(baseline).total - rest, per_unit))
+    if width < FFN_MULTIPLE:
+        raise ValueError(f"nothing is left of the feed-forward: without it the model has {rest} parameters, more than its baseline")
+    return width
+
+
+def parameters(model: ModelConfig, *, padded: bool) -> Iterator[Parameter]:
+    """Each parameter of the model.
+
+    Args:
+        model: The model.
+        padded: With the rows that pad the vocabulary.
+    """
+    hidden, rows = model.hidden_size, model.padded_vocab_size if padded else model.vocab_size
+    yield Parameter("embedding", "embedding.weight", (rows, hidden), is_matrix=False)
     for layer in range(model.num_layers):
         prefix = f"layers.{layer}."
-        yield "norms", f"{prefix}attention_norm.weight", (hidden,)
+        for norm in ("attention_norm", "ffn_norm", *(("attention_out_norm", "ffn_out_norm") if model.sandwich_norm else ())):
+            yield _norm(f"{prefix}{norm}", hidden)
         yield from _attention_parameters(model, f"{prefix}attention.")
-        yield "norms", f"{prefix}ffn_norm.weight", (hidden,)
-        yield from _feed_forward_parameters(model, prefix)
-    yield "norms", "final_norm.weight", (hidden,)
+        if model.is_moe_layer(layer):
+            yield from _moe_parameters(model, f"{prefix}moe.")
+        else:
+            yield from _ffn_parameters("ffn", f"{prefix}ffn", hidden, model.ffn_size)
+    yield _norm("final_norm", hidden)
     if not model.tie_embeddings:
-        yield "head", "head.weight", (vocab_rows, hidden)
+        yield Parameter("head", "head.weight", (rows, hidden))
 
 
-def _attention_parameters(model: ModelConfig, prefix: str) -> Iterator[tuple[Part, str, tuple[int, ...]]]:
+def _norm(name: str, width: int) -> Parameter:
+    return Parameter("norms", f"{name}.weight", (width,), is_matrix=False)
+
+
+def _attention_parameters(model: ModelConfig, prefix: str) -> Iterator[Parameter]:
     attention, hidden = model.attention, model.hidden_size
     query_size = attention.num_heads * attention.head_dim
     kv_size = attention.num_kv_heads * attention.head_dim
-    yield "attention", f"{prefix}q.weight", (query_size, hidden)
-    yield "attention", f"{prefix}k.weight", (kv_size, hidden)
-    yield "attention", f"{prefix}v.weight", (kv_size, hidden)
-    yield "attention", f"{prefix}o.weight", (hidden, query_size)
+    switch = attention.switch
+    share = Fraction(switch.top_k, switch.num_experts)
+    switched = {"none": (), "v": ("v",), "kv": ("k", "v")}[switch.projections]
+    yield Parameter("attention", f"{prefix}q.weight", (query_size, hidden))
+    for kind in ("k", "v"):
+        yield Parameter("attention", f"{prefix}{kind}.weight", (kv_size, hidden), share if kind in switched else Fraction(1))
+    yield Parameter("attention", f"{prefix}o.weight", (hidden, query_size))
+    for kind in switched:
+        yield Parameter("switch", f"{prefix}{kind}_switch.router.weight", (attention.num_kv_heads * switch.num_experts, hidden))
+        for expert in range(switch.num_experts - 1):
+            yield Parameter("switch", f"{prefix}{kind}_switch.experts.{expert}.weight", (kv_size, hidden), share)
     if attention.qk_norm:
-        yield "norms", f"{prefix}q_norm.weight", (attention.head_dim,)
-        yield "norms", f"{prefix}k_norm.weight", (attention.head_dim,)
-    if attention.gate_rows:
-        yield "gate", f"{prefix}gate.weight", (attention.gate_rows, hidden)
+        yield _norm(f"{prefix}q_norm", attention.head_dim)
+        yield _norm(f"{prefix}k_norm", attention.head_dim)
+    if model.gate_shape:
+        yield Parameter("gate", f"{prefix}gate.weight", model.gate_shape, is_matrix=attention.gate.score == "input")
 
 
-def _feed_forward_parameters(model: ModelConfig, prefix: str) -> Iterator[tuple[Part, str, tuple[int, ...]]]:
-    hidden = model.hidden_size
-    if model.is_moe:
-        experts, width = model.moe.num_experts, model.moe.ffn_size
-        yield "router", f"{prefix}moe.router.weight", (experts, hidden)
-        yield "experts", f"{prefix}moe.experts.gate_up", (experts, 2 * width, hidden)
-        yield "experts", f"{prefix}moe.experts.down", (experts, hidden, width)
-        part, name, width = "shared_expert", f"{prefix}moe.shared_expert", model.moe.shared_ffn_size
-    else:
-        part, name, width = "ffn", f"{prefix}ffn", model.ffn_size
+def _moe_parameters(model: ModelConfig, prefix: str) -> Iterator[Parameter]:
+    moe, hidden = model.moe, model.hidden_size
+    share = Fraction(moe.top_k, moe.num_experts)
+    yield Parameter("router", f"{prefix}router.weight", (moe.num_experts, hidden))
+    yield Parameter("experts", f"{prefix}experts.gate_up", (moe.num_experts, 2 * moe.ffn_size, hidden), share)
+    yield Parameter("experts", f"{prefix}experts.down", (moe.num_experts, hidden, moe.ffn_size), share)
+    yield from _ffn_parameters("shared_expert", f"{prefix}shared_expert", hidden, moe.shared_ffn_size)
+    if moe.shared_gate:
+        yield Parameter("shared_expert", f"{prefix}shared_gate.weight", (1, hidden))
+
+
+def _ffn_parameters(part: Part, name: str, hidden: int, width: int) -> Iterator[Parameter]:
     if width:
-        yield part, f"{name}.gate.weight", (width, hidden)
-        yield part, f"{name}.up.weight", (width, hidden)
-        yield part, f"{name}.down.weight", (hidden, width)
+        yield Parameter(part, f"{name}.gate.weight", (width, hidden))
+        yield Parameter(part, f"{name}.up.weight", (width, hidden))
+        yield Parameter(part, f"{name}.down.weight", (hidden, width))

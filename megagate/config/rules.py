@@ -69,11 +69,17 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "model.ffn_size": _AT_LEAST_0,
         "model.norm_eps": _POSITIVE,
         "model.init_std": _POSITIVE,
+        "model.attention.gate.constant": _POSITIVE,
+        "model.attention.switch.num_experts": _AT_LEAST_1,
+        "model.attention.switch.top_k": _AT_LEAST_1,
         "model.attention.rope.base": Range(1, open_low=True),
+        "model.residual_clip": _AT_LEAST_0,
         "model.moe.num_experts": _AT_LEAST_0,
         "model.moe.top_k": _AT_LEAST_1,
         "model.moe.ffn_size": _AT_LEAST_0,
+        "model.moe.first_dense_layers": _AT_LEAST_0,
         "model.moe.shared_ffn_size": _AT_LEAST_0,
+        "model.moe.bias_update_rate": _AT_LEAST_0,
         "model.moe.balance_coef": _AT_LEAST_0,
         "model.moe.z_loss_coef": _AT_LEAST_0,
         "train.steps": _AT_LEAST_1,
@@ -158,6 +164,8 @@ def _size_rules(model: ModelConfig) -> Iterator[str]:
     needed = dict.fromkeys(_SIZE_KEYS, "")
     if model.is_moe:
         needed["model.moe.ffn_size"] = " for a mixture of experts"
+        if model.moe.first_dense_layers > 0:
+            needed["model.ffn_size"] = f" for the dense layers of a mixture (model.moe.first_dense_layers is {model.moe.first_dense_layers})"
     else:
         needed["model.ffn_size"] = " for a dense model (model.moe.num_experts is 0)"
     for key, what_for in needed.items():
@@ -177,8 +185,68 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
     )
     if attention.head_dim > 0 and attention.head_dim % 2:
         yield f"model.attention.head_dim ({attention.head_dim}) must be even: RoPE turns pairs of channels; change model.attention.head_dim"
-    if model.is_moe and moe.top_k > moe.num_experts:
+    yield from _gate_rules(model)
+    yield from _switch_rules(model)
+    if not model.is_moe:
+        return
+    if moe.top_k > moe.num_experts:
         yield f"model.moe.top_k ({moe.top_k}) must be at most model.moe.num_experts ({moe.num_experts}); lower model.moe.top_k"
+    if moe.first_dense_layers >= model.num_layers > 0:
+        yield (
+            f"model.moe.first_dense_layers ({moe.first_dense_layers}) must be less than model.num_layers ({model.num_layers}): a mixture has "
+            "at least one; lower model.moe.first_dense_layers, or set model.moe.num_experts to 0 for a dense model"
+        )
+    if moe.shared_gate and not moe.shared_ffn_size:
+        yield (
+            "model.moe.shared_gate (true) needs a shared expert, but model.moe.shared_ffn_size is 0; set model.moe.shared_ffn_size or leave "
+            "the gate out"
+        )
+
+
+def _gate_rules(model: ModelConfig) -> Iterator[str]:
+    """Which of the gate's values go together."""
+    gate, key = model.attention.gate, "model.attention.gate"
+    if gate.position == "none":
+        return
+    if gate.head_shared and gate.granularity == "headwise":
+        yield f"{key}.head_shared (true) needs {key}.granularity elementwise: a mean over heads has no head left; set one of them"
+    if gate.head_shared and gate.score != "input":
+        yield f"{key}.head_shared (true) needs {key}.score input, it is {gate.score}; set {key}.head_shared to false"
+    if gate.position == "G5" and (gate.granularity == "headwise" or gate.head_shared):
+        yield f"{key}.position (G5) is after the output projection, where there are no heads; set granularity elementwise, not head_shared"
+    if gate.score == "self" and (gate.position != "G1" or gate.activation not in ("silu", "rmsnorm") or gate.combine != "multiply"):
+        yield f"{key}.score (self) is an activation of the attention output: set position G1, activation silu or rmsnorm, combine multiply"
+    if gate.score in ("self", "constant") and gate.granularity == "headwise":
+        yield f"{key}.granularity (headwise) has no meaning where {key}.score is {gate.score}; set it to elementwise"
+    if gate.score != "self" and gate.activation == "rmsnorm":
+        yield f"{key}.activation (rmsnorm) is of the attention output itself; set {key}.score to self or choose another activation"
+    per_head = gate.granularity == "headwise" or gate.score == "constant"
+    if model.attention.qk_norm and gate.position in ("G3", "G4") and per_head and gate.combine == "multiply":
+        yield (
+            f"{key}.position ({gate.position}) with one factor per head does nothing: model.attention.qk_norm (true) divides it out again; "
+            "set granularity elementwise, combine add, or qk_norm false"
+        )
+    if gate.score == "constant" and gate.combine != "multiply":
+        yield f"{key}.score (constant) is a factor; set {key}.combine to multiply"
+
+
+def _switch_rules(model: ModelConfig) -> Iterator[str]:
+    """What switch heads go together with."""
+    switch, position, key = model.attention.switch, model.attention.gate.position, "model.attention.switch"
+    if switch.projections == "none":
+        return
+    if switch.top_k > switch.num_experts:
+        yield f"{key}.top_k ({switch.top_k}) must be at most {key}.num_experts ({switch.num_experts}); lower {key}.top_k"
+    if position == "G2" or (position == "G3" and switch.projections == "kv"):
+        yield (
+            f"{key}.projections ({switch.projections}) gates what model.attention.gate.position ({position}) gates: two gates on one position; "
+            f"set {key}.projections or model.attention.gate.position to none"
+        )
+    if switch.projections == "kv" and switch.num_experts == 1 and model.attention.qk_norm:
+        yield (
+            f"{key}.num_experts (1) with {key}.projections kv gives each key one factor, and model.attention.qk_norm (true) divides it out "
+            f"again; set {key}.projections to v, or {key}.num_experts to 2 or more"
+        )
 
 
 def _schedule_rules(config: RunConfig) -> Iterator[str]:
@@ -226,8 +294,10 @@ def _sharding_rules(config: RunConfig) -> Iterator[str]:
         "train.seq_len": config.train.seq_len,
         f"model.vocab_size {model.vocab_size} padded": model.padded_vocab_size,
     }
-    ffn = ("model.moe.shared_ffn_size", model.moe.shared_ffn_size) if model.is_moe else ("model.ffn_size", model.ffn_size)
-    split[ffn[0]] = ffn[1]
+    if model.is_moe:
+        split["model.moe.shared_ffn_size"] = model.moe.shared_ffn_size
+    if not model.is_moe or model.moe.first_dense_layers > 0:
+        split["model.ffn_size"] = model.ffn_size
     for key, size in split.items():
         name = key.split()[0].rpartition(".")[2]
         yield from _divisible(key, size, "parallel.tp", tp, remedy=f"lower parallel.tp or change {name}")

@@ -17,7 +17,10 @@ from megagate.parallel.mesh import ParallelMesh
 class Block(Layer):
     """x + attention(norm(x)), then x + ffn(norm(x)); the feed-forward is dense or a mixture of experts.
 
+    With sandwich norms what is added is normed, too; with a residual clip it is clipped.
+
     Shapes: [b, s/tp, h] -> [b, s/tp, h], and the router's statistics (None in a dense block).
+    Source: sandwich norm: arXiv 2105.13290, section 2.4; residual clip: arXiv 2505.06708, appendix A.6.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):
@@ -26,7 +29,9 @@ class Block(Layer):
         self.attention_norm = RMSNorm(config.hidden_size, **norm)
         self.attention = GatedAttention(config, dtype=dtype, backend=backend, tp=mesh.tp)
         self.ffn_norm = RMSNorm(config.hidden_size, **norm)
-        self.is_moe = config.is_moe
+        self.is_moe, self.clip = config.is_moe, config.residual_clip
+        self.attention_out_norm = RMSNorm(config.hidden_size, **norm) if config.sandwich_norm else None
+        self.ffn_out_norm = RMSNorm(config.hidden_size, **norm) if config.sandwich_norm else None
         if config.is_moe:
             self.moe = MoE(config.moe, config.hidden_size, dtype=dtype, backend=backend, mesh=mesh)
         else:
@@ -34,7 +39,12 @@ class Block(Layer):
 
     def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, RouterStats | None]:
         """Apply the block."""
-        x = x + self.attention(self.attention_norm(x), rope)
+        x = x + self._tamed(self.attention(self.attention_norm(x), rope), self.attention_out_norm)
         normed = self.ffn_norm(x)
         out, stats = self.moe(normed) if self.is_moe else (self.ffn(normed), None)
-        return x + out, stats
+        return x + self._tamed(out, self.ffn_out_norm), stats
+
+    def _tamed(self, out: Tensor, norm: RMSNorm | None) -> Tensor:
+        """What is added to the residual stream."""
+        out = out if norm is None else norm(out)
+        return out.clamp(-self.clip, self.clip) if self.clip else out

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megagate.backend.base import Backend
-from megagate.config.model import ModelConfig
+from megagate.config.model import GatePosition, ModelConfig
 from megagate.nn.base import Layer, Weight
 from megagate.nn.gate import AttentionGate
 from megagate.nn.norm import RMSNorm
@@ -14,7 +14,7 @@ from megagate.parallel.mesh import Axis
 
 
 class GatedAttention(Layer):
-    """softmax(q k^T / sqrt(d)) v, gated, projected: one GEMM yields q, k, v and the gate's logits.
+    """softmax(q k^T / sqrt(d)) v, projected, gated at one of five places: one GEMM yields q, k, v and the gate's logits.
 
     Shapes: x [b, s/tp, h] (normed), rope [2, s, 1, d/2] -> [b, s/tp, h].
     Parallel: q, gate and o are cut by query heads, k and v by kv heads. With more tp ranks than kv heads k and v are wholly replicated,
@@ -33,7 +33,7 @@ class GatedAttention(Layer):
         self.k = Weight((kv_rows, model.hidden_size), dtype, axis=self.kv_axis)
         self.v = Weight((kv_rows, model.hidden_size), dtype, axis=self.kv_axis)
         self.o = Weight((model.hidden_size, q_rows), dtype, init="output", axis=tp, dim=1)
-        self.gate = AttentionGate(config, model.hidden_size, dtype=dtype, tp=tp) if config.gate_rows else None
+        self.gate = AttentionGate(model, dtype=dtype, tp=tp, kv_axis=self.kv_axis) if config.gate.position != "none" else None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
             self.k_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
@@ -41,16 +41,21 @@ class GatedAttention(Layer):
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """Attend, gate, project."""
         weights = [self.q.weight, self._local_kv(self.k.weight), self._local_kv(self.v.weight)]
-        if self.gate is not None:
-            weights.append(self.gate.weight)
+        if self.gate is not None and self.gate.rides:
+            weights.append(self.gate.local_weight())
         q, k, v, *logits = self.backend.column_linears(x, weights, self.tp)
         q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (q, k, v))  # [b, s, heads/tp, d]
+        q, k, v = self._gated("G4", q, *logits), self._gated("G3", k, *logits), self._gated("G2", v, *logits)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         y = self.backend.attention_core(rotate(q, rope), rotate(k, rope), v)
-        if self.gate is not None:
-            y = self.gate(y, *logits)
-        return self.backend.row_linear(y.flatten(2), self.o.weight, self.tp)
+        y = self._gated("G1", y, *logits)
+        out = self.backend.row_linear(y.flatten(2), self.o.weight, self.tp)
+        return self.gate.gate_output(out, x) if self.config.gate.position == "G5" else out
+
+    def _gated(self, position: GatePosition, y: Tensor, *logits: Tensor) -> Tensor:
+        """y, gated if the gate is here."""
+        return self.gate(y, *logits) if self.config.gate.position == position else y
 
     def _local_kv(self, weight: Tensor) -> Tensor:
         if self.kv_axis is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megagate.parallel.mesh import Axis
 from megagate.parallel.shard import Shard
 
-Init = Literal["normal", "output", "ones"]
+Init = Literal["normal", "output", "ones", "zeros"]
 """`output` is the projection that writes to the residual stream, drawn narrower; see `nn/init.py`."""
 
 

@@ -1,28 +1,94 @@
-"""The attention gate: every variant is one value of `GateConfig` and one branch here."""
+"""The attention gate: one class, every variant a value of `GateConfig`."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 
-from megagate.config.model import AttentionConfig
-from megagate.nn.base import Weight
+from megagate.config.model import GateActivation, ModelConfig
+from megagate.nn.base import Layer
+from megagate.parallel.comm import enter, leave
 from megagate.parallel.mesh import Axis
 
+ACTIVATIONS: Mapping[GateActivation, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "sigmoid": torch.sigmoid,
+        "silu": F.silu,
+        "identity": lambda logits: logits,
+        "ns_sigmoid": lambda logits: 0.5 + 0.5 * torch.sigmoid(logits),
+        "rmsnorm": lambda y: F.rms_norm(y, y.shape[-1:], eps=RMSNORM_EPS),
+    }
+)
+"""Of fp32 logits, or, where the gate's score is `self`, of what is gated."""
+RMSNORM_EPS = 1e-6
 
-class AttentionGate(Weight):
-    """Y' = Y * sigmoid(X W), X the normed input of the attention block; its logits ride in the GEMM of q, k and v.
 
-    Shapes: y [b, s, n/tp, d], logits [b, s, n/tp * d] (elementwise) or [b, s, n/tp] (headwise) -> [b, s, n/tp, d].
-    Parallel: the weight is cut by heads over tp, like the query's; no collective of its own.
-    Source: arXiv 2505.06708, equation 5.
+class AttentionGate(Layer):
+    """Y' = Y * act(S) or Y + act(S), see `GateConfig`; S = X W rides in the GEMM of q, k and v, but for G5.
+
+    Shapes: y [b, s, heads/tp, d]; logits [b, s, heads/tp * d] (elementwise) or [b, s, heads/tp] (headwise) -> like y. At G5 y and the
+        logits are [b, s/tp, h].
+    Parallel: the weight is cut over tp by the heads it belongs to: query heads at G1 and G4, key/value heads at G2 and G3 (with more tp
+        ranks than those, replicated like k and v, its gradient summed over tp). At G5 it is replicated, its gradient summed over tp.
+        Head-shared scores are averaged over tp: an all-reduce of [b, s, 1, d] forward and backward. No other collective of its own.
+    Source: arXiv 2505.06708, equation 5 and section 2.2.
     """
 
-    def __init__(self, config: AttentionConfig, hidden_size: int, *, dtype: torch.dtype, tp: Axis):
-        super().__init__((config.gate_rows, hidden_size), dtype, axis=tp)
+    weight: Tensor
 
-    def forward(self, y: Tensor, logits: Tensor) -> Tensor:
-        """Scale the attention output by its scores, computed in fp32."""
-        return _Gate.apply(y, logits.view(*y.shape[:-1], -1))
+    def __init__(self, model: ModelConfig, *, dtype: torch.dtype, tp: Axis, kv_axis: Axis | None):
+        super().__init__(dtype)
+        self.config, self.tp, self.head_dim = model.attention.gate, tp, model.attention.head_dim
+        self.heads, self.width = model.gate_scores
+        self.axis = {"G2": kv_axis, "G3": kv_axis, "G5": None}.get(self.config.position, tp)
+        if model.gate_shape:
+            init = "normal" if self.config.score == "input" else "zeros"
+            self.add_weight("weight", model.gate_shape, init=init, axis=self.axis)
+
+    @property
+    def rides(self) -> bool:
+        """Whether the logits come with q, k and v, from `local_weight`."""
+        return self.config.score == "input" and self.config.position != "G5"
+
+    def local_weight(self) -> Tensor:
+        """The weight of this rank's heads."""
+        if self.axis is not None:
+            return self.weight
+        whole = enter(self.weight.float(), self.tp).to(self.weight.dtype)
+        if self.config.position == "G5":
+            return whole
+        rows = whole.shape[0] // self.heads
+        return whole.narrow(0, self.tp.rank * self.heads // self.tp.size * rows, rows)
+
+    def forward(self, y: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Gate y. `logits`: what rode with q, k and v; None where the score needs no input."""
+        config = self.config
+        if config.score == "constant":
+            return y * config.constant
+        if config.score == "self":
+            return ACTIVATIONS[config.activation](y.float()).to(y.dtype)
+        if config.score == "parameter":
+            logits = self.local_weight()  # [heads/tp, d or 1]
+        elif config.position != "G5":
+            logits = logits.view(*y.shape[:-1], -1)
+        if config.activation == "sigmoid" and config.combine == "multiply" and config.score == "input" and not config.head_shared:
+            return _Gate.apply(y, logits)
+        scores = ACTIVATIONS[config.activation](logits.float())
+        if config.head_shared:
+            scores = self._over_heads(scores)
+        return (y * scores if config.combine == "multiply" else y + scores).to(y.dtype)
+
+    def gate_output(self, y: Tensor, x: Tensor) -> Tensor:
+        """G5: gate the output projection's result by the block's normed input, both [b, s/tp, h]."""
+        return self(y, F.linear(x, self.local_weight()) if self.config.score == "input" else None)
+
+    def _over_heads(self, scores: Tensor) -> Tensor:
+        """The mean over all heads, [b, s, 1, d]. A key/value head on several ranks counts on each of them, and all heads so alike."""
+        mean = scores.mean(-2, keepdim=True) / self.tp.size
+        return enter(leave(mean, self.tp), self.tp)
 
 
 class _Gate(Function):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from megagate.nn.base import named_labels
 
+CONSTANTS = {"ones": 1.0, "zeros": 0.0}
+
 
 @torch.no_grad()
 def initialize(model: nn.Module, *, seed: int, std: float, num_layers: int, device: torch.device) -> None:
@@ -29,8 +31,8 @@ def initialize(model: nn.Module, *, seed: int, std: float, num_layers: int, devi
     labels = named_labels(model)
     for name, parameter in model.named_parameters():
         label = labels[name]
-        if label.init == "ones":
-            parameter.fill_(1.0)
+        if label.init in CONSTANTS:
+            parameter.fill_(CONSTANTS[label.init])
         elif label.stacked:
             for local in range(parameter.shape[0]):
                 expert = label.shard.offset[0] + local

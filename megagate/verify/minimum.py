@@ -1,5 +1,6 @@
 """What one optimizer step has to send: formulas, from sizes alone."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,25 +70,27 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
     """What one rank sends through `parallel/comm.py` in one `Engine.train_step`.
 
     Sizes: M micro-steps, L layers, b sequences, s tokens, width h, d channels of a head, g kv heads, E experts, B bytes of an element;
-    F = 1 forward pass of a block, 2 with recompute. AG(x) = x (n - 1) and RS(x) = x (n - 1) / n with n ranks on the axis, x bytes given;
+    F = 1 forward pass of a block, 2 with recompute; D = F where something is kept after a block's last collective (sandwich norm, residual
+    clip), else 1: a recomputed block stops there. AG(x) = x (n - 1) and RS(x) = x (n - 1) / n with n ranks on the axis, x bytes given;
     AR(x) = 2 RS(x), each in whole bytes (`bytes_sent`). On an axis of size 1 all are nothing. a = b s/tp h B bytes is a shard of
     activations, A = tp a all of them.
 
     tp, activations:
         attention          all_gather  M L (F + 1) AG(a)     reduce_scatter  M L (F + 1) RS(A)      (in and out, and their adjoints)
         shared expert      all_gather  M L (F + 1) AG(a)     reduce_scatter  M L (F + 1) RS(A)      (where there is one)
-        dense FFN          all_gather  M L (F + 1) AG(a)     reduce_scatter  M L 2 RS(A)            (of a dense model; it ends a block, and
-                           a recomputed block stops before the last reduce-scatter)
+        dense FFN          all_gather  M L (F + 1) AG(a)     reduce_scatter  M L (D + 1) RS(A)      (of a dense model; it ends a block)
         embedding          all_gather  M AG(a)               reduce_scatter  M RS(A)                (backward, forward)
         head               all_gather  M AG(a)               reduce_scatter  M RS(A)                (forward, backward)
     tp, sums in fp32, c tokens in a chunk of the loss:
         head maximum       all_reduce  M sum over chunks AR(4 c)
         head sums          all_reduce  M sum over chunks AR(4 (c + 1))
-        enter(w)           all_reduce  M sum over replicated weights AR(4 elements): per layer two norms [h]; q_norm, k_norm [d] each where
-                           there are; the router [E, h] of a mixture; k, v [g d, h] each where tp > g; once the final norm [h]
+        enter(w)           all_reduce  M sum over replicated weights AR(4 elements): per layer two norms [h], four with sandwich norms;
+                           q_norm, k_norm [d] each where there are; the router [E, h] of a mixture; k, v [g d, h] each where tp > g, with
+                           them a gate at G2 or G3; a gate at G5; once the final norm [h]
+        shared scores      all_reduce  M L (F + 1) AR(4 b s d) of a head-shared gate                (forward, backward)
     ep, each layer of a mixture, with rows_out and rows_in summed over layers and micro-steps:
         split sizes        all_to_all  M L F (ep - 1) E/ep 8                                        (int64 counts, one row per rank)
-        rows               all_to_all  ((F + 1) rows_out + 2 rows_in) h B, in M L (F + 3) calls     (one row per token and expert; forward
+        rows               all_to_all  ((F + 1) rows_out + (D + 1) rows_in) h B, in M L (F + D + 2) calls (per token and expert; forward
                            rows_out to dispatch and rows_in to combine, which ends a block; backward rows_in for dispatch, rows_out for
                            combine)
         router weights     all_to_all  (F rows_out + rows_in) 4, in M L (F + 1) calls               (fp32, dispatch only)
@@ -164,7 +167,7 @@ def _activations(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     shard = step.tokens // step.tp * model.hidden_size * step.dtype_bytes
     sublayers = [("attention", blocks * (passes + 1), blocks * (passes + 1))]
     if not model.is_moe:
-        sublayers.append(("dense FFN", blocks * (passes + 1), blocks * 2))
+        sublayers.append(("dense FFN", blocks * (passes + 1), blocks * (_ends(model, step) + 1)))
     elif model.moe.shared_ffn_size:
         sublayers.append(("shared expert", blocks * (passes + 1), blocks * (passes + 1)))
     sublayers += [("embedding", micro, micro), ("head", micro, micro)]
@@ -179,15 +182,20 @@ def _sums(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     yield _all_reduce("head maximum", "tp", [FP32 * c for c in chunks] * step.micro_steps, step)
     yield _all_reduce("head sums", "tp", [FP32 * (c + 1) for c in chunks] * step.micro_steps, step)
     attention, width = model.attention, model.hidden_size
-    block = [width, width]
+    block = [width] * (4 if model.sandwich_norm else 2)
     if attention.qk_norm:
         block += [attention.head_dim] * 2
     if model.is_moe:
         block.append(model.moe.num_experts * width)
     if step.tp > attention.num_kv_heads:
         block += [attention.num_kv_heads * attention.head_dim * width] * 2
+    whole_at = ("G2", "G3", "G5") if step.tp > attention.num_kv_heads else ("G5",)
+    if model.gate_shape and attention.gate.position in whole_at:
+        block.append(math.prod(model.gate_shape))
     weights = block * model.num_layers + [width]
     yield _all_reduce("enter(w)", "tp", [FP32 * elements for elements in weights] * step.micro_steps, step)
+    shared = [FP32 * step.tokens * attention.head_dim] if attention.gate.position != "none" and attention.gate.head_shared else []
+    yield _all_reduce("shared scores", "tp", shared * step.micro_steps * model.num_layers * (2 + step.recompute), step)
 
 
 def _routing(model: ModelConfig, step: StepShape) -> Iterable[Term]:
@@ -195,11 +203,17 @@ def _routing(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     blocks, passes = step.micro_steps * model.num_layers, 1 + step.recompute
     there = int(step.ep > 1)
     splits = (step.ep - 1) * (model.moe.num_experts // step.ep) * INT64
-    rows = ((passes + 1) * step.rows_out + 2 * step.rows_in) * model.hidden_size * step.dtype_bytes
+    ends = _ends(model, step)
+    rows = ((passes + 1) * step.rows_out + (ends + 1) * step.rows_in) * model.hidden_size * step.dtype_bytes
     weights = (passes * step.rows_out + step.rows_in) * FP32
     yield Term("split sizes", "ep", "all_to_all", there * blocks * passes, blocks * passes * splits)
-    yield Term("rows", "ep", "all_to_all", there * blocks * (passes + 3), rows)
+    yield Term("rows", "ep", "all_to_all", there * blocks * (passes + ends + 2), rows)
     yield Term("router weights", "ep", "all_to_all", there * blocks * (passes + 1), weights)
+
+
+def _ends(model: ModelConfig, step: StepShape) -> int:
+    """How often the last collective of a block runs forward."""
+    return 1 + (step.recompute and (model.sandwich_norm or model.residual_clip > 0))
 
 
 def _balance(model: ModelConfig, step: StepShape) -> Iterable[Term]:
