@@ -99,8 +99,12 @@ class Engine(ABC):
             self._backward(loss, last=k == last)
         grad_norm, applied = self._update(lr)
         self.applied_steps += applied
-        loss = total(ce_sum, self.mesh.dp).item() / targets
-        return StepResult(loss, targets, grad_norm, applied, balance.logged() if balance is not None else None)
+        loss, aux = total(ce_sum, self.mesh.dp).item() / targets, None
+        if balance is not None:
+            aux, counts = balance.close()
+            if applied:
+                self.model.follow_counts(counts)
+        return StepResult(loss, targets, grad_norm, applied, aux)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -134,15 +138,19 @@ class Engine(ABC):
         """Clip, step unless a gradient is not finite, clear; returns the global norm and whether the step was applied."""
 
     def state_pieces(self) -> Iterator[Piece]:
-        """This rank's part of masters and moments: every element of every logical tensor on exactly one rank, without a collective."""
+        """This rank's part of masters, moments and what else the model keeps: every element on exactly one rank, without a collective."""
+        for name, buffer in self._buffers() if self.mesh.world.rank == 0 else ():
+            yield Piece(name, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
         for fragment in self._fragments():
             if fragment.owned:
                 for kind, flat in self._state(fragment.flat):
                     yield from self._pieces(f"{kind}/{fragment.name}", fragment, flat)
 
     def load_state(self, checkpoint: Checkpoint, *, applied_steps: int) -> None:
-        """Take masters, moments and weights from a checkpoint of any layout."""
+        """Take masters, moments, weights and what else the model keeps from a checkpoint of any layout."""
         self.applied_steps = applied_steps
+        for name, buffer in self._buffers():
+            checkpoint.read(name, (0,) * buffer.dim(), buffer)
         fragments = list(self._fragments())
         for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
             self.optimizer.state[flat] = fresh_state(flat, self.config.optim, applied_steps=applied_steps)
@@ -178,6 +186,10 @@ class Engine(ABC):
     def whole_weights(self) -> Iterator[None]:
         """Inside the context the model's parameters hold this rank's whole shards, to read. Collective."""
         yield
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in checkpoints, tensor) of what the model keeps beside parameters, equal on all ranks: the routers' biases."""
+        return ((f"state/{name}", buffer) for name, buffer in self.model.named_buffers())
 
     def _state(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(kind, tensor) of what the optimizer keeps for one of its tensors."""

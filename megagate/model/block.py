@@ -23,16 +23,16 @@ class Block(Layer):
     Source: sandwich norm: arXiv 2105.13290, section 2.4; residual clip: arXiv 2505.06708, appendix A.6.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):
+    def __init__(self, config: ModelConfig, *, is_moe: bool, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):
         super().__init__(dtype)
         norm = {"eps": config.norm_eps, "dtype": dtype, "backend": backend, "tp": mesh.tp}
         self.attention_norm = RMSNorm(config.hidden_size, **norm)
         self.attention = GatedAttention(config, dtype=dtype, backend=backend, tp=mesh.tp)
         self.ffn_norm = RMSNorm(config.hidden_size, **norm)
-        self.is_moe, self.clip = config.is_moe, config.residual_clip
+        self.is_moe, self.clip = is_moe, config.residual_clip
         self.attention_out_norm = RMSNorm(config.hidden_size, **norm) if config.sandwich_norm else None
         self.ffn_out_norm = RMSNorm(config.hidden_size, **norm) if config.sandwich_norm else None
-        if config.is_moe:
+        if is_moe:
             self.moe = MoE(config.moe, config.hidden_size, dtype=dtype, backend=backend, mesh=mesh)
         else:
             self.ffn = DenseFFN(config.hidden_size, config.ffn_size, dtype=dtype, backend=backend, tp=mesh.tp)

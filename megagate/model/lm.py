@@ -43,7 +43,8 @@ class LanguageModel(Layer):
         super().__init__(dtype)
         self.config, self.mesh, self.recompute = config, mesh, recompute
         self.embedding = Embedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=mesh.tp)
-        self.layers = nn.ModuleList(Block(config, dtype=dtype, backend=backend, mesh=mesh) for _ in range(config.num_layers))
+        block = {"dtype": dtype, "backend": backend, "mesh": mesh}
+        self.layers = nn.ModuleList(Block(config, is_moe=config.is_moe_layer(layer), **block) for layer in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, backend=backend, tp=mesh.tp)
         if not config.tie_embeddings:
             self.head = Weight((config.padded_vocab_size, config.hidden_size), dtype, axis=mesh.tp)
@@ -72,6 +73,12 @@ class LanguageModel(Layer):
         Shapes: tokens [b, s] -> [b, s, vocab_size] fp32; s a multiple of tp.
         """
         return self(tokens, None)  # through `forward`, whose hooks gather partitioned weights under ZeRO-3
+
+    def follow_counts(self, counts: Tensor) -> None:
+        """Move the routers' biases after a step; counts [MoE layers, E] of rows, over all ranks."""
+        routers = [block.moe.router for block in self.layers if block.is_moe]
+        for router, of_layer in zip(routers, counts, strict=True):
+            router.follow(of_layer)
 
     @property
     def output_weight(self) -> Tensor:

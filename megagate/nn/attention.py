@@ -7,14 +7,15 @@ from megagate.backend.base import Backend
 from megagate.config.model import GatePosition, ModelConfig
 from megagate.nn.base import Layer, Weight
 from megagate.nn.gate import AttentionGate
+from megagate.nn.heads import local_heads
 from megagate.nn.norm import RMSNorm
 from megagate.nn.rope import rotate
-from megagate.parallel.comm import enter
+from megagate.nn.switch import SwitchHeads
 from megagate.parallel.mesh import Axis
 
 
 class GatedAttention(Layer):
-    """softmax(q k^T / sqrt(d)) v, projected, gated at one of five places: one GEMM yields q, k, v and the gate's logits.
+    """softmax(q k^T / sqrt(d)) v, projected, gated at one of five places: one GEMM yields q, k, v and what gate or switch heads need.
 
     Shapes: x [b, s/tp, h] (normed), rope [2, s, 1, d/2] -> [b, s/tp, h].
     Parallel: q, gate and o are cut by query heads, k and v by kv heads. With more tp ranks than kv heads k and v are wholly replicated,
@@ -34,17 +35,18 @@ class GatedAttention(Layer):
         self.v = Weight((kv_rows, model.hidden_size), dtype, axis=self.kv_axis)
         self.o = Weight((model.hidden_size, q_rows), dtype, init="output", axis=tp, dim=1)
         self.gate = AttentionGate(model, dtype=dtype, tp=tp, kv_axis=self.kv_axis) if config.gate.position != "none" else None
+        projections = config.switch.projections
+        switch = {"dtype": dtype, "tp": tp, "kv_axis": self.kv_axis}
+        self.k_switch = SwitchHeads(model, **switch) if projections == "kv" else None
+        self.v_switch = SwitchHeads(model, **switch) if projections in ("v", "kv") else None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
             self.k_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """Attend, gate, project."""
-        weights = [self.q.weight, self._local_kv(self.k.weight), self._local_kv(self.v.weight)]
-        if self.gate is not None and self.gate.rides:
-            weights.append(self.gate.local_weight())
-        q, k, v, *logits = self.backend.column_linears(x, weights, self.tp)
-        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (q, k, v))  # [b, s, heads/tp, d]
+        (q,), keys, values, logits = self._project(x)
+        q, k, v = self._heads(q), self._heads(*keys, switch=self.k_switch), self._heads(*values, switch=self.v_switch)
         q, k, v = self._gated("G4", q, *logits), self._gated("G3", k, *logits), self._gated("G2", v, *logits)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -53,13 +55,23 @@ class GatedAttention(Layer):
         out = self.backend.row_linear(y.flatten(2), self.o.weight, self.tp)
         return self.gate.gate_output(out, x) if self.config.gate.position == "G5" else out
 
+    def _project(self, x: Tensor) -> list[list[Tensor]]:
+        """What q, k, v and the gate are made of, by one GEMM; nothing for a gate that needs no logits."""
+        k, v = (local_heads(w.weight, self.config.num_kv_heads, cut=self.kv_axis, tp=self.tp) for w in (self.k, self.v))
+        groups = [
+            [self.q.weight],
+            [k, *(self.k_switch.local_weights() if self.k_switch is not None else ())],
+            [v, *(self.v_switch.local_weights() if self.v_switch is not None else ())],
+            [self.gate.local_weight()] if self.gate is not None and self.gate.rides else [],
+        ]
+        outputs = iter(self.backend.column_linears(x, [weight for group in groups for weight in group], self.tp))
+        return [[next(outputs) for _ in group] for group in groups]
+
+    def _heads(self, projected: Tensor, *others: Tensor, switch: SwitchHeads | None = None) -> Tensor:
+        """[b, s, heads/tp, d]; `others` is what a switch chooses by and from."""
+        first = projected.unflatten(-1, (-1, self.config.head_dim))
+        return first if switch is None else switch(first, *others)
+
     def _gated(self, position: GatePosition, y: Tensor, *logits: Tensor) -> Tensor:
         """y, gated if the gate is here."""
         return self.gate(y, *logits) if self.config.gate.position == position else y
-
-    def _local_kv(self, weight: Tensor) -> Tensor:
-        if self.kv_axis is not None:
-            return weight
-        head = self.tp.rank * self.config.num_kv_heads // self.tp.size
-        whole = enter(weight.float(), self.tp).to(weight.dtype)
-        return whole.narrow(0, head * self.config.head_dim, self.config.head_dim)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from megagate.config.model import GateActivation, ModelConfig
 from megagate.nn.base import Layer
+from megagate.nn.heads import local_heads
 from megagate.parallel.comm import enter, leave
 from megagate.parallel.mesh import Axis
 
@@ -55,13 +56,7 @@ class AttentionGate(Layer):
 
     def local_weight(self) -> Tensor:
         """The weight of this rank's heads."""
-        if self.axis is not None:
-            return self.weight
-        whole = enter(self.weight.float(), self.tp).to(self.weight.dtype)
-        if self.config.position == "G5":
-            return whole
-        rows = whole.shape[0] // self.heads
-        return whole.narrow(0, self.tp.rank * self.heads // self.tp.size * rows, rows)
+        return local_heads(self.weight, self.heads, cut=self.axis, tp=self.tp)
 
     def forward(self, y: Tensor, logits: Tensor | None = None) -> Tensor:
         """Gate y. `logits`: what rode with q, k and v; None where the score needs no input."""
@@ -75,7 +70,7 @@ class AttentionGate(Layer):
         elif config.position != "G5":
             logits = logits.view(*y.shape[:-1], -1)
         if config.activation == "sigmoid" and config.combine == "multiply" and config.score == "input" and not config.head_shared:
-            return _Gate.apply(y, logits)
+            return sigmoid_gate(y, logits)
         scores = ACTIVATIONS[config.activation](logits.float())
         if config.head_shared:
             scores = self._over_heads(scores)
@@ -89,6 +84,11 @@ class AttentionGate(Layer):
         """The mean over all heads, [b, s, 1, d]. A key/value head on several ranks counts on each of them, and all heads so alike."""
         mean = scores.mean(-2, keepdim=True) / self.tp.size
         return enter(leave(mean, self.tp), self.tp)
+
+
+def sigmoid_gate(y: Tensor, logits: Tensor) -> Tensor:
+    """y * sigmoid(logits) in fp32, keeping nothing else for the backward pass. Shapes: y [..., d], logits [..., d] or [..., 1]."""
+    return _Gate.apply(y, logits)
 
 
 class _Gate(Function):

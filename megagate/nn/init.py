@@ -2,6 +2,9 @@
 
 Each full parameter is drawn on the CPU from a generator seeded by (seed, name), each expert of a stack by (seed, name, expert), and then
 cut: one matrix at a time, so that no rank ever holds more than its part and one full matrix.
+
+Numbers are drawn along the width inside a block: row by row where a matrix reads the residual stream, column by column (`output`) where it
+writes to it. A narrower feed-forward, or fewer heads, therefore begin as the leading part of wider ones.
 """
 
 import hashlib
@@ -10,9 +13,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megagate.nn.base import named_labels
+from megagate.nn.base import Label, named_labels
 
 CONSTANTS = {"ones": 1.0, "zeros": 0.0}
+DRAWN_TOGETHER = 16
 
 
 @torch.no_grad()
@@ -27,6 +31,8 @@ def initialize(model: nn.Module, *, seed: int, std: float, num_layers: int, devi
         device: Where the parameters live.
     """
     model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()
     stds = {"normal": std, "output": std / math.sqrt(2 * num_layers)}
     labels = named_labels(model)
     for name, parameter in model.named_parameters():
@@ -36,11 +42,15 @@ def initialize(model: nn.Module, *, seed: int, std: float, num_layers: int, devi
         elif label.stacked:
             for local in range(parameter.shape[0]):
                 expert = label.shard.offset[0] + local
-                parameter[local].copy_(_draw(label.shard.full_shape[1:], f"{seed}/{name}/{expert}", stds[label.init]))
+                parameter[local].copy_(_draw(label, label.shard.full_shape[1:], f"{seed}/{name}/{expert}", stds[label.init]))
         else:
-            parameter.copy_(label.shard.take(_draw(label.shard.full_shape, f"{seed}/{name}", stds[label.init])))
+            parameter.copy_(label.shard.take(_draw(label, label.shard.full_shape, f"{seed}/{name}", stds[label.init])))
 
 
-def _draw(shape: tuple[int, ...], key: str, std: float) -> Tensor:
+def _draw(label: Label, shape: tuple[int, ...], key: str, std: float) -> Tensor:
+    """A matrix; the leading part of a wider one with the same key."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    # PyTorch draws by 16 and a rest otherwise; without a rest, fewer numbers are the first of more.
+    size = math.prod(shape)
+    numbers = torch.empty(-(-size // DRAWN_TOGETHER) * DRAWN_TOGETHER).normal_(0.0, std, generator=generator)[:size]
+    return numbers.view(shape[::-1]).t() if label.init == "output" else numbers.view(shape)

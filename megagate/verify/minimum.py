@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megagate.config.count import Parameter, parameters
 from megagate.config.model import ModelConfig
 from megagate.nn.loss import CHUNK_TOKENS
 from megagate.parallel.traffic import Kind, Sent, bytes_sent
@@ -69,7 +70,7 @@ class Term(NamedTuple):
 def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
     """What one rank sends through `parallel/comm.py` in one `Engine.train_step`.
 
-    Sizes: M micro-steps, L layers, b sequences, s tokens, width h, d channels of a head, g kv heads, E experts, B bytes of an element;
+    Sizes: M micro-steps, L layers, L' of them with a mixture, b sequences, s tokens, width h, d channels of a head, g kv heads, E experts, B bytes of an element;
     F = 1 forward pass of a block, 2 with recompute; D = F where something is kept after a block's last collective (sandwich norm, residual
     clip), else 1: a recomputed block stops there. AG(x) = x (n - 1) and RS(x) = x (n - 1) / n with n ranks on the axis, x bytes given;
     AR(x) = 2 RS(x), each in whole bytes (`bytes_sent`). On an axis of size 1 all are nothing. a = b s/tp h B bytes is a shard of
@@ -77,26 +78,27 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
 
     tp, activations:
         attention          all_gather  M L (F + 1) AG(a)     reduce_scatter  M L (F + 1) RS(A)      (in and out, and their adjoints)
-        shared expert      all_gather  M L (F + 1) AG(a)     reduce_scatter  M L (F + 1) RS(A)      (where there is one)
-        dense FFN          all_gather  M L (F + 1) AG(a)     reduce_scatter  M L (D + 1) RS(A)      (of a dense model; it ends a block)
+        shared expert      all_gather  M L' (F + 1) AG(a)    reduce_scatter  M L' (F + 1) RS(A)     (where there is one)
+        dense FFN          all_gather  M (L - L') (F + 1) AG(a)    reduce_scatter  M (L - L') (D + 1) RS(A)    (it ends a block)
         embedding          all_gather  M AG(a)               reduce_scatter  M RS(A)                (backward, forward)
         head               all_gather  M AG(a)               reduce_scatter  M RS(A)                (forward, backward)
     tp, sums in fp32, c tokens in a chunk of the loss:
         head maximum       all_reduce  M sum over chunks AR(4 c)
         head sums          all_reduce  M sum over chunks AR(4 (c + 1))
         enter(w)           all_reduce  M sum over replicated weights AR(4 elements): per layer two norms [h], four with sandwich norms;
-                           q_norm, k_norm [d] each where there are; the router [E, h] of a mixture; k, v [g d, h] each where tp > g, with
-                           them a gate at G2 or G3; a gate at G5; once the final norm [h]
+                           q_norm, k_norm [d] each where there are; the router [E, h] of each mixture and the gate [1, h] of a shared
+                           expert; k, v [g d, h] each where tp > g, with them a gate at G2 or G3 and all that switch heads have; a gate at
+                           G5; once the final norm [h]
         shared scores      all_reduce  M L (F + 1) AR(4 b s d) of a head-shared gate                (forward, backward)
     ep, each layer of a mixture, with rows_out and rows_in summed over layers and micro-steps:
-        split sizes        all_to_all  M L F (ep - 1) E/ep 8                                        (int64 counts, one row per rank)
-        rows               all_to_all  ((F + 1) rows_out + (D + 1) rows_in) h B, in M L (F + D + 2) calls (per token and expert; forward
+        split sizes        all_to_all  M L' F (ep - 1) E/ep 8                                        (int64 counts, one row per rank)
+        rows               all_to_all  ((F + 1) rows_out + (D + 1) rows_in) h B, in M L' (F + D + 2) calls (per token and expert; forward
                            rows_out to dispatch and rows_in to combine, which ends a block; backward rows_in for dispatch, rows_out for
                            combine)
-        router weights     all_to_all  (F rows_out + rows_in) 4, in M L (F + 1) calls               (fp32, dispatch only)
+        router weights     all_to_all  (F rows_out + rows_in) 4, in M L' (F + 1) calls              (fp32, dispatch only)
     balance of a mixture, fp32:
-        counts             all_reduce  M AR(4 L E) over the world; scope `sequence`: M AR(4 L b E) over tp
-        logged             all_reduce  AR(4 (L E + 1)) over the world; scope `sequence`: AR(4 L E) more
+        counts             all_reduce  M AR(4 L' E) over the world; scope `sequence`: M AR(4 L' b E) over tp
+        logged             all_reduce  AR(4 (L' E + 1)) over the world; scope `sequence`: AR(4 L' E) more
     step:
         targets            all_reduce  AR(8) over dp
         loss               all_reduce  AR(4) over dp
@@ -163,13 +165,15 @@ def total_by_axis(terms: Iterable[Term], names: Mapping[str, str] | None = None)
 
 def _activations(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     """All-gathers and reduce-scatters over tp."""
-    micro, blocks, passes = step.micro_steps, step.micro_steps * model.num_layers, 1 + step.recompute
+    micro, passes = step.micro_steps, 1 + step.recompute
+    blocks, mixtures = micro * model.num_layers, micro * model.num_moe_layers
     shard = step.tokens // step.tp * model.hidden_size * step.dtype_bytes
-    sublayers = [("attention", blocks * (passes + 1), blocks * (passes + 1))]
-    if not model.is_moe:
-        sublayers.append(("dense FFN", blocks * (passes + 1), blocks * (_ends(model, step) + 1)))
-    elif model.moe.shared_ffn_size:
-        sublayers.append(("shared expert", blocks * (passes + 1), blocks * (passes + 1)))
+    sublayers = [
+        ("attention", blocks * (passes + 1), blocks * (passes + 1)),
+        ("dense FFN", (blocks - mixtures) * (passes + 1), (blocks - mixtures) * (_ends(model, step) + 1)),
+    ]
+    if model.moe.shared_ffn_size:
+        sublayers.append(("shared expert", mixtures * (passes + 1), mixtures * (passes + 1)))
     sublayers += [("embedding", micro, micro), ("head", micro, micro)]
     for what, gathers, scatters in sublayers:
         yield _repeated(what, "tp", "all_gather", gathers, shard, step)
@@ -181,26 +185,27 @@ def _sums(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     chunks = [min(step.chunk_tokens, step.tokens - start) for start in range(0, step.tokens, step.chunk_tokens)]
     yield _all_reduce("head maximum", "tp", [FP32 * c for c in chunks] * step.micro_steps, step)
     yield _all_reduce("head sums", "tp", [FP32 * (c + 1) for c in chunks] * step.micro_steps, step)
-    attention, width = model.attention, model.hidden_size
-    block = [width] * (4 if model.sandwich_norm else 2)
-    if attention.qk_norm:
-        block += [attention.head_dim] * 2
-    if model.is_moe:
-        block.append(model.moe.num_experts * width)
-    if step.tp > attention.num_kv_heads:
-        block += [attention.num_kv_heads * attention.head_dim * width] * 2
-    whole_at = ("G2", "G3", "G5") if step.tp > attention.num_kv_heads else ("G5",)
-    if model.gate_shape and attention.gate.position in whole_at:
-        block.append(math.prod(model.gate_shape))
-    weights = block * model.num_layers + [width]
+    weights = [p.size for p in parameters(model, padded=True) if _is_replicated(model, p, step)]
     yield _all_reduce("enter(w)", "tp", [FP32 * elements for elements in weights] * step.micro_steps, step)
+    attention = model.attention
     shared = [FP32 * step.tokens * attention.head_dim] if attention.gate.position != "none" and attention.gate.head_shared else []
     yield _all_reduce("shared scores", "tp", shared * step.micro_steps * model.num_layers * (2 + step.recompute), step)
 
 
+def _is_replicated(model: ModelConfig, parameter: Parameter, step: StepShape) -> bool:
+    """Whether every tp rank holds the whole of a parameter and sums its gradient."""
+    position, name = model.attention.gate.position, parameter.name
+    if parameter.part in ("norms", "router") or name.endswith("shared_gate.weight"):
+        return True
+    of_kv_heads = parameter.part == "switch" or name.endswith(("attention.k.weight", "attention.v.weight"))
+    if parameter.part == "gate":
+        of_kv_heads = position in ("G2", "G3")
+    return (of_kv_heads and step.tp > model.attention.num_kv_heads) or (parameter.part == "gate" and position == "G5")
+
+
 def _routing(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     """All-to-alls over ep."""
-    blocks, passes = step.micro_steps * model.num_layers, 1 + step.recompute
+    blocks, passes = step.micro_steps * model.num_moe_layers, 1 + step.recompute
     there = int(step.ep > 1)
     splits = (step.ep - 1) * (model.moe.num_experts // step.ep) * INT64
     ends = _ends(model, step)
@@ -218,7 +223,7 @@ def _ends(model: ModelConfig, step: StepShape) -> int:
 
 def _balance(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     """Sums over the world, or over the tp ranks of one sequence."""
-    counts = model.num_layers * model.moe.num_experts
+    counts = model.num_moe_layers * model.moe.num_experts
     if model.moe.balance_scope == "sequence":
         yield _all_reduce("balance counts", "tp", [FP32 * counts * step.batch] * step.micro_steps, step)
         yield _all_reduce("logged counts", "world", [FP32 * counts], step)

@@ -8,62 +8,67 @@ import torch
 from torch import Tensor, nn
 
 from megagate.nn.moe.router import Router
+from megagate.nn.switch import SwitchHeads
 from megagate.parallel.mesh import ParallelMesh
 
 SMALLEST_GAP = 1e-4
 """Between the k-th and the next router logit, so that no route hangs on a rounding in fp32."""
-
-
-PIN = 8.0
-"""Added to the logits of pinned experts: far more than the model's own logits and their rounding in bf16."""
+PINS = {"softmax": 8.0, "sigmoid": 3.0}
+"""Added to the logits of pinned experts, by what scores are made with: far more than the model's own logits and their rounding in bf16, but
+not so much that a sigmoid is flat there."""
 
 
 def pin_routes(model: nn.Module, mesh: ParallelMesh) -> None:
     """Send each token to experts that depend on its place in the global micro-batch alone, under every layout the same.
 
-    The router's probabilities among these, and all gradients, are still its own.
+    The router's probabilities among these, and all gradients, are still its own. Switch heads choose so too.
     """
-    for router in (module for module in model.modules() if isinstance(module, Router)):
-        router.logits = _Pinned(router.logits, mesh, router.config.top_k)
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.logits = _Pinned(module.logits, mesh, module.config.top_k, pin=PINS[module.config.score], whole_sequence=False)
+        elif isinstance(module, SwitchHeads):
+            module.ranking = _Pinned(module.ranking, mesh, module.config.top_k, pin=PINS["sigmoid"], whole_sequence=True)
 
 
 class _Pinned:
-    def __init__(self, logits: Callable[[Tensor], Tensor], mesh: ParallelMesh, top_k: int):
-        self._logits, self._mesh, self._top_k = logits, mesh, top_k
+    """Of a router each rank sees its tokens, of switch heads those of all tp ranks."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        logits = self._logits(x)
+    def __init__(self, logits: Callable[..., Tensor], mesh: ParallelMesh, top_k: int, *, pin: float, whole_sequence: bool):
+        self._logits, self._mesh, self._top_k, self._pin = logits, mesh, top_k, pin
+        self._first = 0 if whole_sequence else mesh.tp.rank
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        logits = self._logits(*args)
         return logits + self.bias(logits)
 
     def bias(self, logits: Tensor) -> Tensor:
-        """[b, s/tp, E]: PIN for the experts of a token, zeros else."""
-        b, s, experts = logits.shape
+        """Like logits [b, s/tp or s, ..., E]: the pin for the experts of a token, zeros else."""
+        b, s, experts = *logits.shape[:2], logits.shape[-1]
         sample = b * self._mesh.dp.rank + torch.arange(b, device=logits.device)
-        position = s * self._mesh.tp.rank + torch.arange(s, device=logits.device)
-        first = 3 * sample[:, None] + position  # [b, s/tp]
+        position = s * self._first + torch.arange(s, device=logits.device)
+        first = 3 * sample[:, None] + position  # [b, s]
         chosen = (first.unsqueeze(-1) + torch.arange(self._top_k, device=logits.device)) % experts
-        return torch.zeros_like(logits).scatter_(-1, chosen, PIN)
+        pins = torch.zeros(b, s, experts, device=logits.device, dtype=logits.dtype).scatter_(-1, chosen, self._pin)
+        return pins.view(b, s, *(1,) * (logits.dim() - 3), experts).expand_as(logits)
 
 
 @torch.no_grad()
-def route_gap(router: Router, x: Tensor) -> float:
-    """The smallest difference between the k-th and the (k + 1)-th logit of the tokens x [..., h]."""
-    k = router.config.top_k
-    if k == router.config.num_experts:
-        return math.inf
-    logits = router.logits(x).double().sort(-1, descending=True).values
-    return (logits[..., k - 1] - logits[..., k]).min().item()
+def route_gap(chooser: Router | SwitchHeads, *args: Tensor) -> float:
+    """The smallest difference between the k-th and the (k + 1)-th of what a router or switch heads choose by, for the inputs of its forward."""
+    ranked = chooser.ranking(*args).double().sort(-1, descending=True).values
+    k = chooser.config.top_k
+    return math.inf if k == ranked.shape[-1] else (ranked[..., k - 1] - ranked[..., k]).min().item()
 
 
 @contextmanager
 def watched_routes(model: nn.Module) -> Iterator[list[float]]:
-    """The gaps of every call of a router of the model inside the context."""
+    """The gaps of every choice of routers and switch heads of the model inside the context."""
     gaps: list[float] = []
 
-    def look(router: nn.Module, args: tuple[Tensor]) -> None:
-        gaps.append(route_gap(router, args[0].detach()))
+    def look(chooser: nn.Module, args: tuple[Tensor, ...]) -> None:
+        gaps.append(route_gap(chooser, *(arg.detach() for arg in args)))
 
-    handles = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, Router)]
+    handles = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, (Router, SwitchHeads))]
     try:
         yield gaps
     finally:

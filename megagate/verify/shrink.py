@@ -7,9 +7,11 @@ from megagate.config.model import VOCAB_MULTIPLE, AttentionConfig, ModelConfig, 
 from megagate.config.rules import check
 from megagate.config.run import OptimConfig, RunConfig, TrainConfig
 
-HIDDEN, HEAD_DIM, LAYERS, EXPERTS, TOP_K, WIDTH, SEQUENCE = 64, 8, 2, 8, 3, 32, 8
+HIDDEN, HEAD_DIM, LAYERS, EXPERTS, TOP_K, WIDTH, SEQUENCE, SWITCH_EXPERTS = 64, 8, 2, 8, 3, 32, 8, 3
 """The sizes that a shrunken model has at most, where the layout allows it."""
 CLIP, LR = 0.1, 0.1
+RESIDUAL_CLIP = 0.05
+"""Of what a small model's blocks yield: some of it is clipped, most is not."""
 
 
 def fit_layout(config: RunConfig, *, world_size: int) -> RunConfig:
@@ -58,6 +60,7 @@ def _model(model: ModelConfig, *, tp: int, ep: int) -> ModelConfig:
         hidden_size=HIDDEN,
         num_layers=min(model.num_layers, LAYERS),
         ffn_size=_multiple(tp, WIDTH) if model.ffn_size else 0,
+        residual_clip=RESIDUAL_CLIP if model.residual_clip else 0.0,
         attention=_attention(model.attention, tp=tp),
         moe=_moe(model.moe, tp=tp, ep=ep) if model.is_moe else model.moe,
     )
@@ -70,7 +73,10 @@ def _attention(attention: AttentionConfig, *, tp: int) -> AttentionConfig:
     if kv_heads >= tp:
         kv_heads = tp if tp > 1 else min(kv_heads, 2)
     heads = math.lcm(tp, kv_heads * min(per_kv_head, 2))
-    return replace(attention, num_heads=heads, num_kv_heads=kv_heads, head_dim=min(attention.head_dim, HEAD_DIM))
+    switch = attention.switch
+    experts = min(switch.num_experts, SWITCH_EXPERTS)
+    few = replace(switch, num_experts=experts, top_k=experts if switch.top_k == switch.num_experts else min(switch.top_k, experts - 1))
+    return replace(attention, num_heads=heads, num_kv_heads=kv_heads, head_dim=min(attention.head_dim, HEAD_DIM), switch=few)
 
 
 def _moe(moe: MoEConfig, *, tp: int, ep: int) -> MoEConfig:
@@ -80,6 +86,7 @@ def _moe(moe: MoEConfig, *, tp: int, ep: int) -> MoEConfig:
         num_experts=experts,
         top_k=min(moe.top_k, TOP_K, experts),
         ffn_size=min(moe.ffn_size, WIDTH),
+        first_dense_layers=min(moe.first_dense_layers, LAYERS - 1),
         shared_ffn_size=_multiple(tp, WIDTH) if moe.shared_ffn_size else 0,
     )
 

@@ -77,7 +77,7 @@ def one_step(context: RankContext, config: MoEConfig, split: Split) -> Result:
     kept = torch.zeros(SEQUENCES, LENGTH, dtype=torch.bool)
     kept[rows, columns] = True
     assert not leaf.grad[:, ~kept].any()
-    return Result([total(share, mesh.world).item() for share in shares], gather(leaf.grad[None], mesh.world, 0).sum(0), loss.logged())
+    return Result([total(share, mesh.world).item() for share in shares], gather(leaf.grad[None], mesh.world, 0).sum(0), loss.close()[0])
 
 
 def by_hand(scope: BalanceScope, balance_coef: float, z_coef: float) -> Result:
@@ -154,4 +154,4 @@ def test_perfect_balance_is_one(scope):
     loss = BalanceLoss(config(scope), step_tokens=TOKENS, mesh=ParallelMesh.single())
     share = loss.share([even] * LAYERS)
     assert share.item() == pytest.approx(BALANCE * LAYERS)
-    assert loss.logged().balance == pytest.approx(1.0)
+    assert loss.close()[0].balance == pytest.approx(1.0)

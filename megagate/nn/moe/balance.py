@@ -72,13 +72,18 @@ class BalanceLoss:
         balance = self._balance(seen, prob_sums).sum()
         return self.config.balance_coef * balance + self.config.z_loss_coef * z_sum / self.step_tokens
 
-    def logged(self) -> AuxLosses:
-        """The losses over the full step, as means over layers; balance over the whole step, whatever the scope, so that runs compare."""
+    def close(self) -> tuple[AuxLosses, Tensor]:
+        """End the step.
+
+        Returns:
+            AuxLosses: Over the full step, as means over layers; balance over the whole step, whatever the scope, so that runs compare.
+            Tensor: [layers, E] fp32, rows that went to each expert in this step, over all ranks.
+        """
         layers = len(self.counts)
         counts = total(self.counts, self.mesh.world) if self.by_sequence else self.counts
         sums = total(torch.cat([self.prob_sums.flatten(), self.z_sum.view(1)]), self.mesh.world)
         balance = self._balance(counts, sums[:-1].view_as(counts)).mean()
-        return AuxLosses(balance.item(), sums[-1].item() / (layers * self.step_tokens))
+        return AuxLosses(balance.item(), sums[-1].item() / (layers * self.step_tokens)), counts.squeeze(1)
 
     def _balance(self, counts: Tensor, prob_sums: Tensor) -> Tensor:
         """[layers, b]: E * sum_e f_e * prob_sums_e / step_tokens; counts [layers, b or 1, E], prob_sums [layers, b, E]."""

@@ -1,14 +1,20 @@
 """The router: which experts a token goes to, and with what weight."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megagate.config.model import MoEConfig
+from megagate.config.model import MoEConfig, RouterScore
 from megagate.nn.base import Layer
 from megagate.parallel.comm import enter
 from megagate.parallel.mesh import Axis
+
+
+TINY = torch.finfo(torch.float32).tiny
+"""Sigmoid scores may all round to 0; their sum is kept from being a divisor of 0."""
 
 
 class RouterStats(NamedTuple):
@@ -16,7 +22,7 @@ class RouterStats(NamedTuple):
 
     Args:
         counts: [b, E] fp32, tokens of each sequence sent to each expert, without gradient.
-        prob_sums: [b, E] fp32, sum of the full softmax over each sequence's tokens, with gradient.
+        prob_sums: [b, E] fp32, sum of the scores of all experts, as shares of 1, over each sequence's tokens, with gradient.
         z_sum: scalar fp32, sum of logsumexp(logits)^2, with gradient.
     """
 
@@ -39,34 +45,67 @@ class Route(NamedTuple):
     counts: Tensor
 
 
+SCORES: Mapping[RouterScore, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}
+)
+"""Of fp32 logits [..., E]."""
+
+
 class Router(Layer):
-    """softmax over all experts in fp32, then the k largest, renormalised to sum 1 if so configured.
+    """The k experts with the largest score, softmax or sigmoid in fp32, weighted by their scores, renormalised to sum 1 if so configured.
+
+    With `bias_update_rate` u experts are chosen by score + bias, and after each step `follow` moves the bias of every expert by u towards an
+    equal load. `bias_steps` counts these moves (bias = u * bias_steps): whole numbers, so that no cast of a model's buffers changes them.
 
     Shapes: x [b, s/tp, h] -> ids [T, k], probs [T, k], T = b s/tp.
-    Parallel: the weight is replicated; under sequence parallelism each rank routes its own tokens and the gradient is summed over tp.
-    Source: arXiv 2101.03961, equation 1, with k experts.
+    Parallel: the weight is replicated; under sequence parallelism each rank routes its own tokens and the gradient is summed over tp. The
+        bias is the same on all ranks, since it follows counts of the whole step.
+    Source: arXiv 2101.03961, equation 1, with k experts; sigmoid scores: arXiv 2412.19437, equations 13-15; bias: arXiv 2408.15664,
+        algorithm 1.
     """
 
     weight: Tensor
+    bias_steps: Tensor | None
 
     def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, tp: Axis):
         super().__init__(dtype)
         self.config, self.tp = config, tp
         self.add_weight("weight", (config.num_experts, hidden_size), init="normal")
+        steps = torch.empty(config.num_experts, dtype=torch.int32, device="meta") if config.bias_update_rate else None
+        self.register_buffer("bias_steps", steps)
 
     def forward(self, x: Tensor) -> tuple[Route, RouterStats]:
         """Route tokens."""
         logits = self.logits(x)
-        scores = logits.softmax(-1)
-        probs, ids = scores.topk(self.config.top_k, dim=-1)  # [b, s/tp, k]
+        scores = SCORES[self.config.score](logits)
+        chosen_by = scores if self.bias_steps is None else scores + self._bias()
+        ids = chosen_by.topk(self.config.top_k, dim=-1).indices  # [b, s/tp, k]
+        probs = scores.gather(-1, ids)
         if self.config.renormalize:
-            probs = probs / probs.sum(-1, keepdim=True)
+            probs = probs / probs.sum(-1, keepdim=True).clamp_min(TINY)
+        # The balance loss needs a distribution; a softmax is one.
+        shares = scores if self.config.score == "softmax" else scores / scores.sum(-1, keepdim=True).clamp_min(TINY)
         counts = count_rows(ids, self.config.num_experts)
-        stats = RouterStats(counts.float(), scores.sum(1), logits.logsumexp(-1).square().sum())
+        stats = RouterStats(counts.float(), shares.sum(1), logits.logsumexp(-1).square().sum())
         return Route(ids.flatten(0, 1), probs.flatten(0, 1), counts.sum(0)), stats
 
+    def ranking(self, x: Tensor) -> Tensor:
+        """What experts are chosen by, up to a function that grows, [b, s/tp, E] fp32."""
+        logits = self.logits(x)
+        return logits if self.bias_steps is None else SCORES[self.config.score](logits) + self._bias()
+
+    @torch.no_grad()
+    def follow(self, counts: Tensor) -> None:
+        """Move the bias after a step that sent counts [E] rows to the experts, over all ranks; nothing without a bias."""
+        if self.bias_steps is not None:
+            load = counts.double()
+            self.bias_steps += torch.sign(load.mean() - load).int()
+
+    def _bias(self) -> Tensor:
+        return self.config.bias_update_rate * self.bias_steps.float()
+
     def logits(self, x: Tensor) -> Tensor:
-        """The score of each expert before the softmax, [b, s/tp, E] fp32."""
+        """What the scores are made of, [b, s/tp, E] fp32."""
         return x.float() @ enter(self.weight.float(), self.tp).t()
 
 
