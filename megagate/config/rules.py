@@ -242,10 +242,10 @@ def _switch_rules(model: ModelConfig) -> Iterator[str]:
             f"{key}.projections ({switch.projections}) gates what model.attention.gate.position ({position}) gates: two gates on one position; "
             f"set {key}.projections or model.attention.gate.position to none"
         )
-    if switch.projections == "kv" and switch.num_experts == 1 and model.attention.qk_norm:
+    if switch.projections == "kv" and switch.top_k == 1 and model.attention.qk_norm:
         yield (
-            f"{key}.num_experts (1) with {key}.projections kv gives each key one factor, and model.attention.qk_norm (true) divides it out "
-            f"again; set {key}.projections to v, or {key}.num_experts to 2 or more"
+            f"{key}.top_k (1) with {key}.projections kv gives each key one factor, which model.attention.qk_norm (true) divides out again, so "
+            f"that its router learns nothing; set {key}.projections to v, or {key}.top_k to 2 or more"
         )
 
 

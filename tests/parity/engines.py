@@ -3,18 +3,22 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from parity.sharded import BACKEND, fill, full_weights
 from torch import Tensor
 
+from megagate.checkpoint import store
+from megagate.checkpoint.store import Checkpoint
 from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
 from megagate.config.run import GradDType, OptimConfig, OptimizerName, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from megagate.engine.base import Engine, StepResult
 from megagate.engine.reference import ReferenceEngine
 from megagate.model.lm import LanguageModel
 from megagate.nn.loss import IGNORE_INDEX
+from megagate.parallel.comm import barrier
 from megagate.parallel.mesh import ParallelMesh
 
 BATCH, SEQUENCE, MICRO_STEPS = 8, 16, 2
@@ -129,6 +133,26 @@ def train(engine: Engine, steps: Iterable[int], *, lr: float) -> list[StepResult
 def rate(lr: float, step: int) -> float:
     """A learning rate that changes with every step."""
     return lr * (1.0, 0.5, 0.8)[step % 3]
+
+
+def save(engine: Engine, root: Path, step: int) -> None:
+    """A checkpoint, as a run writes it. Collective."""
+    world = engine.mesh.world
+    if world.rank == 0:
+        store.begin(root, step)
+    barrier(world)
+    store.write_rank(store.staging_path(root, step), world.rank, engine.state_pieces())
+    barrier(world)
+    if world.rank == 0:
+        store.publish(root, step, world_size=world.size, metadata={"applied_steps": engine.applied_steps})
+    barrier(world)
+
+
+def load(engine: Engine, root: Path, step: int) -> None:
+    """The state of that checkpoint. Collective."""
+    with Checkpoint.open(store.step_path(root, step)) as checkpoint:
+        checkpoint.verify(rank=engine.mesh.world.rank, world_size=engine.mesh.world.size)
+        engine.load_state(checkpoint, applied_steps=checkpoint.metadata["applied_steps"])
 
 
 def outcome(engine: Engine, steps: list[StepResult], *, next_step: int, seen: float | None = None) -> Outcome:

@@ -25,12 +25,14 @@ def random(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def fill(layer: nn.Module, *, key: str = "weights") -> nn.Module:
-    """Give a layer values that do not depend on its layout: matrices of about unit gain, norms around 1."""
+    """Give a layer values that do not depend on its layout: matrices of about unit gain, norms around 1, small whole numbers."""
     layer.to_empty(device=CPU)
     for (name, parameter), label in zip(layer.named_parameters(), named_labels(layer).values(), strict=True):
         full = random(f"{key}/{name}", *label.shard.full_shape)
         full = full / full.shape[-1] ** 0.5 if full.ndim > 1 else 1 + 0.3 * full
         parameter.data.copy_(label.shard.take(full))
+    for name, buffer in layer.named_buffers():
+        buffer.copy_((3 * random(f"{key}/{name}", *buffer.shape)).round())
     return layer
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from parity.engines import Layout, Outcome, Run, assemble, batch, build_engine, outcome, train
+from parity.engines import Layout, Outcome, Run, assemble, batch, build_engine, load, outcome, save, train
 from parity.sharded import assert_all_close
 
 from megagate.checkpoint import store
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.count import parameter_shapes
 from megagate.engine.base import Engine
-from megagate.parallel.comm import barrier
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
 
@@ -23,18 +22,6 @@ RUN = Run(optimizer="adamw")
 
 def mesh_of(layout: Layout) -> ParallelMesh:
     return ParallelMesh.build(tp=layout.tp, ep=layout.ep)
-
-
-def save(engine: Engine, root: Path, step: int) -> None:
-    world = engine.mesh.world
-    if world.rank == 0:
-        store.begin(root, step)
-    barrier(world)
-    store.write_rank(store.staging_path(root, step), world.rank, engine.state_pieces())
-    barrier(world)
-    if world.rank == 0:
-        store.publish(root, step, world_size=world.size, metadata={"applied_steps": engine.applied_steps})
-    barrier(world)
 
 
 def train_and_save(context: RankContext, run: Run, layout: Layout, root: Path) -> Outcome:
@@ -53,9 +40,7 @@ def load_and_train(context: RankContext | None, run: Run, layout: Layout, root: 
     engine = build_engine(run, layout, mesh, key="other weights")
     if warm:
         train(engine, range(7, 10), lr=run.lr)
-    with Checkpoint.open(store.step_path(root, step)) as checkpoint:
-        checkpoint.verify(rank=mesh.world.rank, world_size=mesh.world.size)
-        engine.load_state(checkpoint, applied_steps=checkpoint.metadata["applied_steps"])
+    load(engine, root, step)
     assert engine.applied_steps == step
     seen = evaluate(engine)
     return outcome(engine, train(engine, range(step, STEPS + 1), lr=run.lr), next_step=STEPS + 1, seen=seen)
