@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="doctor.py",
         allow_abbrev=False,
-        usage="%(prog)s [--world N] [--json FILE] [--timeout SECONDS] [--fault NAME] --config F [--KEY VALUE] ...",
+        usage="%(prog)s [--world N] [--json FILE] [--timeout SECONDS] [--fault NAME] [--preset NAME] [--config F] [--KEY VALUE] ...",
         description="Shrinks your run to a minute's work, keeps its layout, precision and options, and compares it with one process on "
         "plain PyTorch: losses, clip norm, every gradient and weight, bytes sent. Start it as "
         "`deepspeed --num_gpus 4 tools/doctor.py --config F`, or, on CPUs, plainly with --world.",

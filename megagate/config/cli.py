@@ -16,13 +16,14 @@ import jsonargparse
 import yaml
 
 from megagate.config.keys import all_keys, from_dict, to_dict, unknown_key, wrong_type
-from megagate.config.paper import preset
+from megagate.config.paper import decided
 from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
 
 _COMMAND_LINE = "on the command line"
 _VALUED_OPTIONS = ("config", "preset")
-_OWN_OPTIONS = (*_VALUED_OPTIONS, "help", "print_config")
+_FLAGS = ("help", "print_config")
+_OWN_OPTIONS = (*_VALUED_OPTIONS, *_FLAGS)
 _LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
 _TYPE_ERROR = re.compile(r'Parser key "(?P<key>[\w.]+)":.*Got value: (?P<value>.*)', flags=re.DOTALL)
 
@@ -101,9 +102,9 @@ def _presets_as_files(argv: Sequence[str]) -> list[str]:
     tokens: list[str] = []
     for option, value in _options(argv):
         if option == "preset":
-            tokens.append(f"--config={yaml.safe_dump(dict(preset(value).settings))}")
+            tokens.append(f"--config={yaml.safe_dump(decided(value))}")
         else:
-            tokens.append(f"--{option}={value}" if value else f"--{option}")
+            tokens.append(f"--{option}" if option in _FLAGS and not value else f"--{option}={value}")
     return tokens
 
 
@@ -119,7 +120,7 @@ def _origins(argv: Sequence[str]) -> Origins:
             for name, line in _keys_of_file(value):
                 origins.setdefault(name, []).append(f"{value} line {line}")
         elif option == "preset":
-            for name in preset(value).settings:
+            for name in decided(value):
                 origins.setdefault(name, []).append(f"preset {value}")
         elif option in all_keys():
             origins.setdefault(option, []).append(_COMMAND_LINE)

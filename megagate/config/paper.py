@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from megagate.config.count import narrowed_ffn_size
-from megagate.config.keys import from_dict
+from megagate.config.keys import flatten, from_dict
+from megagate.config.rules import SAME_RUN_KEYS
 from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
 
@@ -64,6 +65,20 @@ def preset(name: str) -> Preset:
         near = difflib.get_close_matches(name, presets(), n=3, cutoff=0.0)
         raise ConfigError(f"--preset {name} is unknown; the nearest are {', '.join(near)}; tools/count_params.py --all lists every preset")
     return found
+
+
+def decided(name: str) -> dict[str, Any]:
+    """What `--preset` sets: each key that decides what a run computes, and each that any preset sets.
+
+    Also those that keep their default: a baseline after a gated preset, or after a file with a gate, is ungated. The layout, the log and
+    other `SAME_RUN_KEYS` that no preset sets stay as they are.
+
+    Raises:
+        ConfigError: There is no such preset.
+    """
+    chosen = preset(name)
+    set_by_any = {key for row in presets().values() for key in row.settings}
+    return {key: value for key, value in flatten(chosen.config).items() if key in set_by_any or not key.startswith(SAME_RUN_KEYS)}
 
 
 # ---- the models of Table 7, and how they were trained
