@@ -209,25 +209,35 @@ def _gate_rules(model: ModelConfig) -> Iterator[str]:
     if gate.position == "none":
         return
     if gate.head_shared and gate.granularity == "headwise":
-        yield f"{key}.head_shared (true) needs {key}.granularity elementwise: a mean over heads has no head left; set one of them"
+        yield (
+            f"{key}.head_shared (true) needs {key}.granularity elementwise, it is headwise: of one score per head a mean leaves one number; "
+            "set one of them"
+        )
     if gate.head_shared and gate.score != "input":
         yield f"{key}.head_shared (true) needs {key}.score input, it is {gate.score}; set {key}.head_shared to false"
     if gate.position == "G5" and (gate.granularity == "headwise" or gate.head_shared):
-        yield f"{key}.position (G5) is after the output projection, where there are no heads; set granularity elementwise, not head_shared"
+        yield (
+            f"{key}.position (G5) is after the output projection, where there are no heads; set {key}.granularity to elementwise and "
+            f"{key}.head_shared to false"
+        )
     if gate.score == "self" and (gate.position != "G1" or gate.activation not in ("silu", "rmsnorm") or gate.combine != "multiply"):
-        yield f"{key}.score (self) is an activation of the attention output: set position G1, activation silu or rmsnorm, combine multiply"
+        yield (
+            f"{key}.score (self) is an activation of the attention output, without parameters; set {key}.position to G1 (it is "
+            f"{gate.position}), activation to silu or rmsnorm (it is {gate.activation}) and combine to multiply (it is {gate.combine})"
+        )
     if gate.score in ("self", "constant") and gate.granularity == "headwise":
         yield f"{key}.granularity (headwise) has no meaning where {key}.score is {gate.score}; set it to elementwise"
     if gate.score != "self" and gate.activation == "rmsnorm":
         yield f"{key}.activation (rmsnorm) is of the attention output itself; set {key}.score to self or choose another activation"
     per_head = gate.granularity == "headwise" or gate.score == "constant"
     if model.attention.qk_norm and gate.position in ("G3", "G4") and per_head and gate.combine == "multiply":
+        others = "another position" if gate.score == "constant" else "granularity elementwise, combine add"
         yield (
             f"{key}.position ({gate.position}) with one factor per head does nothing: model.attention.qk_norm (true) divides it out again; "
-            "set granularity elementwise, combine add, or qk_norm false"
+            f"set {others} or qk_norm false"
         )
     if gate.score == "constant" and gate.combine != "multiply":
-        yield f"{key}.score (constant) is a factor; set {key}.combine to multiply"
+        yield f"{key}.score (constant) is a factor, but {key}.combine is {gate.combine}; set {key}.combine to multiply"
 
 
 def _switch_rules(model: ModelConfig) -> Iterator[str]:
