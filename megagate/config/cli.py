@@ -69,8 +69,8 @@ def _parser(prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [--preset NAME] [--config F] [--KEY VALUE] ...",
-        description="Any key can be set by a preset (--preset paper/table1/row05), in a YAML file (--config F, several), or as --key value; "
-        "the last one counts.",
+        description="Keys are set by a preset (--preset paper/table1/row05, a whole run), in a YAML file (--config F, several), or as "
+        "--key value; the last one counts.",
         exit_on_error=False,
         default_env=False,
         print_config=None,  # jsonargparse's own prints what precedes it and one file more, not the whole command line

@@ -1,8 +1,8 @@
 """Every experiment of the paper's Tables 1, 2, 3, 4 and 6 as a preset: what to run, and what the paper saw.
 
 Source: arXiv 2505.06708, Table 7 (sizes), section 3 (training), Tables 1-4 and 6 (rows). What the paper does not print is a choice of ours:
-the vocabulary (Qwen's), weight decay, the coefficients of the auxiliary losses, the warm-up and the floor of the dense runs, and steps where it
-gives tokens.
+the vocabulary (Qwen's), weight decay, the coefficients of the auxiliary losses, the warm-up and the floor of the dense runs, and steps
+where it gives tokens.
 """
 
 import difflib
@@ -31,8 +31,8 @@ class Preset:
         title: The row's words.
         settings: What differs from the defaults of `RunConfig`.
         baseline: Name of the preset that it is compared with; its own for a baseline.
-        figures: The paper's figures of this row: `added_millions` parameters, `ppl`, benchmark scores in percent, statistics of Table 4. None
-            where the run diverged.
+        figures: The paper's figures of this row: `added_millions` parameters, `ppl`, benchmark scores in percent, statistics of Table 4.
+            None where the run diverged.
     """
 
     name: str
@@ -181,22 +181,23 @@ def _table2() -> Iterator[Preset]:
     wide = {"train.steps": 60_000, "train.global_batch_size": 4096}
     sandwich = {"model.sandwich_norm": True}
     none: Settings = {}
+    gated, headwise = _ELEMENTWISE, _HEADWISE
     # row, model, tokens and batch, what differs, its title, baseline row, learning rate, figures
     rows: list[tuple[int, Settings, Settings, Settings, str, int, float, tuple[float, ...] | None]] = [
         (1, _DENSE_28, none, none, "28 layers, 400B: baseline", 1, 4e-3, (7.499, 28.66, 50.21, 27.82, 64.94, 49.15, 49.52)),
-        (2, _DENSE_28, none, _ELEMENTWISE, "28 layers, 400B: SDPA elementwise", 1, 4e-3, (7.404, 29.27, 51.15, 28.28, 65.48, 50.72, 50.72)),
+        (2, _DENSE_28, none, gated, "28 layers, 400B: SDPA elementwise", 1, 4e-3, (7.404, 29.27, 51.15, 28.28, 65.48, 50.72, 50.72)),
         (3, _DENSE_28, long, none, "28 layers, 3.5T: baseline", 3, 4.5e-3, (6.180, 34.15, 59.10, 69.07, 68.02, 68.19, 64.95)),
-        (4, _DENSE_28, long, _ELEMENTWISE, "28 layers, 3.5T: SDPA elementwise", 3, 4.5e-3, (6.130, 37.80, 59.61, 70.20, 68.84, 68.52, 65.76)),
+        (4, _DENSE_28, long, gated, "28 layers, 3.5T: SDPA elementwise", 3, 4.5e-3, (6.130, 37.80, 59.61, 70.20, 68.84, 68.52, 65.76)),
         (5, _DENSE_48, none, none, "48 layers, 400B: baseline", 5, 4e-3, (7.421, 28.05, 52.04, 32.98, 65.96, 51.11, 51.86)),
         (6, _DENSE_48, none, none, "48 layers, 400B: baseline", 6, 8e-3, (9.195, 21.34, 44.28, 15.24, 57.00, 43.11, 42.63)),
         (7, _DENSE_48, none, sandwich, "48 layers, 400B: sandwich norm", 6, 8e-3, (7.407, 30.49, 52.07, 32.90, 66.00, 52.04, 51.72)),
-        (8, _DENSE_48, none, _ELEMENTWISE, "48 layers, 400B: SDPA elementwise", 5, 4e-3, (7.288, 31.71, 52.44, 32.37, 66.28, 52.06, 52.29)),
-        (9, _DENSE_48, none, _HEADWISE, "48 layers, 400B: SDPA headwise", 5, 4e-3, (7.370, 31.10, 53.83, 34.12, 65.59, 55.07, 52.38)),
-        (10, _DENSE_48, none, _ELEMENTWISE, "48 layers, 400B: SDPA elementwise", 6, 8e-3, (7.325, 31.10, 54.47, 36.62, 66.40, 53.91, 53.80)),
+        (8, _DENSE_48, none, gated, "48 layers, 400B: SDPA elementwise", 5, 4e-3, (7.288, 31.71, 52.44, 32.37, 66.28, 52.06, 52.29)),
+        (9, _DENSE_48, none, headwise, "48 layers, 400B: SDPA headwise", 5, 4e-3, (7.370, 31.10, 53.83, 34.12, 65.59, 55.07, 52.38)),
+        (10, _DENSE_48, none, gated, "48 layers, 400B: SDPA elementwise", 6, 8e-3, (7.325, 31.10, 54.47, 36.62, 66.40, 53.91, 53.80)),
         (11, _DENSE_48, wide, none, "48 layers, 1T: baseline", 11, 5.3e-3, (7.363, 29.88, 54.44, 32.22, 65.43, 53.72, 53.37)),
         (12, _DENSE_48, wide, none, "48 layers, 1T: baseline", 12, 8e-3, None),
-        (13, _DENSE_48, wide, _ELEMENTWISE, "48 layers, 1T: SDPA elementwise", 11, 5.3e-3, (7.101, 34.15, 55.70, 36.69, 67.17, 54.51, 54.68)),
-        (14, _DENSE_48, wide, _ELEMENTWISE, "48 layers, 1T: SDPA elementwise", 12, 8e-3, (7.078, 31.71, 56.47, 39.73, 67.38, 55.52, 55.77)),
+        (13, _DENSE_48, wide, gated, "48 layers, 1T: SDPA elementwise", 11, 5.3e-3, (7.101, 34.15, 55.70, 36.69, 67.17, 54.51, 54.68)),
+        (14, _DENSE_48, wide, gated, "48 layers, 1T: SDPA elementwise", 12, 8e-3, (7.078, 31.71, 56.47, 39.73, 67.38, 55.52, 55.77)),
     ]
     for number, base, tokens, delta, title, baseline, lr, figures in rows:
         settings = base | tokens | delta | {"optim.lr": lr}

@@ -165,7 +165,7 @@ def _size_rules(model: ModelConfig) -> Iterator[str]:
     if model.is_moe:
         needed["model.moe.ffn_size"] = " for a mixture of experts"
         if model.moe.first_dense_layers > 0:
-            needed["model.ffn_size"] = f" for the dense layers of a mixture (model.moe.first_dense_layers is {model.moe.first_dense_layers})"
+            needed["model.ffn_size"] = f" for the dense layers of a mixture (model.moe.first_dense_layers {model.moe.first_dense_layers})"
     else:
         needed["model.ffn_size"] = " for a dense model (model.moe.num_experts is 0)"
     for key, what_for in needed.items():
@@ -193,13 +193,13 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
         yield f"model.moe.top_k ({moe.top_k}) must be at most model.moe.num_experts ({moe.num_experts}); lower model.moe.top_k"
     if moe.first_dense_layers >= model.num_layers > 0:
         yield (
-            f"model.moe.first_dense_layers ({moe.first_dense_layers}) must be less than model.num_layers ({model.num_layers}): a mixture has "
-            "at least one; lower model.moe.first_dense_layers, or set model.moe.num_experts to 0 for a dense model"
+            f"model.moe.first_dense_layers ({moe.first_dense_layers}) must be less than model.num_layers ({model.num_layers}): a mixture "
+            "has at least one; lower model.moe.first_dense_layers, or set model.moe.num_experts to 0 for a dense model"
         )
     if moe.shared_gate and not moe.shared_ffn_size:
         yield (
-            "model.moe.shared_gate (true) needs a shared expert, but model.moe.shared_ffn_size is 0; set model.moe.shared_ffn_size or leave "
-            "the gate out"
+            "model.moe.shared_gate (true) needs a shared expert, but model.moe.shared_ffn_size is 0; set model.moe.shared_ffn_size or "
+            "model.moe.shared_gate to false"
         )
 
 
@@ -210,7 +210,7 @@ def _gate_rules(model: ModelConfig) -> Iterator[str]:
         return
     if gate.head_shared and gate.granularity == "headwise":
         yield (
-            f"{key}.head_shared (true) needs {key}.granularity elementwise, it is headwise: of one score per head a mean leaves one number; "
+            f"{key}.head_shared (true) needs {key}.granularity elementwise, it is headwise: the mean over heads has no head left; "
             "set one of them"
         )
     if gate.head_shared and gate.score != "input":
@@ -249,8 +249,8 @@ def _switch_rules(model: ModelConfig) -> Iterator[str]:
         yield f"{key}.top_k ({switch.top_k}) must be at most {key}.num_experts ({switch.num_experts}); lower {key}.top_k"
     if position == "G2" or (position == "G3" and switch.projections == "kv"):
         yield (
-            f"{key}.projections ({switch.projections}) gates what model.attention.gate.position ({position}) gates: two gates on one position; "
-            f"set {key}.projections or model.attention.gate.position to none"
+            f"{key}.projections ({switch.projections}) gates what model.attention.gate.position ({position}) gates: two gates on one "
+            f"position; set {key}.projections or model.attention.gate.position to none"
         )
     if switch.projections == "kv" and switch.top_k == 1 and model.attention.qk_norm:
         yield (
