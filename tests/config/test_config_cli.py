@@ -10,6 +10,7 @@ import yaml
 
 from megagate.config.cli import parse, to_yaml
 from megagate.config.keys import all_keys, differences, flatten, from_dict, to_dict
+from megagate.config.paper import preset, presets
 from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
 
@@ -55,6 +56,61 @@ def test_files_and_overrides_count_in_order_of_appearance(tmp_path: Path) -> Non
     assert changed("--train.steps", "7", "--config", first)["train.steps"] == 1
 
 
+ROW = "paper/table1/row05"
+
+
+@pytest.mark.parametrize("spelling", [["--preset", ROW], [f"--preset={ROW}"]])
+def test_both_spellings_of_a_preset(spelling: list[str]) -> None:
+    assert parse(spelling, prog="megagate") == preset(ROW).config
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_by_name(name: str) -> None:
+    assert parse(["--preset", name], prog="megagate") == preset(name).config
+
+
+def test_presets_files_and_overrides_count_in_order_of_appearance(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "train: {steps: 5}\nmodel: {attention: {gate: {granularity: headwise}}}\nparallel: {tp: 4}\n")
+    of = preset(ROW).config
+
+    def others(*argv: str) -> dict[str, object]:
+        return {name: value for name, _, value in differences(of, parse(argv, prog="megagate"))}
+
+    changes = {"train.steps": 5, "model.attention.gate.granularity": "headwise", "parallel.tp": 4}
+    assert others("--preset", ROW, "--config", path) == changes
+    assert others("--preset", ROW, "--config", path, "--train.steps", "7") == {**changes, "train.steps": 7}
+    assert others("--preset", ROW, "--train.steps", "7", f"--config={path}") == changes
+    assert others("--config", path, "--train.seed", "7", "--preset", ROW) == {"parallel.tp": 4}, "a preset is a whole run but its layout"
+
+
+@pytest.mark.parametrize("name", ["paper/table1/row01", "paper/table2/row01", "paper/table6/row05", "released/1b_gate_headwise"])
+def test_the_last_preset_leaves_nothing_of_the_first(name: str) -> None:
+    """Also where it sets less: a baseline after a gated row is no gated baseline."""
+    for first in (ROW, "paper/table1/row12", "paper/table3/row05", "paper/table6/row02", "paper/table2/row07"):
+        assert parse(["--preset", first, "--preset", name], prog="megagate") == preset(name).config
+
+
+def test_a_preset_that_is_unknown_or_missing(tmp_path: Path) -> None:
+    message = refusal("--preset", "paper/table2/row15")
+    assert message.startswith("--preset paper/table2/row15 is unknown; the nearest are paper/table2/row")
+    assert message == refusal("--preset=paper/table2/row15", "--train.steps=many")
+    assert "--preset on the command line needs a value" in refusal("--preset")
+    assert "--preset on the command line needs a value" in refusal("--preset", "--train.steps=1")
+    assert refusal("--preset=").startswith("--preset  is unknown")
+    assert "preset (" in refusal("--config", write(tmp_path, "a.yaml", f"preset: {ROW}\n")), "only a command line names presets"
+
+
+def test_a_wrong_value_names_the_preset_too(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "optim: {lr: fast}\n")
+    assert f"optim.lr ('fast', preset {ROW}, {path} line 1) must be a number" in refusal("--preset", ROW, "--config", path)
+    assert "--train.stepz (on the command line) is not a known key" in refusal("--preset", ROW, "--train.stepz", "1")
+
+
+def test_an_empty_value_is_a_value() -> None:
+    assert changed("--eval.prompt=a", "--eval.prompt=") == changed("--eval.prompt", "") == {}
+    assert changed("--data.path=") == {"data.path": ""}, "the rules refuse it, not the parser"
+
+
 @pytest.mark.parametrize("spelling", [["--local_rank=3"], ["--local_rank", "3"], ["--local-rank=3"]])
 def test_the_launchers_rank_is_ignored(spelling: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert changed(*spelling, "--train.steps", "7") == {"train.steps": 7}
@@ -72,11 +128,22 @@ def test_print_config_shows_the_merged_config(tmp_path: Path, capsys: pytest.Cap
     assert shown == to_dict(parse(["--config", path, "--optim.lr", "1e-4"], prog="megagate"))
 
 
+def test_print_config_of_a_preset_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--preset", ROW, "--parallel.ep", "8"]
+    with pytest.raises(SystemExit) as caught:
+        parse([*argv, "--print_config"], prog="megagate")
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "preset" not in yaml.safe_load(shown)
+    assert parse(["--config", write(tmp_path, "shown.yaml", shown)], prog="megagate") == parse(argv, prog="megagate")
+
+
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(["--help"], prog="megagate")
     assert caught.value.code == 0
     shown = capsys.readouterr().out
+    assert "--preset NAME" in shown and "paper/table1/row05" in shown
     for name, key in all_keys().items():
         assert f"--{name}" in shown
         assert key.help, f"the docstring of {name}'s dataclass does not explain it"

@@ -65,8 +65,10 @@ def test_under_the_launcher_it_starts_the_trainer(stand_ins: Path) -> None:
     assert words(["bash", str(SCRIPT), *argv], stand_ins, **LAUNCHED) == [*trainer, "--config", TINY, *argv]
 
 
-@pytest.mark.parametrize("own", [["--config", "my.yaml"], ["--config=my.yaml"]])
-def test_a_config_of_the_users_replaces_the_default(stand_ins: Path, own: list[str]) -> None:
+@pytest.mark.parametrize(
+    "own", [["--config", "my.yaml"], ["--config=my.yaml"], ["--preset", "paper/table1/row10"], ["--preset=paper/table1/row10"]]
+)
+def test_a_config_or_preset_of_the_users_replaces_the_default(stand_ins: Path, own: list[str]) -> None:
     called = words(["bash", str(SCRIPT), "--local_rank=0", *own], stand_ins, **LAUNCHED)
     assert called == ["python3", "-u", "-m", "megagate.train.main", "--local_rank=0", *own]
 
