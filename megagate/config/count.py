@@ -126,10 +126,10 @@ def narrowed_ffn_size(model: ModelConfig, baseline: ModelConfig) -> int:
     if model.is_moe or baseline.is_moe:
         raise ValueError("only dense models are narrowed: a mixture's gate is added to it")
     per_unit = 3 * model.hidden_size * model.num_layers * FFN_MULTIPLE
-    rest = count_parameters(replace(model, ffn_size=0)).total
-    width = FFN_MULTIPLE * round(Fraction(count_parameters(baseline).total - rest, per_unit))
+    rest, wanted = count_parameters(replace(model, ffn_size=0)).total, count_parameters(baseline).total
+    width = FFN_MULTIPLE * round(Fraction(wanted - rest, per_unit))
     if width < FFN_MULTIPLE:
-        raise ValueError(f"nothing is left of the feed-forward: without it the model has {rest} parameters, more than its baseline")
+        raise ValueError(f"nothing is left of the feed-forward: without it the model has {rest} parameters, its baseline {wanted} with it")
     return width
 
 
