@@ -107,10 +107,13 @@ VARIANTS: list[tuple[dict[str, Any], str]] = [
         )
         for position, projections in (("G2", "v"), ("G2", "kv"), ("G3", "kv"))
     ),
-    (
-        switch("kv", 1, 1),
-        f"{SWITCH}.num_experts (1) with {SWITCH}.projections kv gives each key one factor, and {QK_NORM} (true) divides it out again; set "
-        f"{SWITCH}.projections to v, or {SWITCH}.num_experts to 2 or more",
+    *(
+        (
+            switch("kv", experts, 1),
+            f"{SWITCH}.top_k (1) with {SWITCH}.projections kv gives each key one factor, which {QK_NORM} (true) divides out again, so that its "
+            f"router learns nothing; set {SWITCH}.projections to v, or {SWITCH}.top_k to 2 or more",
+        )
+        for experts in (1, 2)
     ),
     *(
         (
@@ -154,7 +157,7 @@ def test_values_that_do_not_go_together(settings: dict[str, Any], line: str) -> 
         switch("none", 2, 5) | gate("G2"),
         switch("v", 1, 1),
         switch("kv", 4, 4) | gate("G1"),
-        switch("kv", 2, 1) | gate("G4"),
+        switch("kv", 2, 2) | gate("G4"),
         switch("v", 4, 2) | gate("G3"),
         switch("kv", 1, 1) | {QK_NORM: False},
         {"model.moe.first_dense_layers": 1, "model.ffn_size": 95},
