@@ -13,9 +13,10 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from parity.variants import MOE, VARIANTS
 
 from megagate.backend.native import NativeBackend
-from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
+from megagate.config.model import BalanceScope, ModelConfig, MoEConfig
 from megagate.config.run import OptimConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from megagate.model.lm import LanguageModel
 from megagate.nn import loss
@@ -28,13 +29,6 @@ from megagate.verify.minimum import StepShape, Term, step_terms, total_by_axis, 
 from megagate.verify.wire import AXES, RoutedRows, WireCounter, axis_names
 
 BATCH, SEQUENCE, MICRO_STEPS = 8, 16, 2
-MOE = ModelConfig(
-    vocab_size=250,
-    hidden_size=32,
-    num_layers=2,
-    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, gate=GateConfig("G1", "elementwise")),
-    moe=MoEConfig(num_experts=8, top_k=3, ffn_size=16, shared_ffn_size=24, balance_coef=0.1, z_loss_coef=0.01),
-)
 PLAIN_MOE = replace(MOE, moe=replace(MOE.moe, shared_ffn_size=0))
 DENSE = replace(MOE, moe=MoEConfig(), ffn_size=48, attention=replace(MOE.attention, qk_norm=False))
 TIED = replace(DENSE, tie_embeddings=True)
@@ -222,6 +216,17 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_step_sends_what_the_formula_says_and_nothing_else(case):
+    check_case(case)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_sends_what_the_formula_says(variant, tp):
+    """Four tensor-parallel ranks are more than key/value heads."""
+    check_case(Case(tp, tp, tp if VARIANTS[variant].is_moe else 1, VARIANTS[variant], recompute=tp == 4))
+
+
+def check_case(case: Case) -> None:
     sizes = {"tp": case.tp, "dp": case.world // case.tp, "ep": case.ep, "edp": case.world // case.ep, "world": case.world}
     for seen in ranks.run_ranks(run_step, case.world, case):
         rows_out, rows_in = seen.rows
