@@ -27,6 +27,8 @@ MOE = ModelConfig(vocab_size=200, hidden_size=48, num_layers=2, attention=ATTENT
 PLAIN_TOP_K = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, renormalize=False))
 GATED = dataclasses.replace(MOE, attention=dataclasses.replace(ATTENTION, gate=GateConfig("G1", "elementwise")))
 SHARED = dataclasses.replace(GATED, moe=dataclasses.replace(MOE.moe, shared_ffn_size=40))
+OWN_GATE = dataclasses.replace(GATED, moe=dataclasses.replace(SHARED.moe, shared_gate=True))
+DENSE_FIRST = dataclasses.replace(MOE, ffn_size=80, moe=dataclasses.replace(MOE.moe, first_dense_layers=1))
 TIED_DENSE = dataclasses.replace(MOE, moe=MoEConfig(), ffn_size=80, tie_embeddings=True)
 UNTIED_DENSE = dataclasses.replace(TIED_DENSE, tie_embeddings=False)
 SEQUENCE = 24
@@ -60,7 +62,8 @@ def theirs(config: ModelConfig) -> nn.Module:
         "moe_intermediate_size": config.moe.ffn_size,
         "norm_topk_prob": config.moe.renormalize,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": list(range(config.moe.first_dense_layers)),
+        "intermediate_size": config.ffn_size,
     }
     if config.attention.gate.position == "none":
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared))
@@ -86,7 +89,7 @@ def named_as_theirs(values: Named, config: ModelConfig, *, gradients: bool = Fal
         if gated:  # rows of one head: its query, then its gate
             heads = [mine[f"attention.{one}.weight"].unflatten(0, (config.attention.num_heads, -1)) for one in ("q", "gate")]
             block["self_attn.q_proj.weight"] = torch.cat(heads, 1).flatten(0, 1)
-        if config.is_moe:
+        if config.is_moe_layer(layer):
             block |= {"mlp.gate.weight": mine["moe.router.weight"]}
             block |= {"mlp.experts.gate_up_proj": mine["moe.experts.gate_up"], "mlp.experts.down_proj": mine["moe.experts.down"]}
             if config.moe.shared_ffn_size:
@@ -100,9 +103,11 @@ def named_as_theirs(values: Named, config: ModelConfig, *, gradients: bool = Fal
 
 
 def shared_expert_as_theirs(mine: Named, *, gradients: bool) -> Named:
-    """Of one layer. They multiply its output by sigmoid(gate x), ours is not scaled: under a gate of zeros, 1/2 of twice ours."""
+    """Of one layer. They multiply its output by sigmoid(gate x). Without such a gate ours is not scaled: under zeros, 1/2 of twice ours."""
     gate, up, down = (mine[f"moe.shared_expert.{one}.weight"] for one in ("gate", "up", "down"))
     block = {"mlp.shared_expert.gate_proj.weight": gate, "mlp.shared_expert.up_proj.weight": up}
+    if "moe.shared_gate.weight" in mine:
+        return block | {"mlp.shared_expert.down_proj.weight": down, "mlp.shared_expert_gate.weight": mine["moe.shared_gate.weight"]}
     if gradients:
         return block | {"mlp.shared_expert.down_proj.weight": down / 2}
     return block | {"mlp.shared_expert.down_proj.weight": 2 * down, "mlp.shared_expert_gate.weight": torch.zeros(1, gate.shape[1])}
@@ -110,8 +115,17 @@ def shared_expert_as_theirs(mine: Named, *, gradients: bool) -> Named:
 
 @pytest.mark.parametrize(
     "config",
-    [MOE, PLAIN_TOP_K, GATED, SHARED, TIED_DENSE, UNTIED_DENSE],
-    ids=["qwen3_moe", "qwen3_moe without renormalisation", "qwen3_next", "qwen3_next with a shared expert", "qwen3 tied", "qwen3"],
+    [MOE, PLAIN_TOP_K, DENSE_FIRST, GATED, SHARED, OWN_GATE, TIED_DENSE, UNTIED_DENSE],
+    ids=[
+        "qwen3_moe",
+        "qwen3_moe without renormalisation",
+        "qwen3_moe with a dense first layer",
+        "qwen3_next",
+        "qwen3_next with a shared expert",
+        "qwen3_next with a shared expert and its gate",
+        "qwen3 tied",
+        "qwen3",
+    ],
 )
 def test_equals_hugging_face(config):
     model, peer = ours(config), theirs(config)
@@ -119,7 +133,8 @@ def test_equals_hugging_face(config):
     loaded = peer.load_state_dict(named_as_theirs(values, config), strict=False)
     assert not loaded.unexpected_keys
     absent = {"lm_head.weight"} if config.tie_embeddings else set()  # tied: the same parameter by another name
-    only_theirs = "shared_expert_gate" if config.moe.shared_ffn_size else "shared_expert"  # they always build one, of width 0 if need be
+    # They always build a shared expert, of width 0 if need be, and its gate.
+    only_theirs = "nothing" if config.moe.shared_gate else "shared_expert_gate" if config.moe.shared_ffn_size else "shared_expert"
     assert {name for name in loaded.missing_keys if only_theirs not in name} == absent
 
     generator = torch.Generator().manual_seed(3)

@@ -9,6 +9,7 @@ import ranks
 import torch
 import yaml
 from parity.sharded import BACKEND, CPU, assert_all_close, assert_close, clear_routes, fill, full_gradients, full_weights
+from parity.variants import VARIANTS
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,6 +71,12 @@ def test_names_and_shapes_are_those_of_the_count(base, delta):
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == parameter_shapes(config)
     assert {name: label.shard.full_shape for name, label in named_labels(model).items()} == parameter_shapes(config)
     assert all(p.is_meta for p in model.parameters()), "nothing is held before it gets its values"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_names_and_shapes_of_every_variant_are_those_of_the_count(variant):
+    labels = named_labels(build(VARIANTS[variant]))
+    assert {name: label.shard.full_shape for name, label in labels.items()} == parameter_shapes(VARIANTS[variant])
 
 
 def test_the_count_is_that_of_the_built_parts():
@@ -145,14 +152,14 @@ PINNED = {
     "layers.0.attention.q.weight": 0.233040,
     "layers.0.attention.k.weight": 0.933263,
     "layers.0.attention.v.weight": 0.192194,
-    "layers.0.attention.o.weight": -0.108682,
+    "layers.0.attention.o.weight": -0.142625,
     "layers.0.attention.gate.weight": -0.001550,
     "layers.0.moe.router.weight": -0.132830,
     "layers.0.moe.experts.gate_up": -0.632710,
-    "layers.0.moe.experts.down": -0.337569,
+    "layers.0.moe.experts.down": 0.668450,
     "layers.0.moe.shared_expert.gate.weight": 0.500827,
     "layers.0.moe.shared_expert.up.weight": 0.153642,
-    "layers.0.moe.shared_expert.down.weight": 0.170374,
+    "layers.0.moe.shared_expert.down.weight": -0.093507,
     "head.weight": 1.070373,
 }
 

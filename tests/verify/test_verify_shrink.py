@@ -19,6 +19,7 @@ from megagate.verify.shrink import fit_layout, shrink
 BASES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("gate_"))
 GATES = sorted(path.stem for path in CONFIGS.glob("gate_*.yaml"))
 SIX_HEADS = "--model.attention.num_heads 6 --model.attention.num_kv_heads 1 --train.seq_len 48 --model.vocab_size 768"
+SWITCH = "--model.attention.switch"
 EXAMPLES = [*BASES, *(f"{base}+{gate}" for base in BASES for gate in GATES if base.startswith("moe"))]
 ODD = {
     "one kv head of six": f"nano {SIX_HEADS}",
@@ -33,6 +34,11 @@ ODD = {
     "kept": "nano --optim.grad_clip 0 --train.recompute true --precision.dtype bf16 --precision.grad_dtype model --parallel.zero_stage 3",
     "loss": "nano --model.moe.balance_scope sequence --model.moe.balance_coef 0.2 --model.moe.z_loss_coef 0 --model.moe.renormalize false",
     "norms": "nano --model.attention.qk_norm false --model.norm_eps 1e-3 --model.attention.rope.base 500",
+    "router": "nano --model.moe.score sigmoid --model.moe.bias_update_rate 0.01 --model.moe.shared_ffn_size 96 --model.moe.shared_gate true",
+    "dense first": "nano --model.num_layers 6 --model.moe.first_dense_layers 3 --model.ffn_size 96",
+    "switch": f"nano {SWITCH}.projections kv {SWITCH}.num_experts 8 {SWITCH}.top_k 8 --model.attention.gate.position none",
+    "few of a switch": f"nano {SWITCH}.projections v {SWITCH}.num_experts 8 {SWITCH}.top_k 5 --model.sandwich_norm true",
+    "clipped": "nano --model.residual_clip 300 --model.attention.gate.position G3 --model.attention.gate.head_shared true",
 }
 WORLDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 SMALL = 2e6
@@ -87,6 +93,10 @@ def kinds(run: RunConfig, world: int) -> dict[str, Any]:
         "renormalize": moe.renormalize,
         "moe": model.is_moe,
         "one choice": moe.top_k == 1,
+        "router": (moe.score, moe.bias_update_rate, moe.shared_gate),
+        "dense first": moe.first_dense_layers > 0,
+        "switch": (attention.switch.projections, attention.switch.num_experts > 1, attention.switch.top_k == attention.switch.num_experts),
+        "residual": (model.sandwich_norm, model.residual_clip > 0),
     }
 
 
