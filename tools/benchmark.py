@@ -1,4 +1,4 @@
-"""Measure megagate: `python tools/benchmark.py step --help`."""
+"""Measure megagate: `python tools/benchmark.py step --help`, `gate --help`."""
 
 import argparse
 import json
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megagate.analysis.benchmark.gate import Record
+    from megagate.analysis.benchmark.paired import Shift
     from megagate.analysis.benchmark.step import Table
 
 
@@ -21,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark.py", description="Measure megagate against its peers, and what its parts cost.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_step(commands)
+    _add_gate(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -43,6 +46,36 @@ def _add_step(commands: argparse._SubParsersAction) -> None:
     step.set_defaults(run=_step)
 
 
+def _add_gate(commands: argparse._SubParsersAction) -> None:
+    gate = commands.add_parser(
+        "gate",
+        help="what the attention gate adds to a training step, with an interval narrow enough to say",
+        description="Models with and without a gate do the same step by turns until every row's interval is narrow or a limit is reached.",
+    )
+    gate.add_argument(
+        "--rows", default="headwise,elementwise", metavar="A,B", help="gates; 'none' measures the method against itself alone"
+    )
+    gate.add_argument("--shape", default="S", choices=["S", "L", "tiny"], help="sizes of the model and of a step")
+    gate.add_argument(
+        "--half-width", type=_above_zero, default=0.7, metavar="PERCENT", help="stop when no row's 95%% interval is wider than twice this"
+    )
+    gate.add_argument("--pairs", type=_positive, default=400, metavar="N", help="stop at this many pairs")
+    gate.add_argument("--seconds", type=_above_zero, default=1800.0, metavar="LIMIT", help="stop after this time with what there is")
+    gate.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="of the process")
+    gate.add_argument("--json", type=Path, metavar="FILE", help="write every pair's numbers here, after each pair")
+    gate.add_argument(
+        "--resume", action="store_true", help="go on with FILE where it exists; refused where machine, versions or code differ"
+    )
+    gate.set_defaults(run=_gate)
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError(text)
+    return number
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -60,9 +93,7 @@ def _step(options: argparse.Namespace) -> int:
         print(f"--rows: no row {', '.join(unknown)}; there are {', '.join(ROWS)}", file=sys.stderr)
         return 2
     try:
-        table = measure(
-            keys, shape=options.shape, rounds=options.rounds, deadline=deadline, threads=options.threads, tell=_tell
-        )
+        table = measure(keys, shape=options.shape, rounds=options.rounds, deadline=deadline, threads=options.threads, tell=_tell)
     except MegagateError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -79,6 +110,74 @@ def _step(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(_record(table, options), indent=1) + "\n")
     return 0
+
+
+def _gate(options: argparse.Namespace) -> int:
+    from megagate.analysis.benchmark.gate import GATES, Record, study
+    from megagate.errors import MegagateError
+
+    deadline = time.monotonic() + options.seconds
+    rows = [] if options.rows == "none" else options.rows.split(",")
+    if unknown := [row for row in rows if row not in GATES]:
+        return _refuse(f"--rows: no row {', '.join(unknown)}; there are {', '.join(GATES)}, or 'none'")
+    if options.resume and not options.json:
+        return _refuse("--resume needs --json FILE, the record to go on with")
+    if options.json and options.json.exists() and not options.resume:
+        return _refuse(f"--json {options.json}: exists; give --resume to go on with it, or another name")
+    if options.json and not options.json.parent.is_dir():
+        return _refuse(f"--json {options.json}: no folder {options.json.parent}; make it, or give another name")
+    conditions = {"shape": options.shape, "threads": options.threads, "machine": _machine(options.threads)}
+    record = Record.empty(conditions, [gate for gate in GATES if gate in rows])
+    try:
+        if options.resume and options.json.exists():
+            record.resume(options.json)
+        save = (lambda record: record.write(options.json)) if options.json else (lambda record: None)
+        study(record, pairs=options.pairs, half_width=options.half_width, deadline=deadline, save=save, tell=_tell)
+    except MegagateError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    finally:
+        _tell("")
+    if not record.pairs:
+        print(f"no pair was complete after {options.seconds:g} s; give more --seconds", file=sys.stderr)
+        return 1
+    print(_gate_report(record))
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+def _gate_report(record: "Record") -> str:
+    from megagate.analysis.benchmark.gate import BASE, SHAPES, TITLES, TWIN, lines, median_seconds
+
+    shape, threads = record.conditions["shape"], record.conditions["threads"]
+    head = f"Shape {shape}, {SHAPES[shape].tokens} tokens a step, bf16; {record.pairs} pairs in {len(record.sessions)} processes"
+    rows = [
+        f"{head}; base step {median_seconds(record, BASE):.3f} s; {_machine(threads)}.\n",
+        "| row | overhead, % [95 %] | half-width | pairs | in CPU time, % [95 %] | share of FLOPs, % | target, % | verdict |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines(record):
+        target = "holds 0" if line.key == TWIN else f"<= {line.target:.2f}"
+        cells = [
+            f"{TITLES[line.key]} (`{line.key}`)",
+            _interval(line.wall),
+            f"{line.wall.half_width:.2f}",
+            str(record.pairs),
+            _interval(line.cpu),
+            f"{line.flops:.2f}",
+            target,
+            line.verdict,
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*rows, f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}"])
+
+
+def _interval(shift: "Shift") -> str:
+    return f"{shift.centre:+.2f} [{shift.low:+.2f}, {shift.high:+.2f}]"
 
 
 def _markdown(table: "Table", titles: dict[str, str]) -> str:

@@ -71,7 +71,12 @@ class _OutOfTimeError(Exception):
 
 
 def run_rounds(
-    entrants: Sequence[Entrant], *, rounds: int, deadline: float, tell: Callable[[str], None] = lambda text: None
+    entrants: Sequence[Entrant],
+    *,
+    rounds: int,
+    deadline: float,
+    tell: Callable[[str], None] = lambda text: None,
+    enough: Callable[[dict[str, Series]], bool] = lambda series: False,
 ) -> dict[str, Series]:
     """Drive the entrants round by round and end their processes, whatever happens.
 
@@ -82,6 +87,7 @@ def run_rounds(
         rounds: Rounds to measure.
         deadline: On `time.monotonic`'s clock; when it passes, what complete rounds gave is returned.
         tell: Gets a line of progress.
+        enough: Gets what there is after each complete round; true ends the measurement.
 
     Returns:
         dict: The series of each entrant by name, all of the same length, in the order given.
@@ -106,6 +112,8 @@ def run_rounds(
                 series[name].cpu_seconds.append(reply["cpu_seconds"])
                 series[name].notes.append(reply["notes"])
                 series[name].peak_rss = reply["peak_rss"]
+            if enough(series):
+                break
     return series
 
 

@@ -1,6 +1,8 @@
 """A training step of megagate's model in plain PyTorch, bf16 weights under a fused AdamW; and the machine's matmul peak."""
 
-from collections.abc import Callable, Iterator
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -44,6 +46,41 @@ def plain(shape: str, gate: str | None = None, auxiliary: bool = False) -> Work:
         return loss
 
     return step_of(model, loss_of, batches(sizes, device))
+
+
+def alternating(shape: str, gates: Mapping[str, str | None]) -> Work:
+    """One step of each model by turns in this one process.
+
+    The order is turned by one place a round, and reversed every other cycle: each model is first as often as any other, and follows each
+    of its neighbours as often as it goes before.
+
+    Args:
+        shape: Of `SHAPES`.
+        gates: The granularity of each model's gate by the model's name, neighbours beside each other.
+
+    Returns:
+        Work: Its numbers are `NAME.seconds`, `NAME.cpu_seconds` and `NAME.loss` of each model.
+    """
+    steps = {name: plain(shape, gate) for name, gate in gates.items()}
+    orders = itertools.cycle(turns(list(steps)))
+
+    def work() -> dict[str, float]:
+        numbers = {}
+        for name in next(orders):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            loss = steps[name]()["loss"]
+            numbers[f"{name}.cpu_seconds"] = time.process_time() - cpu_start
+            numbers[f"{name}.seconds"] = time.perf_counter() - start
+            numbers[f"{name}.loss"] = loss
+        return numbers
+
+    return work
+
+
+def turns(names: list[str]) -> list[list[str]]:
+    """Every rotation of the names, then every rotation backwards."""
+    rotations = [names[first:] + names[:first] for first in range(len(names))]
+    return rotations + [names[::-1] for names in rotations]
 
 
 def build_model(config: ModelConfig, device: torch.device, mesh: ParallelMesh) -> LanguageModel:
