@@ -207,6 +207,81 @@ def test_what_is_gated_keeps_its_dtype_and_is_rounded_once():
         assert (out == exact).double().mean() > 0.99, title(gate)
 
 
+@pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
+def test_gradients_of_the_gate_are_rounded_once(granularity):
+    """bf16 in and out, fp32 between: all but ties are the exact gradient's nearest bf16."""
+    layer = bf16_layer(GateConfig("G1", granularity)).gate
+    y, cotangent = (random(name, BATCH, SEQUENCE, HEADS, WIDTH).bfloat16() for name in ("y", "cotangent"))
+    logits = 3 * random("logits", BATCH, SEQUENCE, HEADS * layer.width).bfloat16()
+    gradients = torch.autograd.grad(layer(*(inputs := [t.requires_grad_() for t in (y, logits)])), inputs, cotangent)
+    wide_y, wide_logits = (t.detach().double().requires_grad_() for t in (y, logits))
+    exact = wide_y * wide_logits.view(BATCH, SEQUENCE, HEADS, -1).sigmoid()
+    for what, gradient, expected in zip(
+        ("y", "logits"), gradients, torch.autograd.grad(exact, (wide_y, wide_logits), cotangent.double()), strict=True
+    ):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient == expected.bfloat16()).double().mean() > 0.99, what
+
+
+def bf16_layer(gate: GateConfig) -> GatedAttention:
+    return fill(GatedAttention(model_of(gate), dtype=torch.bfloat16, backend=BACKEND, tp=ParallelMesh.single().tp))
+
+
+class Kept:
+    """Storages that a forward pass keeps for its backward pass, parameters left out."""
+
+    def __init__(self, parameters=()):
+        self.known = {p.untyped_storage().data_ptr() for p in parameters}
+        self.tensors: dict[int, Tensor] = {}  # held, so that no address is used twice
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in self.known:
+            self.tensors[pointer] = tensor
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+    def __enter__(self) -> "Kept":
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+
+def kept_by(gate: GateConfig) -> int:
+    layer, x = bf16_layer(gate), random("x", BATCH, SEQUENCE, HIDDEN).bfloat16()
+    table = rope()
+    with Kept([*layer.parameters(), x, table]) as kept:
+        out = layer(x.requires_grad_(), table)
+    assert out.requires_grad
+    return kept.bytes
+
+
+@pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
+def test_sigmoid_and_multiply_keep_one_tensor_more_the_logits(granularity):
+    """No score, no fp32 copy: what is gated is kept without a gate too, by the output projection."""
+    layer = bf16_layer(GateConfig("G1", granularity)).gate
+    y = random("y", BATCH, SEQUENCE, HEADS, WIDTH).bfloat16().requires_grad_()
+    logits = random("logits", BATCH, SEQUENCE, HEADS * layer.width).bfloat16().requires_grad_()
+    with Kept() as kept:
+        layer(y, logits)
+    assert kept.tensors.keys() == {t.untyped_storage().data_ptr() for t in (y, logits)}
+
+
+@pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
+def test_a_gated_layer_keeps_the_logits_and_the_product(granularity):
+    """Beside the gate's part of the joined weight: the product is the output projection's input, y the gate's, in place of one for both."""
+    layer = bf16_layer(GateConfig("G1", granularity))
+    tokens, element = BATCH * SEQUENCE, 2
+    logits, product = tokens * layer.gate.weight.shape[0] * element, tokens * HEADS * WIDTH * element
+    assert kept_by(layer.gate.config) - kept_by(GateConfig()) == logits + product + layer.gate.weight.numel() * element
+
+
 def test_the_parameter_begins_neutral():
     """An input-independent gate begins at sigmoid(0) = 1/2, whatever the seed."""
     from megagate.nn.init import initialize
