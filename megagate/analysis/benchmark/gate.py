@@ -3,10 +3,14 @@
 Pure: the steps themselves run in a process of their own (`step_plain.alternating`).
 
 Method: all models live in one process and do the same step by turns: two equal models without a gate, the base and its twin, and between
-them the gated ones. A pair is one round: log of a gated model's time over the geometric mean of its base's and twin's, which costs no
-more steps than the twin needs anyway and takes a quarter off the variance. The twin over the base is the method's own error, reported as
-a row: its interval must hold 0. One process, because processes of their own differ by where their memory lies for as long as they
-live, and swapping them cools caches; what is left of that is redrawn by a new process every `SESSION` rounds. PLACEHOLDER
+them the gated ones. A pair is one round: log of a gated model's time over the geometric mean of base and twin, which takes a quarter off
+the variance and costs no step more, for the twin runs anyway: its time over the base's is the method's own error, a row whose interval must
+hold 0 (one in twenty does not by chance).
+
+Why one process: in short runs twins in processes of their own and twins in one were alike within the noise (processor time, 16 pairs, two
+runs each: -1.6 [-4.2, 0.4] and 0.6 [-2.1, 2.9] % apart, 2.5 [-1.9, 5.1] and 0.3 [-1.4, 2.9] % in one), so neither has the smaller bias that
+could be shown. One process builds and warms up faster, and therefore can be replaced every `SESSION` rounds: where memory
+lies, which stays as it is for a process's whole life and may favour one model, is then drawn again instead of being measured as cost.
 """
 
 import hashlib
