@@ -165,7 +165,7 @@ def _gate_report(record: "Record") -> str:
         cells = [
             f"{TITLES[line.key]} (`{line.key}`)",
             _interval(line.wall),
-            f"{line.wall.half_width:.2f}",
+            f"{line.wall.half_width:.2f}" if line.wall.half_width < float("inf") else "-",
             str(record.pairs),
             _interval(line.cpu),
             f"{line.flops:.2f}",
@@ -177,7 +177,8 @@ def _gate_report(record: "Record") -> str:
 
 
 def _interval(shift: "Shift") -> str:
-    return f"{shift.centre:+.2f} [{shift.low:+.2f}, {shift.high:+.2f}]"
+    interval = f" [{shift.low:+.2f}, {shift.high:+.2f}]" if shift.half_width < float("inf") else ""
+    return f"{shift.centre:+.2f}{interval}"
 
 
 def _markdown(table: "Table", titles: dict[str, str]) -> str:

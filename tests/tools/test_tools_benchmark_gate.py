@@ -106,6 +106,11 @@ def test_the_verdict_on_a_known_cost(key: str, cost: float, noise: float, expect
     assert line.cpu.low <= 0 <= line.cpu.high, "processor time is read apart"
 
 
+@pytest.mark.parametrize("key", [TWIN, *GATES])
+def test_without_an_interval_there_is_no_verdict(key: str) -> None:
+    assert line_of(key, 1.0, pairs=6).verdict == "not separable"
+
+
 def test_a_gate_is_compared_with_the_mean_of_base_and_twin() -> None:
     """A twin that is slower by 2 % takes 1 % off what is added."""
     costs = {BASE: 1.0, TWIN: 1.02, "headwise": 1.0302}
@@ -221,7 +226,8 @@ def test_a_small_study_ends_with_a_table_and_is_continued(tmp_path: Path) -> Non
     assert [len(cells) for cells in table] == [10] * 3
     assert [cells[4] for cells in table] == ["pairs", "3", "3"]
     assert table[1][1].startswith("A/A") and table[2][1] == "headwise gate, G1 (`headwise`)"
-    assert table[2][7:9] == ["<= 1.00", "not separable"], "three pairs have no interval"
+    assert [cells[3] for cells in table] == ["half-width", "-", "-"] and "[" not in table[2][2], "three pairs have no interval"
+    assert table[2][7:9] == ["<= 1.00", "not separable"]
     assert "3 pairs in 2 processes" in out[0] and "torch" in out[0]
     assert out[-1].strip() == f"python tools/benchmark.py {' '.join([*command, '3', '--resume'])}"
     held = json.loads(record.read_text())

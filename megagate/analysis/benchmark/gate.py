@@ -209,6 +209,8 @@ def added_flops(shape: Shape, model: str) -> float:
 
 def verdict(model: str, wall: Shift, target: float) -> Verdict:
     """Whether the whole interval lies on one side of the target; for the twin, whether it holds it."""
+    if not math.isfinite(wall.half_width):
+        return "not separable"
     if model == TWIN:
         return "met" if wall.low <= target <= wall.high else "missed"
     if wall.high <= target:
