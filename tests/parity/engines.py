@@ -44,10 +44,12 @@ class Run:
     recompute: bool = False
     dense: bool = False
     head_dim: int = 8
+    bias_update_rate: float = 0.0
 
     @property
     def model(self) -> ModelConfig:
-        model = TIED_DENSE if self.dense else replace(MOE, moe=replace(MOE.moe, balance_scope=self.scope))
+        moe = replace(MOE.moe, balance_scope=self.scope, bias_update_rate=self.bias_update_rate)
+        model = TIED_DENSE if self.dense else replace(MOE, moe=moe)
         return replace(model, attention=replace(model.attention, head_dim=self.head_dim))
 
     @property
