@@ -6,6 +6,8 @@
     ROOT/step-00000100.trash/  being deleted
     ROOT/latest, ROOT/best     text files, each naming one step folder
 
+ROOT is the folder `checkpoints` of a run's own folder.
+
 One process (rank 0) calls what changes a folder here; any may call what reads.
 """
 
@@ -19,6 +21,7 @@ from megagate.checkpoint.durable import explaining_no_space, sync_directory, wri
 from megagate.errors import CheckpointError
 
 INDEX_NAME = "index.json"
+ROOT_NAME = "checkpoints"
 PointerName = Literal["latest", "best"]
 POINTERS: tuple[PointerName, ...] = ("latest", "best")
 _STEP = re.compile(r"step-(\d{8,})")
@@ -103,7 +106,7 @@ def read_pointer(root: Path, name: PointerName) -> int | None:
 
 
 def resolve(path: Path) -> Path:
-    """The step folder that `path` means: itself, or, for a root, what `latest` names, or the newest complete one without it.
+    """The step folder that `path` means: itself, or, of a root or a run around it, the one `latest` names, else the newest.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
@@ -114,9 +117,10 @@ def resolve(path: Path) -> Path:
     elif _is_complete(path) and path.suffix not in (".tmp", ".trash"):
         folder = path
     else:
-        latest = read_pointer(path, "latest")
-        step = latest if latest is not None else max(complete_steps(path), default=None)
-        folder = None if step is None else _folder(path, step)
+        root = path / ROOT_NAME if (path / ROOT_NAME).is_dir() else path
+        latest = read_pointer(root, "latest")
+        step = latest if latest is not None else max(complete_steps(root), default=None)
+        folder = None if step is None else _folder(root, step)
     if folder is None:
         state = "holds no complete checkpoint" if path.is_dir() else "is no folder" if path.exists() else "does not exist"
         raise CheckpointError(

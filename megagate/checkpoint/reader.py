@@ -2,7 +2,7 @@
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from megagate.checkpoint.box import Box, Shape
 from megagate.checkpoint.folders import resolve
-from megagate.checkpoint.index import Index, StoredTensor, read_index
+from megagate.checkpoint.index import Index, StoredPiece, StoredTensor, read_index
 from megagate.checkpoint.rankfile import PieceFile
 from megagate.errors import CheckpointError
 
@@ -107,8 +107,22 @@ class Checkpoint:
         self.read(name, (0,) * out.dim(), out)
         return out
 
-    def verify(self, *, rank: int = 0, world_size: int = 1) -> int:
+    def mapped(self, name: str, piece: StoredPiece) -> torch.Tensor:
+        """One stored piece of the logical tensor `name` as a view of its file, to read; it takes no memory of the process's own.
+
+        Raises:
+            CheckpointError: no such tensor, or the file does not hold the piece.
+        """
+        dtype = self.stored(name).dtype
+        return self._file(piece.file).tensor(name, piece.box, dtype) if piece.box.volume else torch.empty(piece.box.shape, dtype=dtype)
+
+    def verify(self, *, rank: int = 0, world_size: int = 1, names: Collection[str] | None = None) -> int:
         """Digest the bytes on the disk again and compare; rank r of the world takes every world-th piece from the r-th on.
+
+        Args:
+            rank: This rank.
+            world_size: Ranks that share the work.
+            names: The logical tensors to check; None for all.
 
         Returns:
             The number of pieces that this rank checked.
@@ -117,7 +131,7 @@ class Checkpoint:
             CheckpointError: the first damaged piece, by tensor, offset and file.
         """
         tensors = self._index.contents.tensors
-        pieces = [(piece, name) for name, tensor in tensors.items() for piece in tensor.pieces]
+        pieces = [(piece, name) for name in (tensors if names is None else names) for piece in self.stored(name).pieces]
         # By file, so that each is opened once however many there are.
         mine = sorted(pieces, key=lambda item: item[0].file)[rank::world_size]
         for piece, name in mine:

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from megagate.checkpoint.folders import ROOT_NAME
 from megagate.checkpoint.store import Checkpoint, complete_steps, resolve
 from megagate.config.cli import parse, to_yaml
 from megagate.config.keys import from_dict
@@ -31,7 +32,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """step-NNNNNNNN folders, `latest`, `best`."""
-        return self.path / "checkpoints"
+        return self.path / ROOT_NAME
 
     @property
     def profile(self) -> Path:
@@ -93,9 +94,7 @@ class RunFolder:
             return resolve(self.checkpoints)
         if config.train.resume == "auto":
             return None
-        given = Path(config.train.resume)
-        run = RunFolder(given)
-        return resolve(run.checkpoints if run.checkpoints.is_dir() else given)
+        return resolve(Path(config.train.resume))
 
 
 def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
