@@ -9,6 +9,7 @@ GEMM of q, k and v, whose kernel may then sum in another order. Only weights are
 Nothing is held but one output projection at a time: all else goes from the mapped files of the one checkpoint to those of the other.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from megagate.checkpoint.store import Checkpoint, Piece, StoredPiece, begin, discard, publish, write_file, write_rank
+from megagate.checkpoint.store import Checkpoint, Piece, StoredPiece, begin, publish, write_file, write_rank
 from megagate.config.cli import to_yaml
 from megagate.config.count import parameter_shapes
 from megagate.config.keys import from_dict, to_dict
@@ -190,7 +191,7 @@ def _rewrite(checkpoint: Checkpoint, source: Path, output: Path, *, gate: GateCo
     """Check what is left to check, and write."""
     old = _config(checkpoint)
     new = replace(old, model=replace(old.model, attention=replace(old.model.attention, gate=gate)))
-    _require_free(output, {source, checkpoint.folder})
+    _require_free(output, source)
     checkpoint.verify(names=_taken(checkpoint, old.model))
     made_here = not output.exists()
     try:
@@ -204,26 +205,33 @@ def _rewrite(checkpoint: Checkpoint, source: Path, output: Path, *, gate: GateCo
         metadata = {**checkpoint.metadata, "config": to_dict(new), "applied_steps": 0}
         folder = publish(output, checkpoint.step, world_size=ranks, metadata=metadata)
     except BaseException:
-        discard(output, checkpoint.step)
-        (output / CONFIG_NAME).unlink(missing_ok=True)
-        if made_here:
-            with suppress(OSError):
-                output.rmdir()
+        _clear(output, remove=made_here)
         raise
     bounds = min(f.min().item() for f in factors.values()), max(f.max().item() for f in factors.values())
     exact = all((f.frexp().mantissa == 0.5).all() for f in factors.values())
     return Retrofit(checkpoint.folder, folder, new, checkpoint.step, bounds, rounding, exact)
 
 
-def _require_free(output: Path, sources: set[Path]) -> None:
+def _require_free(output: Path, source: Path) -> None:
     """Refuse an output that is in use, or that would change what is read."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"--output ({output}) must be a new or an empty folder, and it exists; choose another, or remove it")
-    for source in sources:
-        if output.resolve().is_relative_to(source.resolve()):
-            raise ConfigError(f"--output ({output}) must not lie in the checkpoint that is read ({source}); choose a folder outside")
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"--output ({output}) must not lie in the checkpoint that is read ({source}); choose a folder outside")
     if output.name.startswith("step-"):
         raise ConfigError(f"--output ({output}) is a folder of checkpoints, and step-* names one of them; choose another name")
+
+
+def _clear(output: Path, *, remove: bool) -> None:
+    """Give up: the folder was empty, so all in it is ours."""
+    for path in output.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if remove:
+        with suppress(OSError):
+            output.rmdir()
 
 
 def _kind(name: str) -> str:

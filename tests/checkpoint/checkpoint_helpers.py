@@ -61,7 +61,13 @@ def save_pieces(root: Path, step: int, ranks: list[list[store.Piece]], metadata:
     return store.publish(root, step, world_size=len(ranks), metadata=metadata or {})
 
 
-def save_layout(root: Path, step: int, state: Mapping[str, torch.Tensor], layout: list[list[Fragment]]) -> Path:
+def save_layout(
+    root: Path,
+    step: int,
+    state: Mapping[str, torch.Tensor],
+    layout: list[list[Fragment]],
+    metadata: Mapping[str, object] | None = None,
+) -> Path:
     """Save `state` cut by `layout`; fragments are views of one flat buffer per rank, as in an optimizer."""
     ranks = []
     for fragments in layout:
@@ -78,7 +84,12 @@ def save_layout(root: Path, step: int, state: Mapping[str, torch.Tensor], layout
                 flat=buffer[3 : 3 + flat.numel()],
             )
         ranks.append(pieces)
-    return save_pieces(root, step, ranks)
+    return save_pieces(root, step, ranks, metadata)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The content of every file under a folder, by its path; folders are empty."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
 
 
 def numbered(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -30,6 +30,11 @@ def test_paths_resolve_to_step_folders(saved: Path) -> None:
     assert (saved / "latest").read_text() == "step-00000030\n"
     store.set_pointer(saved, "latest", 20)
     assert store.resolve(saved).name == "step-00000020" and value(saved) == 20
+    (saved / "run").mkdir()
+    for path in list(saved.glob("step-*")) + [saved / "latest"]:
+        (saved / "run" / "checkpoints").mkdir(exist_ok=True)
+        path.rename(saved / "run" / "checkpoints" / path.name)
+    assert store.resolve(saved / "run") == saved / "run" / "checkpoints" / "step-00000020"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"step-00000099\n", b"../elsewhere", b"\xff\xfe", b"step-00000010.tmp"])
