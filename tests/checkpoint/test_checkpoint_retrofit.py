@@ -14,6 +14,7 @@ import torch
 from checkpoint_helpers import Layouts, contents, save_layout
 from parity.engines import MOE, TIED_DENSE, Layout, Run, batch, run_config, train
 from parity.sharded import BACKEND, CPU, clear_routes, fill
+from parity.sharded import random as random_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,8 +24,9 @@ from megagate.checkpoint.rankfile import PieceFile
 from megagate.checkpoint.retrofit import Retrofit, add_gate, remove_gate
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.cli import parse
-from megagate.config.keys import differences, from_dict
-from megagate.config.model import GateActivation, GateConfig, GateGranularity, GatePosition, ModelConfig
+from megagate.config.count import parameter_shapes
+from megagate.config.keys import differences, from_dict, to_dict
+from megagate.config.model import GateActivation, GateConfig, GateGranularity, GatePosition, ModelConfig, SwitchConfig
 from megagate.config.run import RunConfig
 from megagate.engine.reference import ReferenceEngine
 from megagate.errors import CheckpointError, ConfigError, MegagateError, RunError
@@ -198,6 +200,28 @@ def test_any_layout_and_other_states_pass_through(tmp_path: Path) -> None:
     save_whole(tmp_path / "whole", state | nothing, metadata)
     add_gate(tmp_path / "whole", tmp_path / "d", "headwise")
     assert_same(tensors(tmp_path / "d"), expected | nothing)
+
+
+VARIANTS = {
+    "switch heads": replace(MOE, attention=replace(MOE.attention, switch=SwitchConfig("kv", 4, 2))),
+    "sandwich norms, clipped": replace(TIED_DENSE, sandwich_norm=True, residual_clip=100.0),
+    "all of a mixture": replace(
+        MOE, ffn_size=48, moe=replace(MOE.moe, first_dense_layers=1, shared_ffn_size=16, shared_gate=True, score="sigmoid")
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_only_the_output_projections_change_in_any_model(tmp_path: Path, case: str) -> None:
+    model = gated(VARIANTS[case], GateConfig())
+    state = {f"master/{name}": random_tensor(name, *shape) for name, shape in parameter_shapes(model).items()}
+    save_whole(tmp_path / "a", state, {"config": to_dict(RunConfig(model=model)), "applied_steps": 9})
+    add_gate(tmp_path / "a", tmp_path / "b", "headwise")
+    expected = {name: 2 * tensor if name.endswith("attention.o.weight") else tensor for name, tensor in state.items()}
+    gates = {f"master/{layer}.gate.weight": torch.zeros(MOE.attention.num_heads, MOE.hidden_size) for layer in LAYERS}
+    assert_same(tensors(tmp_path / "b"), expected | gates)
+    remove_gate(tmp_path / "b", tmp_path / "c")
+    assert_same(tensors(tmp_path / "c"), state)
 
 
 def test_a_run_its_checkpoints_and_a_step_are_the_same(tmp_path: Path) -> None:
