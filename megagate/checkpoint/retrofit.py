@@ -30,7 +30,7 @@ from megagate.nn.gate import ACTIVATIONS
 
 CONFIG_NAME = "config.yaml"
 _MASTER, _STATE = "master", "state"
-_ROWS = 256
+_ROWS = 32
 """Rows of an output projection that are scaled at a time, in fp64."""
 
 Factors = Mapping[str, Tensor]
