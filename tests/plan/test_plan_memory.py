@@ -1,0 +1,154 @@
+"""Bytes per GPU from the config alone, against what autograd, the built model and DeepSpeed really keep."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import ranks
+import torch
+from parity.sharded import BACKEND, CPU, fill
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megagate.backend.native import NativeBackend
+from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
+from megagate.model.lm import LanguageModel
+from megagate.parallel.mesh import ParallelMesh
+from megagate.parallel.spawn import RankContext
+from megagate.plan.activations import Core, Micro, kept_by_forward
+
+MOE = ModelConfig(
+    vocab_size=250,
+    hidden_size=64,
+    num_layers=2,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
+    moe=MoEConfig(num_experts=4, top_k=2, ffn_size=32),
+)
+DENSE = replace(MOE, moe=MoEConfig(), ffn_size=96, tie_embeddings=True)
+TEXT = (2, 48)
+
+
+def gated(position: str, **fields) -> GateConfig:
+    return GateConfig(position, **fields)
+
+
+def with_gate(gate: GateConfig, model: ModelConfig = DENSE) -> ModelConfig:
+    return replace(model, attention=replace(model.attention, gate=gate))
+
+
+GATES = [
+    *(gated(position) for position in ("G1", "G2", "G3", "G4", "G5")),
+    *(gated(position, granularity="headwise") for position in ("G1", "G2")),
+    *(gated(position, head_shared=True) for position in ("G1", "G2")),
+    *(gated(position, combine="add", activation="silu") for position in ("G1", "G5")),
+    gated("G1", combine="add", activation="identity"),
+    *(gated("G1", activation=activation) for activation in ("silu", "identity", "ns_sigmoid")),
+    gated("G5", activation="ns_sigmoid"),
+    gated("G5", activation="identity"),
+    *(gated("G1", score="self", activation=activation) for activation in ("silu", "rmsnorm")),
+    gated("G1", score="constant"),
+    gated("G1", score="parameter"),
+    gated("G2", score="parameter", activation="silu", granularity="headwise"),
+]
+MODELS = {
+    "moe": MOE,
+    "dense": DENSE,
+    "without qk norm": replace(DENSE, attention=replace(DENSE.attention, qk_norm=False)),
+    "sandwich": replace(DENSE, sandwich_norm=True),
+    "clip": replace(DENSE, residual_clip=5.0),
+    "sandwich and clip": replace(DENSE, sandwich_norm=True, residual_clip=5.0),
+    "shared expert": replace(MOE, moe=replace(MOE.moe, shared_ffn_size=48)),
+    "not renormalized": replace(MOE, moe=replace(MOE.moe, renormalize=False)),
+    "gated moe": with_gate(gated("G1"), MOE),
+    **{f"{gate}": with_gate(gate) for gate in GATES},
+}
+
+
+def nodes(root: torch.autograd.graph.Node) -> Iterator[torch.autograd.graph.Node]:
+    seen, todo = {root}, [root]
+    while todo:
+        node = todo.pop()
+        yield node
+        new = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= new
+        todo += new
+
+
+class FlashOnCpu(NativeBackend):
+    """The native backend with the attention that it has on GPUs, whose CPU kernel keeps the same tensors."""
+
+    def attention_core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+BACKENDS: dict[Core, NativeBackend] = {"blockwise": BACKEND, "flash": FlashOnCpu(CPU)}
+
+
+def kept_bytes(model: ModelConfig, micro: Micro, mesh: ParallelMesh, *, recompute: bool) -> tuple[int, tuple[tuple[int, int], ...], Counter]:
+    """Bytes of all storages that the graph of a forward pass holds, parameters left out, each MoE layer's rows, and the storages by shape."""
+    dtype = torch.float32 if micro.element == 4 else torch.bfloat16
+    built = fill(LanguageModel(model, dtype=dtype, backend=BACKENDS[micro.core], mesh=mesh, recompute=recompute))
+    parameters = {p.untyped_storage().data_ptr() for p in built.parameters()}
+    held: dict[int, Tensor] = {}  # alive to the end, so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in parameters:
+            held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    rows = []
+    for module in built.modules():
+        if hasattr(module, "dispatcher"):
+            module.experts.register_forward_pre_hook(lambda _, given: rows.append((int((given[0].probs > 0).sum()), len(given[0].x))))
+    text = torch.randint(0, model.vocab_size, (micro.batch, micro.seq_len + 1), generator=torch.Generator().manual_seed(3))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        parts = built(text[:, :-1], text[:, 1:])
+    roots = [parts.ce_sum, *(root for stats in parts.stats for root in (stats.prob_sums, stats.z_sum))]
+    for root in roots:
+        for node in nodes(root.grad_fn):
+            if hasattr(node, "source") and not recompute:  # what `_Collect` keeps without autograd's knowledge
+                keep(node.source)
+    sizes = Counter()
+    for tensor in held.values():
+        sizes[f"{tuple(tensor.shape)} {tensor.dtype}"] += tensor.untyped_storage().nbytes()
+    return sum(sizes.values()), tuple(rows), sizes
+
+
+def assert_exact(model: ModelConfig, micro: Micro, mesh: ParallelMesh, *, recompute: bool) -> None:
+    real, rows, sizes = kept_bytes(model, micro, mesh, recompute=recompute)
+    told = kept_by_forward(model, replace(micro, expert_rows=rows), recompute=recompute)
+    assert sum(told.values()) == real, (sizes, told)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_forward_pass_keeps_what_the_formula_says(model, element, recompute):
+    assert_exact(model, Micro(*TEXT, element=element, core="blockwise"), ParallelMesh.single(), recompute=recompute)
+
+
+@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize("model", [MODELS["moe"], *(with_gate(gate) for gate in GATES)], ids=["moe", *map(str, GATES)])
+def test_flash_attention_keeps_what_the_formula_says(model, element):
+    assert_exact(model, Micro(*TEXT, element=element, core="flash"), ParallelMesh.single(), recompute=False)
+
+
+def under_tp(context: RankContext, models: list[ModelConfig]) -> None:
+    size = context.world_size
+    for model in models:
+        ep = size if model.is_moe else 1
+        micro = Micro(*TEXT, tp=size, ep=ep, element=2, core="blockwise")
+        for recompute in (False, True):
+            assert_exact(model, micro, ParallelMesh.build(tp=size, ep=ep), recompute=recompute)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_each_tensor_parallel_rank_keeps_what_the_formula_says(world_size):
+    """Four ranks have more than the key/value heads. Received rows differ from rank to rank."""
+    names = ["dense", "sandwich and clip", "shared expert", "gated moe"]
+    gates = [gated(position) for position in ("G2", "G5")] + [gated("G3", granularity="headwise")]
+    ranks.run_ranks(under_tp, world_size, [*(MODELS[name] for name in names), *(with_gate(gate) for gate in gates)])
