@@ -1,12 +1,13 @@
 """Bytes per GPU from the config alone, against what autograd, the built model and DeepSpeed really keep."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
 import ranks
 import torch
+from parity.engines import Layout, Run, build_engine, run_config, train
 from parity.sharded import BACKEND, CPU, fill
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,10 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagate.backend.native import NativeBackend
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
+from megagate.config.paper import presets
 from megagate.model.lm import LanguageModel
-from megagate.parallel.mesh import ParallelMesh
+from megagate.nn.base import named_labels
+from megagate.parallel.mesh import Axis, ParallelMesh, grid
 from megagate.parallel.spawn import RankContext
 from megagate.plan.activations import Core, Micro, kept_by_forward
+from megagate.plan.memory import estimate, held
 
 MOE = ModelConfig(
     vocab_size=250,
@@ -152,3 +156,79 @@ def test_each_tensor_parallel_rank_keeps_what_the_formula_says(world_size):
     names = ["dense", "sandwich and clip", "shared expert", "gated moe"]
     gates = [gated(position) for position in ("G2", "G5")] + [gated("G3", granularity="headwise")]
     ranks.run_ranks(under_tp, world_size, [*(MODELS[name] for name in names), *(with_gate(gate) for gate in gates)])
+
+
+# ---- what ranks hold
+
+
+def pretended(tp: int, ep: int, world_size: int) -> ParallelMesh:
+    """The mesh of rank 0 without process groups: enough to build a model on the meta device."""
+    table = grid(world_size, tp=tp, ep=ep)
+    return ParallelMesh(**{name: Axis(name, tuple(ranks[0])) for name, ranks in table.items()})
+
+
+@pytest.mark.parametrize(("tp", "ep", "world_size"), [(1, 4, 8), (2, 4, 16), (8, 4, 8)])
+@pytest.mark.parametrize("name", presets())
+def test_a_rank_holds_what_the_built_model_holds(name, tp, ep, world_size):
+    """Eight tensor-parallel ranks are more than the key/value heads of the 15A2B. Two layers: the others are alike."""
+    model = replace(presets()[name].config.model, num_layers=2)
+    mesh = pretended(tp, ep if model.is_moe else 1, world_size)
+    built = LanguageModel(model, dtype=torch.bfloat16, backend=BACKEND, mesh=mesh)
+    sizes = Counter()
+    for parameter_name, parameter in built.named_parameters():
+        sizes[named_labels(built)[parameter_name].shard.axis == "ep"] += parameter.numel()
+    dense, experts = held(model, tp=tp, ep=mesh.ep.size, world_size=world_size)
+    assert (dense.whole, experts.whole) == (sizes[False], sizes[True])
+    assert (dense.shard, experts.shard) == (-(-dense.whole // mesh.dp.size), -(-experts.whole // mesh.edp.size))
+
+
+def storages(things: Iterable[object]) -> int:
+    """Bytes of the distinct storages of tensors, in lists and dictionaries too."""
+    found: dict[int, int] = {}
+    todo = list(things)
+    while todo:
+        thing = todo.pop()
+        if isinstance(thing, Tensor):
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, (list, tuple)):
+            todo += thing
+        elif isinstance(thing, dict):
+            todo += thing.values()
+    return sum(found.values())
+
+
+def states_of(context: RankContext, run: Run, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of an engine's states, the largest that were seen after a backward pass of the second step, and what the formula says."""
+    engine = build_engine(run, layout, ParallelMesh.build(tp=layout.tp, ep=layout.ep))
+    zero, real_backward, seen = engine.zero, engine._backward, Counter()
+    where = ("averaged_gradients", "all_grad_tensors", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
+
+    def backward(loss: Tensor, *, last: bool) -> None:
+        real_backward(loss, last=last)
+        groups = [group["params"] for group in engine.optimizer.param_groups]
+        flats = zero.fp32_partitioned_groups_flat if layout.zero_stage == 3 else [flat for group in groups for flat in group]
+        parameters = list(engine.model.parameters())
+        now = {
+            "weights": storages(getattr(p, "ds_tensor", p.data) for p in parameters),
+            "gradients": storages([*(p.grad for p in parameters), *(getattr(zero, name, None) for name in where)]),
+            "masters": storages(flats) if layout.zero_stage else 0,
+            "moments": storages(moment for flat in flats for moment in engine.optimizer.state[flat].values() if moment.ndim),
+        }
+        seen.update({what: max(0, size - seen[what]) for what, size in now.items()})
+
+    engine._backward = backward
+    train(engine, range(2), lr=run.lr)
+    told = vars(estimate(run_config(run, layout), world_size=context.world_size))
+    return dict(seen), {what: told[what] for what in seen}
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "grad_dtype"),
+    [(0, "fp32", "fp32"), *((stage, *kind) for stage in (1, 2, 3) for kind in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "model")))],
+)
+def test_an_engine_keeps_the_states_that_the_formula_says(stage, dtype, grad_dtype):
+    run = Run(optimizer="adamw", dtype=dtype, grad_dtype=grad_dtype, dense=stage == 0)
+    layout = Layout(4, tp=2, ep=1 if stage == 0 else 2, zero_stage=stage)
+    for seen, told in ranks.run_ranks(states_of, 4, run, layout):
+        print(seen, told)
+        assert seen == pytest.approx(told, rel=0.03), "ZeRO rounds its shards up"

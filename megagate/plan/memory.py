@@ -1,0 +1,159 @@
+"""Bytes per GPU of a training run, from the config alone.
+
+What DeepSpeed 0.19.8 keeps under `engine/zero_config.py`, with n a rank's parameters and m its ZeRO shard of them (dense ones over dp, experts
+over edp); weights of w bytes (bf16 2, fp32 4), gradients accumulated in a bytes:
+
+| stage | weights | gradients | masters | moments | at most beside the activations | at most at the step |
+|---|---|---|---|---|---|---|
+| 0 (fp32) | w n | a n | the weights | 8 n | - | a bucket |
+| 1, bf16 with fp32 gradients | w n | a n | 4 m | 8 m | - | a bucket |
+| 1, a = w | w n | a n | 4 m | 8 m | a bucket, gradients of the shard | 4 m, a group at a time |
+| 2 | w n | a m | 4 m | 8 m | a bucket two or three times; a = w: gradients of the shard | a = w: 4 m, a group at a time |
+| 3 | w m | a m | 4 m | 8 m | a bucket twice, gathered weights | 4 m, a group at a time |
+
+So stage 1 (`BF16_Optimizer`) does not shard the fp32 gradients: every rank keeps the sums of all its parameters. `tests/plan` compares weights,
+gradients, masters and moments with a running engine; the last two columns are read in DeepSpeed's source. Temporaries of single layers are not
+counted: they are smaller than those of the loss.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megagate.config.count import Parameter, parameters
+from megagate.config.model import ModelConfig
+from megagate.config.run import RunConfig
+from megagate.errors import ConfigError
+from megagate.plan.activations import FP32, Micro, peak
+from megagate.plan.hardware import USABLE, gpu_bytes
+
+LARGEST_BUCKET = 500_000_000
+"""Elements of a communication bucket: `engine/zero_config.py`, a floor below."""
+GATHERED = 1_050_000_000
+"""Elements that stage 3 holds gathered at most: its defaults `max_live_parameters` and `prefetch_bucket_size`."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per GPU at the fullest moment.
+
+    Args:
+        weights: In the dtype of the model.
+        gradients: Sums over micro-steps, in the dtype in which they are accumulated.
+        masters: fp32 copies of the weights.
+        moments: The optimizer's fp32 state, both moments of Adam.
+        buffers: What ZeRO holds while activations are there: buckets, gathered weights.
+        step: What ZeRO holds at the optimizer's step, when activations are gone.
+        kept: Activations, and the loss's temporaries, when nothing is recomputed.
+        recomputed: The same when each block is recomputed.
+    """
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    buffers: int
+    step: int
+    kept: int
+    recomputed: int
+
+    def total(self, *, recompute: bool) -> int:
+        """All of it, without what is never there at the same time."""
+        states = self.weights + self.gradients + self.masters + self.moments
+        return states + max(self.buffers + (self.recomputed if recompute else self.kept), self.step)
+
+
+class Held(NamedTuple):
+    """Elements of a kind of parameters on one rank: n, and m, the rank's ZeRO shard. Fractions of an element count as one."""
+
+    whole: int
+    shard: int
+
+
+def estimate(config: RunConfig, *, world_size: int) -> Memory:
+    """The memory of a run whose config has passed `rules.check` for this number of ranks. `precision.dtype` auto counts as bf16."""
+    parallel, dp = config.parallel, world_size // config.parallel.tp
+    element = FP32 if config.precision.dtype == "fp32" else 2
+    accumulated = FP32 if config.precision.grad_dtype == "fp32" else element
+    groups = held(config.model, tp=parallel.tp, ep=parallel.ep, world_size=world_size)
+    n, m = (sum(group[i] for group in groups) for i in range(2))
+    stage = parallel.zero_stage
+    buffers, step = _zero_buffers(groups, stage=stage, element=element, accumulated=accumulated)
+    moments = {"adamw": 2, "sgd": 0}[config.optim.name]
+    micro = Micro(config.micro_batch(dp), config.train.seq_len, parallel.tp, parallel.ep, element)
+    return Memory(
+        weights=element * (m if stage == 3 else n),
+        gradients=accumulated * (m if stage >= 2 else n),
+        masters=FP32 * m if stage else 0,
+        moments=moments * FP32 * (m if stage else n),
+        buffers=buffers,
+        step=step,
+        kept=peak(config.model, micro, recompute=False),
+        recomputed=peak(config.model, micro, recompute=True),
+    )
+
+
+def held(model: ModelConfig, *, tp: int, ep: int, world_size: int) -> tuple[Held, Held]:
+    """What one rank holds of dense parameters and of experts."""
+    dense = experts = 0
+    for parameter in parameters(model, padded=True):
+        if parameter.part == "experts":
+            experts += parameter.size // ep
+        else:
+            dense += parameter.size // _cut(parameter, model, tp)
+    return Held(dense, math.ceil(dense * tp / world_size)), Held(experts, math.ceil(experts * ep / world_size))
+
+
+def _cut(parameter: Parameter, model: ModelConfig, tp: int) -> int:
+    """Over how many ranks a dense parameter is cut; 1 where each holds the whole."""
+    kind = parameter.name.rpartition("attention.")[2].partition(".")[0]
+    of_values = tp if tp <= model.attention.num_kv_heads else 1
+    match parameter.part:
+        case "norms" | "router":
+            return 1
+        case "attention":
+            return of_values if kind in ("k", "v") else tp
+        case "switch":
+            return of_values
+        case "gate":
+            return {"G2": of_values, "G3": of_values, "G5": 1}.get(model.attention.gate.position, tp)
+        case "shared_expert":
+            return 1 if parameter.name.endswith("shared_gate.weight") else tp
+    return tp
+
+
+def _zero_buffers(groups: tuple[Held, Held], *, stage: int, element: int, accumulated: int) -> tuple[int, int]:
+    """Bytes beside the activations, and at the step."""
+    n, m = (sum(group[i] for group in groups) for i in range(2))
+    bucket, same = min(LARGEST_BUCKET, n), accumulated == element
+    copied = FP32 * max(group.shard for group in groups)
+    if stage == 0 or (stage == 1 and not same):
+        return 0, accumulated * bucket
+    match stage:
+        case 1:
+            return element * (bucket + m), copied
+        case 2 if same:
+            return element * (2 * bucket + m), copied
+        case 2:
+            return (2 * element + accumulated) * bucket, 0
+    return 2 * accumulated * bucket + element * min(n, GATHERED), copied
+
+
+def check_fits(config: RunConfig, memory: Memory, *, gpu: str) -> None:
+    """Refuses a run that does not fit.
+
+    Raises:
+        ConfigError: The GPU is unknown, or more than 90 % of its memory would be needed.
+    """
+    available = gpu_bytes(gpu)
+    usable = int(USABLE * available)
+    needed = memory.total(recompute=config.train.recompute)
+    if needed <= usable:
+        return
+    remedy = "spread it over more ranks (parallel.ep, parallel.tp, parallel.zero_stage), or lower train.micro_batch_size"
+    if not config.train.recompute and memory.total(recompute=True) <= usable:
+        remedy = "set train.recompute to true"
+    raise ConfigError(
+        f"--gpu {gpu} ({available / 1e9:.0f} GB) must hold the run in {USABLE:.0%} of its memory ({usable / 1e9:.1f} GB), and it needs "
+        f"{needed / 1e9:.1f} GB per GPU; {remedy}"
+    )
