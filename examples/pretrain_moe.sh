@@ -14,6 +14,10 @@
 #
 # Without a --config or --preset the default is configs/tiny.yaml next to this script.
 #
+# With MEGAGATE_GPU set, for example to h100-80gb, the job stops at once if by its config it needs more than 90 % of such a GPU:
+#
+#   MEGAGATE_GPU=h100-80gb deepspeed examples/pretrain_moe.sh --preset paper/table1/row05 --data.path /data/mine --parallel.ep 8
+#
 # This file is a shell script and a Python program at once. The deepspeed launcher starts `python -u SCRIPT` for every rank, whatever
 # the name of the script ends with. To Python, everything from here to the closing quotes is one string, and the two lines after it
 # hand over to bash. To bash, the first two quotes are an empty word in front of `:`, the command that does nothing, and the Python
@@ -35,15 +39,24 @@ fi
 # Threads that wait should sleep: when something else wants a core, spinning ones make a step on CPUs many times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
+# The interpreter that the launcher chose; under --no_python it chose none.
+python="${MEGAGATE_PYTHON:-python3}"
 config=(--config "$here/configs/tiny.yaml")
+gpu="${MEGAGATE_GPU:-}"
 for argument in "$@"; do
   case "$argument" in
     --config | --config=* | --preset | --preset=*) config=() ;;
+    -h | --help | --print_config) gpu="" ;;
   esac
 done
 
-# The interpreter that the launcher chose; under --no_python it chose none.
-exec "${MEGAGATE_PYTHON:-python3}" -u -m megagate.train.main ${config[@]+"${config[@]}"} "$@"
+# One rank of each machine looks whether the run fits the GPU. Where it leaves, the launcher ends the others.
+if [[ -n "$gpu" && "${LOCAL_RANK:-0}" == 0 ]]; then
+  look=("$here/../tools/count_params.py" --gpu "$gpu" --world "$WORLD_SIZE")
+  PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" "$python" "${look[@]}" ${config[@]+"${config[@]}"} "$@" >&2
+fi
+
+exec "$python" -u -m megagate.train.main ${config[@]+"${config[@]}"} "$@"
 : <<'#END_OF_PYTHON_HALF'
 '''
 import os

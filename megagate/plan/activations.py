@@ -95,8 +95,8 @@ def kept_by_head(model: ModelConfig, micro: Micro) -> Storages:
 def loss_workspace(model: ModelConfig, micro: Micro) -> int:
     """The largest temporaries of the loss, at a moment when all that the forward pass keeps is there.
 
-    Forward: the logits of a chunk in two dtypes, or their gradient beside a chunk's gradient of the weight. Backward: the scaled gradient of
-    the weight, and its copy in the weight's dtype.
+    Forward: the logits of a chunk in two dtypes, or their gradient beside a chunk's gradient of the weight. Backward: the scaled gradient
+    of the weight, and its copy in the weight's dtype.
     """
     rows, width = model.padded_vocab_size // micro.tp, model.hidden_size
     chunk = min(micro.whole, CHUNK_TOKENS)
@@ -107,8 +107,8 @@ def loss_workspace(model: ModelConfig, micro: Micro) -> int:
 
 
 def peak(model: ModelConfig, micro: Micro, *, recompute: bool) -> int:
-    """Bytes at the fullest moment of a micro-step: what is kept, with the loss's temporaries, or, when each block is recomputed, with all that
-    one block keeps, whichever is more."""
+    """Bytes at the fullest moment of a micro-step: all that is kept and the loss's temporaries; or, when each block is recomputed, all
+    that one block keeps beside the blocks' inputs, where that is more."""
     kept, head = sum(kept_by_forward(model, micro, recompute=recompute).values()), sum(kept_by_head(model, micro).values())
     largest = max(sum(kept_by_block(model, layer, micro).values()) for layer in range(model.num_layers)) if recompute else 0
     return max(kept + loss_workspace(model, micro), kept - head + largest)

@@ -1,6 +1,5 @@
 """GPUs by name, with what matters for planning: their memory."""
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -34,6 +33,5 @@ def gpu_bytes(name: str) -> int:
         ConfigError: No GPU of that name is listed.
     """
     if name not in GPU_BYTES:
-        near = difflib.get_close_matches(name, GPU_BYTES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"--gpu {name} is unknown: is it {near}? There are {', '.join(GPU_BYTES)}")
+        raise ConfigError(f"--gpu {name} is unknown; give one of {', '.join(GPU_BYTES)}")
     return GPU_BYTES[name]

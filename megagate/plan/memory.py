@@ -1,7 +1,7 @@
 """Bytes per GPU of a training run, from the config alone.
 
-What DeepSpeed 0.19.8 keeps under `engine/zero_config.py`, with n a rank's parameters and m its ZeRO shard of them (dense ones over dp, experts
-over edp); weights of w bytes (bf16 2, fp32 4), gradients accumulated in a bytes:
+What DeepSpeed 0.19.8 keeps under `engine/zero_config.py`, with n a rank's parameters and m its ZeRO shard of them (dense ones over dp,
+experts over edp); weights of w bytes (bf16 2, fp32 4), gradients accumulated in a bytes:
 
 | stage | weights | gradients | masters | moments | at most beside the activations | at most at the step |
 |---|---|---|---|---|---|---|
@@ -11,9 +11,9 @@ over edp); weights of w bytes (bf16 2, fp32 4), gradients accumulated in a bytes
 | 2 | w n | a m | 4 m | 8 m | a bucket two or three times; a = w: gradients of the shard | a = w: 4 m, a group at a time |
 | 3 | w m | a m | 4 m | 8 m | a bucket twice, gathered weights | 4 m, a group at a time |
 
-So stage 1 (`BF16_Optimizer`) does not shard the fp32 gradients: every rank keeps the sums of all its parameters. `tests/plan` compares weights,
-gradients, masters and moments with a running engine; the last two columns are read in DeepSpeed's source. Temporaries of single layers are not
-counted: they are smaller than those of the loss.
+So stage 1 (`BF16_Optimizer`) does not shard the fp32 gradients: every rank keeps the sums of all its parameters. `tests/plan` compares
+weights, gradients, masters and moments with a running engine; the last two columns are read in DeepSpeed's source. Temporaries of single
+layers are not counted: they are smaller than those of the loss.
 """
 
 import math
