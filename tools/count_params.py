@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object (with --all: one per preset, by name)")
     parser.add_argument("--layout", metavar="L", help="such as dp=8,tp=1,ep=8,zero=1; tp, ep and zero are the config's where left out")
     parser.add_argument("--world", type=int, metavar="N", help="ranks, in the config's own layout (instead of --layout)")
-    parser.add_argument("--gpu", metavar="GPU", help="such as h100-80gb: refuse a run that needs over 90 %% of it (an unknown name lists them)")
+    parser.add_argument("--gpu", metavar="GPU", help="such as h100-80gb: refuse a run that needs over 90 %% of it (? lists them)")
     return parser
 
 

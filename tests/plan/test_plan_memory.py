@@ -1,5 +1,6 @@
 """Bytes per GPU from the config alone, against what autograd, the built model and DeepSpeed really keep."""
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -13,6 +14,8 @@ from parity.sharded import BACKEND, CPU, fill
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megagate.backend.native import NativeBackend
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
@@ -21,7 +24,7 @@ from megagate.model.lm import LanguageModel
 from megagate.nn.base import named_labels
 from megagate.parallel.mesh import Axis, ParallelMesh, grid
 from megagate.parallel.spawn import RankContext
-from megagate.plan.activations import Core, Micro, kept_by_forward
+from megagate.plan.activations import Core, Micro, kept_by_forward, peak
 from megagate.plan.memory import estimate, held
 
 MOE = ModelConfig(
@@ -165,6 +168,50 @@ def test_each_tensor_parallel_rank_keeps_what_the_formula_says(world_size):
     names = ["dense", "sandwich and clip", "shared expert", "gated moe"]
     gates = [gated(position) for position in ("G2", "G5")] + [gated("G3", granularity="headwise")]
     ranks.run_ranks(under_tp, world_size, [*(MODELS[name] for name in names), *(with_gate(gate) for gate in gates)])
+
+
+# ---- the peak
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of storages that operations make and that live at the same time, those of `known` tensors left out."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.live = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self.live:
+                self.live[key] = tensor.untyped_storage().nbytes()
+                self.now += self.live[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self._freed, key)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+LARGER = replace(MOE, hidden_size=128, num_layers=4, attention=replace(MOE.attention, num_heads=8, gate=gated("G1")))
+LARGER_DENSE = replace(LARGER, moe=MoEConfig(), ffn_size=384)
+WORDS = 8000  # of which the loss is the fullest moment; of 250 words a block's backward pass is
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("vocab_size", [250, WORDS])
+@pytest.mark.parametrize("model", [LARGER, LARGER_DENSE], ids=["moe", "dense"])
+def test_the_peak_is_near_that_of_all_allocations(model, vocab_size, recompute):
+    model, micro = replace(model, vocab_size=vocab_size), Micro(2, 512, element=2, row_multiple=32)
+    built = fill(LanguageModel(model, dtype=torch.bfloat16, backend=BACKENDS["flash"], mesh=ParallelMesh.single(), recompute=recompute))
+    for parameter in built.parameters():  # as ZeRO does, whose gradients are counted apart
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    text = torch.randint(0, model.vocab_size, (2, 513), generator=torch.Generator().manual_seed(3))
+    with Allocations(built.parameters()) as allocations:
+        built(text[:, :-1], text[:, 1:]).ce_sum.backward()
+    assert 0.95 * allocations.peak < peak(model, micro, recompute=recompute) < 1.2 * allocations.peak
 
 
 # ---- what ranks hold
