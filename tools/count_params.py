@@ -100,10 +100,11 @@ def _check_model(config: "RunConfig") -> None:
 
 
 def _last_preset(settings: list[str]) -> str | None:
-    """The name that follows the last `--preset`."""
-    names = [word.partition("=")[2] for word in settings if word.startswith("--preset=")]
-    names += [name for word, name in zip(settings, settings[1:], strict=False) if word == "--preset"]
-    return names[-1] if names else None
+    """The name that goes with the last `--preset` of a command line that can be parsed."""
+    for word, following in reversed(list(zip(settings, [*settings[1:], ""], strict=True))):
+        if word == "--preset" or word.startswith("--preset="):
+            return word.partition("=")[2] or following
+    return None
 
 
 def _plan(config: "RunConfig", options: argparse.Namespace) -> Plan | None:

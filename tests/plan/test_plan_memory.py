@@ -3,6 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,15 +18,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megagate.backend import native
 from megagate.backend.native import NativeBackend
+from megagate.config.count import count_parameters
+from megagate.config.keys import from_dict
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.config.paper import presets
+from megagate.config.run import RunConfig
+from megagate.engine import zero_config
+from megagate.errors import ConfigError
 from megagate.model.lm import LanguageModel
+from megagate.nn import loss
 from megagate.nn.base import named_labels
 from megagate.parallel.mesh import Axis, ParallelMesh, grid
 from megagate.parallel.spawn import RankContext
+from megagate.plan import activations
+from megagate.plan import memory as memory_module
 from megagate.plan.activations import Core, Micro, kept_by_forward, peak
-from megagate.plan.memory import estimate, held
+from megagate.plan.hardware import GPU_BYTES
+from megagate.plan.memory import Memory, check_fits, estimate, held
 
 MOE = ModelConfig(
     vocab_size=250,
@@ -287,3 +298,56 @@ def test_an_engine_keeps_the_states_that_the_formula_says(stage, dtype, grad_dty
     layout = Layout(4, tp=2, ep=1 if stage == 0 else 2, zero_stage=stage)
     for seen, told in ranks.run_ranks(states_of, 4, run, layout):
         assert seen == pytest.approx(told, rel=0.03), "ZeRO rounds its shards up"
+
+
+# ---- does it fit
+
+
+def row5(**settings) -> RunConfig:
+    """The paper's gated 15A2B."""
+    return from_dict({**presets()["paper/table1/row05"].settings, **settings})
+
+
+def test_a_run_that_needs_over_90_percent_is_refused():
+    config = row5(**{"parallel.ep": 8})
+    memory = estimate(config, world_size=8)
+    needed = memory.total(recompute=True)
+    check_fits(config, memory, gpu="h100-80gb")
+    with pytest.raises(
+        ConfigError, match=r"--gpu a100-40gb \(40 GB\) must hold the run in 90% .*\(36\.0 GB\).*needs \d+\.\d GB.*; spread it over"
+    ):
+        check_fits(config, memory, gpu="a100-40gb")
+    for gpu, size in GPU_BYTES.items():
+        fits = needed <= 0.9 * size
+        with nullcontext() if fits else pytest.raises(ConfigError):
+            check_fits(config, memory, gpu=gpu)
+    assert 0.9 * 48e9 < needed < 48e9, "the l40s-48gb shows that it is 90 % and not all"
+
+
+def test_the_remedy_is_recomputation_where_that_suffices():
+    config = row5(**{"parallel.ep": 8, "train.recompute": False, "train.micro_batch_size": 2})
+    memory = estimate(config, world_size=8)
+    with pytest.raises(ConfigError, match=r"; set train\.recompute to true$"):
+        check_fits(config, memory, gpu="h100-80gb")
+    check_fits(replace(config, train=replace(config.train, recompute=True)), memory, gpu="h100-80gb")
+
+
+def test_the_fullest_moment_is_not_the_sum_of_all_moments():
+    memory = Memory(1, 2, 4, 8, buffers=16, step=100, kept=64, recomputed=32)
+    assert (memory.total(recompute=False), memory.total(recompute=True)) == (15 + 100, 15 + 100)
+    memory = replace(memory, step=50)
+    assert (memory.total(recompute=False), memory.total(recompute=True)) == (15 + 80, 15 + 50)
+
+
+def test_the_constants_are_those_of_the_code():
+    """`plan` needs no torch, so it cannot import them."""
+    assert (memory_module.LARGEST_BUCKET, activations.CHUNK_TOKENS) == (zero_config.LARGEST_BUCKET, loss.CHUNK_TOKENS)
+    assert Micro(1, 1).row_multiple == native.GPU_ROW_MULTIPLE
+
+
+def test_shards_of_all_ranks_are_the_model():
+    model = row5().model
+    dense, experts = held(model, tp=1, ep=8, world_size=16)
+    parts = count_parameters(model, padded=True).parts
+    assert 16 * experts.shard == parts["experts"]
+    assert 16 * dense.shard == sum(parts.values()) - parts["experts"]
