@@ -1,5 +1,7 @@
 """What only a GPU can show. Skipped without one; the README says so."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from megagate.backend.native import NativeBackend
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import ParallelMesh
+from megagate.plan.activations import Micro, peak
 
 pytestmark = pytest.mark.gpu
 
@@ -19,9 +22,9 @@ MODEL = ModelConfig(
 )
 
 
-def build(device: str, dtype: torch.dtype) -> LanguageModel:
+def build(device: str, dtype: torch.dtype, config: ModelConfig = MODEL, *, recompute: bool = False) -> LanguageModel:
     where = torch.device(device)
-    model = LanguageModel(MODEL, dtype=dtype, backend=NativeBackend(where), mesh=ParallelMesh.single())
+    model = LanguageModel(config, dtype=dtype, backend=NativeBackend(where), mesh=ParallelMesh.single(), recompute=recompute)
     return model.initialize(seed=1, device=where)
 
 
@@ -51,3 +54,22 @@ def test_initial_weights_are_those_of_the_cpu() -> None:
     cpu, gpu = build("cpu", torch.bfloat16), build("cuda", torch.bfloat16)
     for (name, ours), theirs in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
         assert torch.equal(ours, theirs.cpu()), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("vocab_size", [500, 32_000])
+def test_the_planned_peak_is_near_the_allocators(vocab_size: int, recompute: bool) -> None:
+    """The second pass, when libraries have their workspaces. Gradients are dropped as they come, as ZeRO takes them."""
+    attention = replace(MODEL.attention, num_heads=16, num_kv_heads=4, head_dim=64)
+    moe = replace(MODEL.moe, ffn_size=512)
+    config = replace(MODEL, vocab_size=vocab_size, hidden_size=1024, num_layers=6, attention=attention, moe=moe)
+    model = build("cuda", torch.bfloat16, config, recompute=recompute)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    tokens = torch.randint(0, 500, (2, 2049), generator=torch.Generator().manual_seed(7))
+    gradients(model, tokens)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradients(model, tokens)
+    real = torch.cuda.max_memory_allocated() - before
+    assert 0.9 * real < peak(config, Micro(2, 2048), recompute=recompute) < 1.25 * real
