@@ -201,7 +201,8 @@ def _attention(model: ModelConfig, micro: Micro) -> Kept:
     gate = _gate(model, micro, gated or 1, tokens if gated else micro.own)
     yield "x", element * tokens * model.hidden_size
     yield "joined weights", element * rows * model.hidden_size
-    yield "projected", element * tokens * rows
+    if config.qk_norm or position != "none" or "v" not in _switched_projections(model):  # else nobody keeps a part of it
+        yield "projected", element * tokens * rows
     yield from _switched(model, micro, keys, kv_heads)
     yield "gate scores", gate.scores
     if config.qk_norm:
@@ -237,10 +238,14 @@ def _switched_projections(model: ModelConfig) -> str:
 
 
 def _switched(model: ModelConfig, micro: Micro, keys: int, kv_heads: int) -> Kept:
-    """Switch heads, as a weighted sum of all experts' projections: the result and the weights."""
+    """`SwitchHeads`: all projections side by side, their scores, which of them are chosen, and what it yields."""
+    switch = model.attention.switch
+    scores = FP32 * micro.whole * kv_heads * switch.num_experts
     for kind in _switched_projections(model):
-        yield f"switched {kind}", keys
-        yield f"switch {kind} weights", FP32 * micro.whole * kv_heads * model.attention.switch.num_experts
+        yield f"switch {kind} projections", keys * switch.num_experts
+        yield f"switch {kind} scores", scores
+        yield f"switch {kind} chosen", 2 * scores if switch.top_k < switch.num_experts else 0
+        yield f"switched {kind}", keys if kind == "v" or model.attention.qk_norm else 0
 
 
 def _gate(model: ModelConfig, micro: Micro, heads: int, tokens: int) -> _Gate:
@@ -297,7 +302,9 @@ def _moe(model: ModelConfig, moe_layer: int, micro: Micro) -> Kept:
     yield "router.scores", FP32 * micro.own * experts
     yield "router.log-sum-exp", FP32 * micro.own
     yield "router.ids", INDEX * chosen
-    yield "router.probs and sum", FP32 * (chosen + micro.own) if config.renormalize else 0
+    # What is divided by a sum, and the sum before and after it is kept from being 0.
+    yield "router.probs and sum", FP32 * (chosen + 2 * micro.own) if config.renormalize else 0
+    yield "router.sum of scores", FP32 * 2 * micro.own if config.score == "sigmoid" else 0
     # `order`, `slots` and `token` have an entry for each row that is sent; autograd does not know of `token` and `place`.
     yield "dispatch.indices", INDEX * (3 * chosen + received + padded)
     yield "experts.x", element * padded * hidden
@@ -316,4 +323,6 @@ def _shared_expert(model: ModelConfig, micro: Micro) -> Kept:
     yield from ((f"shared.{what}", size) for what, size in _ffn(model, config.shared_ffn_size, micro, keeps_x=not shares_x))
     if config.shared_gate:
         yield "shared.out", micro.element * micro.own * model.hidden_size
-        yield "shared.score", FP32 * micro.own
+        yield "shared.gate x", micro.wide(micro.own * model.hidden_size)
+        yield "shared.gate weight", micro.wide(model.hidden_size)
+        yield "shared.gate logits", FP32 * micro.own

@@ -4,7 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -22,7 +22,7 @@ from megagate.backend import native
 from megagate.backend.native import NativeBackend
 from megagate.config.count import count_parameters
 from megagate.config.keys import from_dict
-from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
+from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig, SwitchConfig
 from megagate.config.paper import presets
 from megagate.config.run import RunConfig
 from megagate.engine import zero_config
@@ -79,6 +79,14 @@ MODELS = {
     "clip": replace(DENSE, residual_clip=5.0),
     "sandwich and clip": replace(DENSE, sandwich_norm=True, residual_clip=5.0),
     "shared expert": replace(MOE, moe=replace(MOE.moe, shared_ffn_size=48)),
+    "shared expert with a gate": replace(MOE, moe=replace(MOE.moe, shared_ffn_size=48, shared_gate=True)),
+    "dense first": replace(MOE, moe=replace(MOE.moe, first_dense_layers=1), ffn_size=80),
+    "sigmoid router": replace(MOE, moe=replace(MOE.moe, score="sigmoid", bias_update_rate=1e-3)),
+    "sigmoid, not renormalized": replace(MOE, moe=replace(MOE.moe, score="sigmoid", renormalize=False)),
+    "switch v": replace(DENSE, attention=replace(DENSE.attention, switch=SwitchConfig("v", 4, 4))),
+    "switch v, one": replace(DENSE, attention=replace(DENSE.attention, switch=SwitchConfig("v", 1, 1))),
+    "switch kv": replace(DENSE, attention=replace(DENSE.attention, switch=SwitchConfig("kv", 4, 2))),
+    "switch kv without qk norm": replace(DENSE, attention=replace(DENSE.attention, qk_norm=False, switch=SwitchConfig("kv", 3, 2))),
     "not renormalized": replace(MOE, moe=replace(MOE.moe, renormalize=False)),
     "gated moe": with_gate(gated("G1"), MOE),
     **{f"{gate}": with_gate(gate) for gate in GATES},
@@ -107,6 +115,13 @@ class FlashOnCpu(NativeBackend):
 BACKENDS: dict[Core, NativeBackend] = {"blockwise": BACKEND, "flash": FlashOnCpu(CPU)}
 
 
+@dataclass(eq=False)
+class Saved:
+    """What autograd keeps instead of a tensor."""
+
+    tensor: Tensor
+
+
 class Real(NamedTuple):
     """Bytes of all storages that the graph of a forward pass holds, by their shape, and the rows of each MoE layer, received and padded."""
 
@@ -119,27 +134,28 @@ def kept_bytes(model: ModelConfig, micro: Micro, mesh: ParallelMesh, *, recomput
     dtype = torch.float32 if micro.element == 4 else torch.bfloat16
     built = fill(LanguageModel(model, dtype=dtype, backend=BACKENDS[micro.core], mesh=mesh, recompute=recompute))
     parameters = {p.untyped_storage().data_ptr() for p in built.parameters()}
-    held: dict[int, Tensor] = {}  # alive to the end, so that no address is used twice
+    saved: weakref.WeakSet[Saved] = weakref.WeakSet()  # autograd keeps them, or no longer does
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.ndim and tensor.untyped_storage().data_ptr() not in parameters:
-            held[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    def save(tensor: Tensor) -> Saved:
+        saved.add(one := Saved(tensor))
+        return one
 
     rows = []
     for module in built.modules():
         if hasattr(module, "dispatcher"):
             module.experts.register_forward_pre_hook(lambda _, given: rows.append((int((given[0].probs > 0).sum()), len(given[0].x))))
     text = torch.randint(0, model.vocab_size, (micro.batch, micro.seq_len + 1), generator=torch.Generator().manual_seed(3))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda one: one.tensor):
         parts = built(text[:, :-1], text[:, 1:])
+    kept = [one.tensor for one in saved]
     roots = [parts.ce_sum, *(root for stats in parts.stats for root in (stats.prob_sums, stats.z_sum))]
     for root in roots:
         for node in nodes(root.grad_fn):
             if hasattr(node, "source") and not recompute:  # what `_Collect` keeps without autograd's knowledge
-                keep(node.source)
+                kept.append(node.source)
+    held = {tensor.untyped_storage().data_ptr(): tensor for tensor in kept if tensor.ndim}
     sizes = Counter()
-    for tensor in held.values():
+    for tensor in (tensor for address, tensor in held.items() if address not in parameters):
         sizes[f"{tuple(tensor.shape)} {tensor.dtype}"] += tensor.untyped_storage().nbytes()
     return Real(sizes, tuple(rows))
 
@@ -176,7 +192,7 @@ def under_tp(context: RankContext, models: list[ModelConfig]) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_each_tensor_parallel_rank_keeps_what_the_formula_says(world_size):
     """Four ranks have more than the key/value heads. Received rows differ from rank to rank."""
-    names = ["dense", "sandwich and clip", "shared expert", "gated moe"]
+    names = ["dense", "sandwich and clip", "shared expert with a gate", "gated moe", "sigmoid router", "switch kv"]
     gates = [gated(position) for position in ("G2", "G5")] + [gated("G3", granularity="headwise")]
     ranks.run_ranks(under_tp, world_size, [*(MODELS[name] for name in names), *(with_gate(gate) for gate in gates)])
 
