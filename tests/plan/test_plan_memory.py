@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
 import ranks
@@ -22,7 +22,20 @@ from megagate.backend import native
 from megagate.backend.native import NativeBackend
 from megagate.config.count import count_parameters
 from megagate.config.keys import from_dict
-from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig, SwitchConfig
+from megagate.config.model import (
+    AttentionConfig,
+    GateActivation,
+    GateCombine,
+    GateConfig,
+    GateGranularity,
+    GatePosition,
+    GateScore,
+    ModelConfig,
+    MoEConfig,
+    RouterScore,
+    SwitchConfig,
+    SwitchProjections,
+)
 from megagate.config.paper import presets
 from megagate.config.run import RunConfig
 from megagate.engine import zero_config
@@ -101,6 +114,22 @@ def nodes(root: torch.autograd.graph.Node) -> Iterator[torch.autograd.graph.Node
         new = {after for after, _ in node.next_functions if after is not None} - seen
         seen |= new
         todo += new
+
+
+@pytest.mark.parametrize(
+    ("values", "of"),
+    [
+        (GatePosition, lambda model: model.attention.gate.position),
+        (GateGranularity, lambda model: model.attention.gate.granularity),
+        (GateScore, lambda model: model.attention.gate.score),
+        (GateActivation, lambda model: model.attention.gate.activation),
+        (GateCombine, lambda model: model.attention.gate.combine),
+        (SwitchProjections, lambda model: model.attention.switch.projections),
+        (RouterScore, lambda model: model.moe.score),
+    ],
+)
+def test_every_variant_is_among_the_models(values, of):
+    assert {of(model) for model in MODELS.values()} == set(get_args(values))
 
 
 class FlashOnCpu(NativeBackend):
