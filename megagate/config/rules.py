@@ -254,8 +254,8 @@ def _switch_rules(model: ModelConfig) -> Iterator[str]:
         )
     if switch.projections == "kv" and switch.top_k == 1 and model.attention.qk_norm:
         yield (
-            f"{key}.top_k (1) with {key}.projections kv gives each key one factor, which model.attention.qk_norm (true) divides out again, so "
-            f"that its router learns nothing; set {key}.projections to v, or {key}.top_k to 2 or more"
+            f"{key}.top_k (1) with {key}.projections kv gives each key one factor, which model.attention.qk_norm (true) divides out again, "
+            f"so that its router learns nothing; set {key}.projections to v, or {key}.top_k to 2 or more"
         )
 
 

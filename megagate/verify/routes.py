@@ -54,7 +54,7 @@ class _Pinned:
 
 @torch.no_grad()
 def route_gap(chooser: Router | SwitchHeads, *args: Tensor) -> float:
-    """The smallest difference between the k-th and the (k + 1)-th of what a router or switch heads choose by, for the inputs of its forward."""
+    """The smallest difference between the k-th and the (k + 1)-th of what a router or switch heads choose by; `args` as for its forward."""
     ranked = chooser.ranking(*args).double().sort(-1, descending=True).values
     k = chooser.config.top_k
     return math.inf if k == ranked.shape[-1] else (ranked[..., k - 1] - ranked[..., k]).min().item()

@@ -110,8 +110,8 @@ VARIANTS: list[tuple[dict[str, Any], str]] = [
     *(
         (
             switch("kv", experts, 1),
-            f"{SWITCH}.top_k (1) with {SWITCH}.projections kv gives each key one factor, which {QK_NORM} (true) divides out again, so that its "
-            f"router learns nothing; set {SWITCH}.projections to v, or {SWITCH}.top_k to 2 or more",
+            f"{SWITCH}.top_k (1) with {SWITCH}.projections kv gives each key one factor, which {QK_NORM} (true) divides out again, so that "
+            f"its router learns nothing; set {SWITCH}.projections to v, or {SWITCH}.top_k to 2 or more",
         )
         for experts in (1, 2)
     ),

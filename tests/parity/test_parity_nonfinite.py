@@ -1,4 +1,4 @@
-"""A gradient that is not finite somewhere: no rank applies the step, no weight, moment or bias changes, and the next step is as if it had not been."""
+"""A gradient that is not finite somewhere: no rank applies the step, no weight, moment or bias changes, and the next step is as without it."""
 
 import math
 from typing import NamedTuple

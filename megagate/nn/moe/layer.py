@@ -21,7 +21,7 @@ class MoE(Layer):
     Shapes: [b, s/tp, h] -> [b, s/tp, h], and the router's statistics of this rank's tokens.
     Parallel: every rank owns distinct tokens (the sequence is cut over tp); rows travel over ep and back. The shared expert is cut over tp
         like a dense block.
-    Source: arXiv 2101.03961, equation 2; shared experts: arXiv 2401.06066, section 3.2; their gate: Qwen2-MoE (arXiv 2407.10671, section 2.2.2).
+    Source: arXiv 2101.03961, equation 2; shared experts: arXiv 2401.06066, section 3.2; their gate: Hugging Face's Qwen2MoeSparseMoeBlock.
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):

@@ -12,7 +12,6 @@ from megagate.nn.base import Layer
 from megagate.parallel.comm import enter
 from megagate.parallel.mesh import Axis
 
-
 TINY = torch.finfo(torch.float32).tiny
 """Sigmoid scores may all round to 0; their sum is kept from being a divisor of 0."""
 
@@ -54,8 +53,8 @@ SCORES: Mapping[RouterScore, Callable[[Tensor], Tensor]] = MappingProxyType(
 class Router(Layer):
     """The k experts with the largest score, softmax or sigmoid in fp32, weighted by their scores, renormalised to sum 1 if so configured.
 
-    With `bias_update_rate` u experts are chosen by score + bias, and after each step `follow` moves the bias of every expert by u towards an
-    equal load. `bias_steps` counts these moves (bias = u * bias_steps): whole numbers, so that no cast of a model's buffers changes them.
+    With `bias_update_rate` u experts are chosen by score + bias, and after each step `follow` moves the bias of each expert by u towards an
+    equal load. `bias_steps` counts these moves (bias = u * bias_steps): whole numbers, so that no cast of a model changes them.
 
     Shapes: x [b, s/tp, h] -> ids [T, k], probs [T, k], T = b s/tp.
     Parallel: the weight is replicated; under sequence parallelism each rank routes its own tokens and the gradient is summed over tp. The
