@@ -1,4 +1,4 @@
-"""A gradient that is not finite somewhere: no rank applies the step, nothing changes, no bias either, and the next step is as without it."""
+"""A gradient that is not finite somewhere: no rank applies the step, nothing changes (biases neither), the next step is as without."""
 
 import math
 from typing import NamedTuple
