@@ -26,7 +26,7 @@ class GateConfig:
         granularity: One score per channel (`elementwise`) or one per head (`headwise`).
         head_shared: Scores of all heads are averaged over the heads; the parameters are those of the elementwise gate.
         score: What S is: `input`, X W with X the normed input of the attention block; `parameter`, zero-initialised numbers that do not
-            depend on the input; `constant`, Y' = constant * Y; `self`, Y' = act(Y) without parameters.
+            depend on the input (and decay like every matrix); `constant`, Y' = constant * Y; `self`, Y' = act(Y) without parameters.
         activation: act: `sigmoid`, `silu`, `identity`, `ns_sigmoid` (1/2 + sigmoid/2, hardly sparse), or, of Y itself, `rmsnorm` per head.
         combine: Y * act(S), or Y + act(S) (`add`).
         constant: The factor of a constant score; > 0.
@@ -107,11 +107,12 @@ class MoEConfig:
         score: What the router makes of its logits: `softmax` over all experts, or `sigmoid` of each (arXiv 2412.19437, equation 15).
         renormalize: Divide the weights of the chosen experts by their sum.
         bias_update_rate: Experts are chosen by score + bias (weighted by the score alone); after each step the bias of an expert with
-            fewer tokens than the mean rises by this, with more it falls (arXiv 2408.15664). 0 switches it off; there 1e-3.
+            fewer tokens than the mean rises by this, with more it falls (arXiv 2408.15664). 0 switches it off; there 1e-3. The balance
+            loss is added all the same: `balance_coef` 0 leaves balancing to the bias.
         balance_coef: Weight of the load-balancing loss of each layer; 0 switches it off.
         balance_scope: Tokens over which expert frequencies are counted: the whole `global_batch` (arXiv 2501.11873), one
             `micro_batch` over all ranks, or one `sequence` (arXiv 2412.19437).
-        z_loss_coef: Weight of the router z-loss (arXiv 2202.08906) of each layer; 0 switches it off.
+        z_loss_coef: Weight of the router z-loss (arXiv 2202.08906) of each layer; 0 switches it off, as sigmoid scores need.
     """
 
     num_experts: int = 0

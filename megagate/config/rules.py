@@ -11,6 +11,7 @@ from typing import Any
 
 from megagate.config.keys import differences, flatten
 from megagate.config.model import ModelConfig
+from megagate.config.model_rules import divisible, model_rules
 from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
 
@@ -134,7 +135,7 @@ def check(config: RunConfig, *, world_size: int) -> None:
     violations = [
         *_range_rules(values),
         *_size_rules(config.model),
-        *_model_rules(config.model),
+        *model_rules(config.model),
         *_schedule_rules(config),
         *_zero_rules(config),
         *_sharding_rules(config),
@@ -172,91 +173,6 @@ def _size_rules(model: ModelConfig) -> Iterator[str]:
         # A negative width of an FFN has been reported by its range.
         if values[key] == 0 or (values[key] < 0 and key not in RANGES):
             yield f"{key} ({values[key]}) must be at least 1{what_for}; {_BASE_HINT.format(key=key)}"
-
-
-def _model_rules(model: ModelConfig) -> Iterator[str]:
-    attention, moe = model.attention, model.moe
-    yield from _divisible(
-        "model.attention.num_heads",
-        attention.num_heads,
-        "model.attention.num_kv_heads",
-        attention.num_kv_heads,
-        remedy="each key/value head serves an equal number of query heads; change one of them",
-    )
-    if attention.head_dim > 0 and attention.head_dim % 2:
-        yield f"model.attention.head_dim ({attention.head_dim}) must be even: RoPE turns pairs of channels; change model.attention.head_dim"
-    yield from _gate_rules(model)
-    yield from _switch_rules(model)
-    if not model.is_moe:
-        return
-    if moe.top_k > moe.num_experts:
-        yield f"model.moe.top_k ({moe.top_k}) must be at most model.moe.num_experts ({moe.num_experts}); lower model.moe.top_k"
-    if moe.first_dense_layers >= model.num_layers > 0:
-        yield (
-            f"model.moe.first_dense_layers ({moe.first_dense_layers}) must be less than model.num_layers ({model.num_layers}): a mixture "
-            "has at least one; lower model.moe.first_dense_layers, or set model.moe.num_experts to 0 for a dense model"
-        )
-    if moe.shared_gate and not moe.shared_ffn_size:
-        yield (
-            "model.moe.shared_gate (true) needs a shared expert, but model.moe.shared_ffn_size is 0; set model.moe.shared_ffn_size or "
-            "model.moe.shared_gate to false"
-        )
-
-
-def _gate_rules(model: ModelConfig) -> Iterator[str]:
-    """Which of the gate's values go together."""
-    gate, key = model.attention.gate, "model.attention.gate"
-    if gate.position == "none":
-        return
-    if gate.head_shared and gate.granularity == "headwise":
-        yield (
-            f"{key}.head_shared (true) needs {key}.granularity elementwise, it is headwise: the mean over heads has no head left; "
-            "set one of them"
-        )
-    if gate.head_shared and gate.score != "input":
-        yield f"{key}.head_shared (true) needs {key}.score input, it is {gate.score}; set {key}.head_shared to false"
-    if gate.position == "G5" and (gate.granularity == "headwise" or gate.head_shared):
-        yield (
-            f"{key}.position (G5) is after the output projection, where there are no heads; set {key}.granularity to elementwise and "
-            f"{key}.head_shared to false"
-        )
-    if gate.score == "self" and (gate.position != "G1" or gate.activation not in ("silu", "rmsnorm") or gate.combine != "multiply"):
-        yield (
-            f"{key}.score (self) is an activation of the attention output, without parameters; set {key}.position to G1 (it is "
-            f"{gate.position}), activation to silu or rmsnorm (it is {gate.activation}) and combine to multiply (it is {gate.combine})"
-        )
-    if gate.score in ("self", "constant") and gate.granularity == "headwise":
-        yield f"{key}.granularity (headwise) has no meaning where {key}.score is {gate.score}; set it to elementwise"
-    if gate.score != "self" and gate.activation == "rmsnorm":
-        yield f"{key}.activation (rmsnorm) is of the attention output itself; set {key}.score to self or choose another activation"
-    per_head = gate.granularity == "headwise" or gate.score == "constant"
-    if model.attention.qk_norm and gate.position in ("G3", "G4") and per_head and gate.combine == "multiply":
-        others = "another position" if gate.score == "constant" else "granularity elementwise, combine add"
-        yield (
-            f"{key}.position ({gate.position}) with one factor per head does nothing: model.attention.qk_norm (true) divides it out again; "
-            f"set {others} or qk_norm false"
-        )
-    if gate.score == "constant" and gate.combine != "multiply":
-        yield f"{key}.score (constant) is a factor, but {key}.combine is {gate.combine}; set {key}.combine to multiply"
-
-
-def _switch_rules(model: ModelConfig) -> Iterator[str]:
-    """What switch heads go together with."""
-    switch, position, key = model.attention.switch, model.attention.gate.position, "model.attention.switch"
-    if switch.projections == "none":
-        return
-    if switch.top_k > switch.num_experts:
-        yield f"{key}.top_k ({switch.top_k}) must be at most {key}.num_experts ({switch.num_experts}); lower {key}.top_k"
-    if position == "G2" or (position == "G3" and switch.projections == "kv"):
-        yield (
-            f"{key}.projections ({switch.projections}) gates what model.attention.gate.position ({position}) gates: two gates on one "
-            f"position; set {key}.projections or model.attention.gate.position to none"
-        )
-    if switch.projections == "kv" and switch.top_k == 1 and model.attention.qk_norm:
-        yield (
-            f"{key}.top_k (1) with {key}.projections kv gives each key one factor, which model.attention.qk_norm (true) divides out again, "
-            f"so that its router learns nothing; set {key}.projections to v, or {key}.top_k to 2 or more"
-        )
 
 
 def _schedule_rules(config: RunConfig) -> Iterator[str]:
@@ -310,7 +226,7 @@ def _sharding_rules(config: RunConfig) -> Iterator[str]:
         split["model.ffn_size"] = model.ffn_size
     for key, size in split.items():
         name = key.split()[0].rpartition(".")[2]
-        yield from _divisible(key, size, "parallel.tp", tp, remedy=f"lower parallel.tp or change {name}")
+        yield from divisible(key, size, "parallel.tp", tp, remedy=f"lower parallel.tp or change {name}")
     kv_heads = model.attention.num_kv_heads
     if min(tp, kv_heads) > 0 and kv_heads % tp and tp % kv_heads:
         yield (
@@ -319,7 +235,7 @@ def _sharding_rules(config: RunConfig) -> Iterator[str]:
         )
     if model.is_moe:
         remedy = "lower parallel.ep or change num_experts"
-        yield from _divisible("model.moe.num_experts", model.moe.num_experts, "parallel.ep", ep, remedy=remedy)
+        yield from divisible("model.moe.num_experts", model.moe.num_experts, "parallel.ep", ep, remedy=remedy)
     elif ep > 1:
         yield f"parallel.ep ({ep}) must be 1 for a dense model (model.moe.num_experts is 0); set parallel.ep to 1"
     if min(tp, ep) > 0 and tp % ep and ep % tp:
@@ -359,9 +275,3 @@ def _other_worlds(config: RunConfig, world_size: int) -> Iterator[str]:
     if below + above:
         ranks = " or ".join(str(world) for world in below + above)
         yield f"start {ranks} ranks"
-
-
-def _divisible(key: str, value: int, divisor_key: str, divisor: int, *, remedy: str) -> Iterator[str]:
-    """The violation of `divisor | value`. Numbers below 1 are reported by the rules of ranges and sizes."""
-    if value > 0 and divisor > 0 and value % divisor:
-        yield f"{key} ({value}) must be divisible by {divisor_key} ({divisor}); {remedy}"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from megagate.config.model import GateActivation, ModelConfig
+from megagate.config.model import GateActivation, GateCombine, ModelConfig
 from megagate.nn.base import Layer
 from megagate.nn.heads import local_heads
 from megagate.parallel.comm import enter, leave
@@ -20,11 +20,10 @@ ACTIVATIONS: Mapping[GateActivation, Callable[[Tensor], Tensor]] = MappingProxyT
         "silu": F.silu,
         "identity": lambda logits: logits,
         "ns_sigmoid": lambda logits: 0.5 + 0.5 * torch.sigmoid(logits),
-        "rmsnorm": lambda y: F.rms_norm(y, y.shape[-1:], eps=RMSNORM_EPS),
     }
 )
-"""Of fp32 logits, or, where the gate's score is `self`, of what is gated."""
-RMSNORM_EPS = 1e-6
+"""Of fp32 logits, or, where the gate's score is `self`, of what is gated, which may be normed too (`rmsnorm`)."""
+COMBINES: Mapping[GateCombine, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType({"multiply": torch.mul, "add": torch.add})
 
 
 class AttentionGate(Layer):
@@ -42,7 +41,7 @@ class AttentionGate(Layer):
 
     def __init__(self, model: ModelConfig, *, dtype: torch.dtype, tp: Axis, kv_axis: Axis | None):
         super().__init__(dtype)
-        self.config, self.tp, self.head_dim = model.attention.gate, tp, model.attention.head_dim
+        self.config, self.tp, self.norm_eps = model.attention.gate, tp, model.norm_eps
         self.heads, self.width = model.gate_scores
         self.axis = {"G2": kv_axis, "G3": kv_axis, "G5": None}.get(self.config.position, tp)
         if model.gate_shape:
@@ -64,7 +63,7 @@ class AttentionGate(Layer):
         if config.score == "constant":
             return y * config.constant
         if config.score == "self":
-            return ACTIVATIONS[config.activation](y.float()).to(y.dtype)
+            return self._of_itself(y.float()).to(y.dtype)
         if config.score == "parameter":
             logits = self.local_weight()  # [heads/tp, d or 1]
         elif config.position != "G5":
@@ -74,11 +73,16 @@ class AttentionGate(Layer):
         scores = ACTIVATIONS[config.activation](logits.float())
         if config.head_shared:
             scores = self._over_heads(scores)
-        return (y * scores if config.combine == "multiply" else y + scores).to(y.dtype)
+        return COMBINES[config.combine](y, scores).to(y.dtype)
 
     def gate_output(self, y: Tensor, x: Tensor) -> Tensor:
         """G5: gate the output projection's result by the block's normed input, both [b, s/tp, h]."""
         return self(y, F.linear(x, self.local_weight()) if self.config.score == "input" else None)
+
+    def _of_itself(self, y: Tensor) -> Tensor:
+        if self.config.activation == "rmsnorm":
+            return F.rms_norm(y, y.shape[-1:], eps=self.norm_eps)
+        return ACTIVATIONS[self.config.activation](y)
 
     def _over_heads(self, scores: Tensor) -> Tensor:
         """The mean over all heads, [b, s, 1, d]. A key/value head on several ranks counts on each of them, and all heads so alike."""
@@ -95,20 +99,27 @@ class _Gate(Function):
     """y * sigmoid(logits), keeping only its two inputs for the backward pass.
 
     Formula: with the gradient g and the score s, the gradients are g s, and the sum of g s y over a score's channels, times 1 - s: one
-        product serves both, and at headwise the factor meets one number per head. All in fp32, rounded once.
+        product serves both, and at headwise the factor meets one number per head. All in fp32, rounded once; in place, since a product of
+        bf16 and fp32 would first copy the one to fp32 and then make a second such tensor.
     """
 
     @staticmethod
     def forward(ctx, y, logits):
         ctx.save_for_backward(y, logits)
-        return (y * logits.float().sigmoid()).to(y.dtype)
+        return _wide(y).mul_(logits.float().sigmoid()).to(y.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         y, logits = ctx.saved_tensors
         score = logits.float().sigmoid()
-        scaled = grad * score  # fp32
-        slope = scaled * y
+        product = _wide(grad).mul_(score)
+        grad_y = product.to(y.dtype, copy=True)
+        slope = product.mul_(y)
         if logits.shape[-1] == 1:
             slope = slope.sum(-1, keepdim=True)
-        return scaled.to(y.dtype), slope.mul_(1 - score).to(logits.dtype)
+        return grad_y, slope.mul_(1 - score).to(logits.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """An fp32 copy, to be changed in place."""
+    return x.to(torch.float32, copy=True)

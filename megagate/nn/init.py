@@ -4,7 +4,8 @@ Each full parameter is drawn on the CPU from a generator seeded by (seed, name),
 cut: one matrix at a time, so that no rank ever holds more than its part and one full matrix.
 
 Numbers are drawn along the width inside a block: row by row where a matrix reads the residual stream, column by column (`output`) where it
-writes to it. A narrower feed-forward, or fewer heads, therefore begin as the leading part of wider ones.
+writes to it. A narrower dense feed-forward, or fewer heads, therefore begin as the leading part of wider ones (not
+experts: their gate and up rows lie in one matrix).
 """
 
 import hashlib

@@ -35,7 +35,9 @@ def switch(projections: str, experts: int, top_k: int) -> dict[str, Any]:
     return {f"{SWITCH}.projections": projections, f"{SWITCH}.num_experts": experts, f"{SWITCH}.top_k": top_k}
 
 
-DIVIDED_OUT = f"with one factor per head does nothing: {QK_NORM} (true) divides it out again; set"
+SIGMOID = {"model.moe.score": "sigmoid", "model.moe.z_loss_coef": 0.0}
+DIVIDED_OUT = f"with one factor per head learns nothing: {QK_NORM} (true) divides it out again, up to its sign; set"
+OF_ITSELF = f"where {GATE}.score is self, an activation of the attention output without parameters"
 TWO_GATES = "two gates on one position; set {switch}.projections or {gate}.position to none"
 VARIANTS: list[tuple[dict[str, Any], str]] = [
     (
@@ -61,29 +63,50 @@ VARIANTS: list[tuple[dict[str, Any], str]] = [
     ),
     *(
         (
-            gate(position, score="self", activation=activation, combine=combine),
-            f"{GATE}.score (self) is an activation of the attention output, without parameters; set {GATE}.position to G1 (it is "
-            f"{position}), activation to silu or rmsnorm (it is {activation}) and combine to multiply (it is {combine})",
+            gate(**{"position": "G1", "score": "self", "activation": "silu", field: value}),
+            f"{GATE}.{field} ({value}) must be {allowed} {OF_ITSELF}; set {GATE}.{field}",
         )
-        for position, activation, combine in (
-            *((position, "silu", "multiply") for position in ("G2", "G3", "G4", "G5")),
-            *(("G1", activation, "multiply") for activation in ("sigmoid", "identity", "ns_sigmoid")),
-            ("G1", "rmsnorm", "add"),
+        for field, value, allowed in (
+            *(("position", position, "G1") for position in ("G2", "G3", "G4", "G5")),
+            *(("activation", activation, "silu or rmsnorm") for activation in ("sigmoid", "identity", "ns_sigmoid")),
+            ("combine", "add", "multiply"),
         )
     ),
     *(
         (
-            gate("G1", score=score, activation="silu", granularity="headwise"),
+            gate("G1", score=score, activation=activation, granularity="headwise"),
             f"{GATE}.granularity (headwise) has no meaning where {GATE}.score is {score}; set it to elementwise",
         )
-        for score in ("self", "constant")
+        for score, activation in (("self", "silu"), ("constant", "sigmoid"))
+    ),
+    *(
+        (
+            gate("G1", score="constant", activation=activation),
+            f"{GATE}.activation ({activation}) has no meaning where {GATE}.score is constant, the factor itself; leave it out",
+        )
+        for activation in ("silu", "identity", "ns_sigmoid", "rmsnorm")
+    ),
+    *(
+        (
+            gate("G1", score=score, activation=activation, constant=0.3),
+            f"{GATE}.constant (0.3) is read where {GATE}.score is constant, it is {score}; set {GATE}.score, or leave it out",
+        )
+        for score, activation in (("input", "sigmoid"), ("parameter", "sigmoid"), ("self", "silu"))
+    ),
+    *(
+        (
+            gate("G1", score="parameter", activation=activation),
+            f"{GATE}.activation ({activation}) of a parameter that begins at 0 is 0, a factor that cuts off what it gates; set "
+            f"{GATE}.activation to sigmoid or ns_sigmoid, or {GATE}.combine to add",
+        )
+        for activation in ("silu", "identity")
     ),
     *(
         (
             gate("G1", score=score, activation="rmsnorm"),
             f"{GATE}.activation (rmsnorm) is of the attention output itself; set {GATE}.score to self or choose another activation",
         )
-        for score in ("input", "parameter", "constant")
+        for score in ("input", "parameter")
     ),
     *(
         (gate(position, **values), f"{GATE}.position ({position}) {DIVIDED_OUT} {remedy} or qk_norm false")
@@ -97,6 +120,14 @@ VARIANTS: list[tuple[dict[str, Any], str]] = [
     (
         gate("G1", score="constant", combine="add"),
         f"{GATE}.score (constant) is a factor, but {GATE}.combine is add; set {GATE}.combine to multiply",
+    ),
+    *(
+        (
+            switch("none", experts, top_k),
+            f"{SWITCH}.num_experts ({experts}) and {SWITCH}.top_k ({top_k}) are read where {SWITCH}.projections is v or kv; set "
+            f"{SWITCH}.projections, or leave them out",
+        )
+        for experts, top_k in ((2, 1), (1, 2))
     ),
     (switch("v", 4, 5), f"{SWITCH}.top_k (5) must be at most {SWITCH}.num_experts (4); lower {SWITCH}.top_k"),
     *(
@@ -122,6 +153,11 @@ VARIANTS: list[tuple[dict[str, Any], str]] = [
             "model.moe.first_dense_layers, or set model.moe.num_experts to 0 for a dense model",
         )
         for layers in (2, 3)
+    ),
+    (
+        {"model.moe.score": "sigmoid"},
+        "model.moe.z_loss_coef (0.01) must be 0 where model.moe.score is sigmoid: the square of logsumexp is least where every score is 0, "
+        "and would draw all of them there; set model.moe.z_loss_coef to 0",
     ),
     (
         {"model.moe.shared_gate": True},
@@ -154,7 +190,8 @@ def test_values_that_do_not_go_together(settings: dict[str, Any], line: str) -> 
         *(gate(position, score="constant") | {QK_NORM: False} for position in ("G3", "G4")),
         *(gate("G1", score="self", activation=activation) for activation in ("silu", "rmsnorm")),
         gate("none", head_shared=True, granularity="headwise", score="self", activation="rmsnorm", combine="add"),
-        switch("none", 2, 5) | gate("G2"),
+        *(gate("G1", score="parameter", activation=activation, combine="add") for activation in ("silu", "identity")),
+        gate("G1", score="parameter", activation="ns_sigmoid"),
         switch("v", 1, 1),
         switch("kv", 4, 4) | gate("G1"),
         switch("kv", 2, 2) | gate("G4"),
@@ -162,7 +199,7 @@ def test_values_that_do_not_go_together(settings: dict[str, Any], line: str) -> 
         switch("kv", 1, 1) | {QK_NORM: False},
         {"model.moe.first_dense_layers": 1, "model.ffn_size": 95},
         {"model.moe.shared_gate": True, "model.moe.shared_ffn_size": 8},
-        {"model.moe.score": "sigmoid", "model.moe.bias_update_rate": 1e-3, "model.moe.balance_scope": "sequence"},
+        SIGMOID | {"model.moe.bias_update_rate": 1e-3, "model.moe.balance_scope": "sequence"},
         {"model.sandwich_norm": True, "model.residual_clip": 100.0},
     ],
 )
@@ -202,8 +239,9 @@ def test_dense_first_layers_are_cut_over_tp() -> None:
     ],
 )
 def test_the_least_value_of_the_new_numbers(key: str, least: float) -> None:
-    assert violations({key: least}) == []
-    (line,) = violations({key: least - 1})
+    base = {**MOE, **switch("v", 1, 1)}
+    assert violations({key: least}, base=base) == []
+    line = violations({key: least - 1}, base=base)[0]
     assert line == f"{key} ({least - 1}) must be at least {least:g}; raise {key}"
 
 

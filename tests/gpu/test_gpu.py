@@ -1,9 +1,12 @@
 """What only a GPU can show. Skipped without one; the README says so."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from parity.variants import VARIANTS
 
 from megagate.backend.native import NativeBackend
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
@@ -48,6 +51,35 @@ def test_a_bf16_gpu_rounds_no_more_than_a_bf16_cpu(shape: tuple[int, int]) -> No
         scale = gradient.norm() + 1e-12
         usual = (low_found[name] - gradient).norm() / scale
         assert (found[name] - gradient).norm() / scale <= 3 * usual + 0.05, name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_computes_on_a_gpu_what_it_computes_on_a_cpu(variant: str, recompute: bool) -> None:
+    """In fp32, without TF32; also the state that is no parameter lies on the GPU and follows the load there."""
+    tokens = torch.randint(0, 250, (2, 17), generator=torch.Generator().manual_seed(7))
+    models = [build(device, torch.float32, VARIANTS[variant], recompute=recompute) for device in ("cpu", "cuda")]
+    with full_fp32():
+        (loss, wanted), (gpu_loss, found) = (gradients(model, tokens) for model in models)
+    assert abs(gpu_loss - loss) <= 1e-5 * abs(loss)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max(), name
+    for model in models:
+        model.follow_counts(torch.rand(VARIANTS[variant].num_moe_layers, 8, generator=torch.Generator().manual_seed(1)))
+    for (name, ours), theirs in zip(models[0].named_buffers(), models[1].buffers(), strict=True):
+        assert theirs.is_cuda and torch.equal(ours, theirs.cpu()), name
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Matrix products of fp32 numbers in fp32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_initial_weights_are_those_of_the_cpu() -> None:

@@ -27,6 +27,7 @@ class Result(NamedTuple):
     shares: list[float]  # of all ranks together, one for each micro-step
     gradient: Tensor  # of their sum, [micro-steps, sequences, length, layers, E]
     logged: AuxLosses
+    counts: Tensor  # rows for each expert in the whole step, [layers, E]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def one_step(context: RankContext, config: MoEConfig, split: Split) -> Result:
     kept = torch.zeros(SEQUENCES, LENGTH, dtype=torch.bool)
     kept[rows, columns] = True
     assert not leaf.grad[:, ~kept].any()
-    return Result([total(share, mesh.world).item() for share in shares], gather(leaf.grad[None], mesh.world, 0).sum(0), loss.close()[0])
+    return Result([total(share, mesh.world).item() for share in shares], gather(leaf.grad[None], mesh.world, 0).sum(0), *loss.close())
 
 
 def by_hand(scope: BalanceScope, balance_coef: float, z_coef: float) -> Result:
@@ -109,7 +110,7 @@ def by_hand(scope: BalanceScope, balance_coef: float, z_coef: float) -> Result:
         logged_balance += EXPERTS * (frequency * probs[..., layer, :].mean((0, 1, 2))).sum().item() / LAYERS
         logged_z += leaf[..., layer, :].logsumexp(-1).square().mean().item() / LAYERS
     sum(shares).backward()
-    return Result([share.item() for share in shares], leaf.grad, AuxLosses(logged_balance, logged_z))
+    return Result([share.item() for share in shares], leaf.grad, AuxLosses(logged_balance, logged_z), chosen.sum((0, 1, 2)))
 
 
 SPLITS = {
@@ -131,6 +132,7 @@ def test_is_its_formula_on_any_split_of_the_tokens(scope, split):
         assert result.shares == pytest.approx(expected.shares, rel=1e-5)
         assert torch.allclose(result.gradient.double(), expected.gradient, rtol=1e-4, atol=1e-8)
         assert result.logged == pytest.approx(expected.logged, rel=1e-5)
+        assert torch.equal(result.counts.double(), expected.counts), "of all micro-steps and ranks, layer by layer, whatever the scope"
 
 
 def test_the_scopes_differ():

@@ -32,12 +32,13 @@ from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.spawn import RankContext
 
 BATCH, SEQUENCE, HIDDEN, HEADS, KV_HEADS, WIDTH = 2, 8, 24, 4, 2, 8
-TIGHT = 5e-6
+TIGHT, EPS = 5e-6, 1e-3
 BASE = ModelConfig(
     vocab_size=100,
     hidden_size=HIDDEN,
     num_layers=2,
     ffn_size=32,
+    norm_eps=EPS,
     attention=AttentionConfig(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=WIDTH),
 )
 ACTIVATIONS = {
@@ -45,7 +46,7 @@ ACTIVATIONS = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "identity": lambda x: x,
     "ns_sigmoid": lambda x: 0.5 + 0.5 / (1 + torch.exp(-x)),
-    "rmsnorm": lambda y: y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt(),
+    "rmsnorm": lambda y: y / (y.square().mean(-1, keepdim=True) + EPS).sqrt(),
 }
 
 
@@ -121,8 +122,8 @@ def explicit(layer: GatedAttention, x: Tensor, *, qk_norm: bool) -> Tensor:
         kv = head // (HEADS // KV_HEADS)
         q, k, v = project("q", head, "G4", HEADS), project("k", kv, "G3", KV_HEADS), project("v", kv, "G2", KV_HEADS)
         if qk_norm:
-            q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["q_norm.weight"]
-            k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["k_norm.weight"]
+            q = q / (q.square().mean(-1, keepdim=True) + EPS).sqrt() * weights["q_norm.weight"]
+            k = k / (k.square().mean(-1, keepdim=True) + EPS).sqrt() * weights["k_norm.weight"]
         q, k = (rotate(t.unsqueeze(2), rope().to(x.dtype)).squeeze(2) for t in (q, k))
         later = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
         scores = (q @ k.transpose(-1, -2) / WIDTH**0.5).masked_fill(later, -torch.inf).softmax(-1)

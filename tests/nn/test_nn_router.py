@@ -1,19 +1,25 @@
 """The router's kinds: against Hugging Face's DeepSeek-V3 router, a formula, and itself over steps."""
 
+from typing import get_args
+
 import pytest
 import torch
-from parity.sharded import BACKEND, CPU, assert_close, random
+from parity.sharded import BACKEND, CPU, assert_close, fill, random
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from megagate.config.model import AttentionConfig, ModelConfig, MoEConfig
+from megagate.config.model import AttentionConfig, ModelConfig, MoEConfig, RouterScore
 from megagate.model.lm import LanguageModel
 from megagate.nn.init import initialize
-from megagate.nn.moe.layer import MoE
+from megagate.nn.moe.layer import MoE, TokenGate
 from megagate.nn.moe.router import Router
 from megagate.parallel.mesh import ParallelMesh
 
 HIDDEN, EXPERTS, TOP_K, RATE = 20, 8, 3, 0.05
+FORMULAS = {
+    "softmax": lambda logits: logits.exp() / logits.exp().sum(-1, keepdim=True),
+    "sigmoid": lambda logits: 1 / (1 + (-logits).exp()),
+}
 SINGLE = ParallelMesh.single()
 STEPS = torch.tensor([4, 0, -3, 9, -9, 0, 2, -6], dtype=torch.int32)
 
@@ -58,13 +64,13 @@ def test_sigmoid_and_bias_are_deepseeks(renormalize, bias):
         assert not torch.equal(plain(x)[0].ids.sort(-1).values, route.ids.sort(-1).values), "the bias chooses otherwise"
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", get_args(RouterScore))
 def test_the_bias_chooses_and_does_not_weigh(score):
     router, unbiased = router_of(score=score, renormalize=False, bias_update_rate=RATE), router_of(score=score, renormalize=False)
     router.bias_steps[5], router.bias_steps[2] = 1000, -1000
     x = random("x", 2, 16, HIDDEN)
     route, stats = router(x)
-    scores = unbiased.logits(x).softmax(-1) if score == "softmax" else unbiased.logits(x).sigmoid()
+    scores = FORMULAS[score](unbiased.logits(x).double()).float()
     assert (route.ids == 5).any(-1).all() and not (route.ids == 2).any()
     assert_close(route.probs, scores.flatten(0, 1).gather(-1, route.ids), to=1e-6)
     shares = scores / scores.sum(-1, keepdim=True)
@@ -142,3 +148,11 @@ def test_the_shared_experts_gate_is_its_formula():
     moe.shared_gate = None
     scores = 1 / (1 + torch.exp(-(x @ weight.T)))  # [b, s, 1]
     assert_close(moe(x)[0] - gated, (1 - scores) * shared, to=1e-5)
+
+
+def test_the_shared_experts_gate_is_rounded_once():
+    """In bf16: logits, score and product are fp32."""
+    gate = fill(TokenGate(HIDDEN, dtype=torch.bfloat16, tp=SINGLE.tp))
+    x, y = (3 * random(name, 4, 16, HIDDEN).bfloat16() for name in ("x", "y"))
+    exact = y.double() * (x.double() @ gate.weight.double().T).sigmoid()
+    assert (gate(y, x) == exact.bfloat16()).double().mean() > 0.99

@@ -1,6 +1,7 @@
 """Switch heads: against their formula head by head in fp64, against the gate that they contain, and under tp."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import ranks
@@ -8,7 +9,7 @@ import torch
 from parity.sharded import BACKEND, CPU, assert_all_close, assert_close, fill, full_gradients, full_weights, random, take
 from torch import Tensor
 
-from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, SwitchConfig
+from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, SwitchConfig, SwitchProjections
 from megagate.nn.attention import GatedAttention
 from megagate.nn.rope import rope_table, rotate
 from megagate.parallel.mesh import Axis, ParallelMesh
@@ -137,3 +138,19 @@ def test_gates_elsewhere_go_with_switch_heads():
         gated.gate.weight.zero_()
         assert_close(gated(x, rope()), plain(x, rope()) / 2, to=1e-6)
     assert replace(plain.config, gate=GateConfig("G1")) == gated.config
+
+
+def test_every_kind_is_among_them():
+    assert {switch.projections for switch in SWITCHES.values()} == set(get_args(SwitchProjections)) - {"none"}
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_sum_is_rounded_once(top_k):
+    """In bf16: scores and sum are fp32."""
+    switch = attention_of(SwitchConfig("v", 3, top_k)).v_switch
+    projections = [random(f"v{e}", BATCH, SEQUENCE, KV_HEADS, WIDTH).bfloat16() for e in range(3)]
+    logits = 3 * random("logits", BATCH, SEQUENCE, KV_HEADS, 3).bfloat16()
+    out = switch(projections[0], logits.flatten(2), *(p.flatten(2) for p in projections[1:]))
+    chosen = torch.zeros(logits.shape).scatter(-1, logits.float().topk(top_k).indices, 1.0)
+    exact = sum(p.double() * (logits.double().sigmoid() * chosen)[..., e, None] for e, p in enumerate(projections))
+    assert out.dtype == torch.bfloat16 and (out == exact.bfloat16()).double().mean() > 0.99

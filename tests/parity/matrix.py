@@ -34,6 +34,7 @@ BATCH, SEQUENCE, CLIP = 8, 8, 0.1
 LRS = {"sgd": 0.03, "adamw": 1e-3}
 MODELS = {
     "moe": MOE,
+    "moe whose routes flip in bf16": MOE,
     "tied": replace(MOE, tie_embeddings=True),
     "padded": replace(MOE, vocab_size=90),  # on four tensor-parallel ranks one holds nothing but padding
     "unpadded": replace(MOE, vocab_size=256),
@@ -41,6 +42,7 @@ MODELS = {
     **VARIANTS,
 }
 SEEDS = {
+    "moe whose routes flip in bf16": 12,
     "tied": 20,
     "padded": 13,
     "unpadded": 22,

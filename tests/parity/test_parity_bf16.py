@@ -48,7 +48,7 @@ def test_bf16_differs_by_rounding(case):
 @pytest.mark.parametrize("layout", [{"tp": 2, "ep": 4}, {"tp": 4, "ep": 2, "stage": 3}], ids=str)
 def test_where_routes_may_flip_they_flip_no_more_than_in_one_process(layout):
     """Of the first step; later ones start from other weights."""
-    case = replace(Case(dtype="bf16"), world=4, **layout)
+    case = replace(Case(dtype="bf16", model="moe whose routes flip in bf16"), world=4, **layout)
     outcomes, one, exact = ranks.run_ranks(run_case, 4, case), reference(single(case)), reference(single(case, "fp32"))
     allowed = gradients([one], exact, case.config)
     assert allowed["experts"].distance > 3 * rounding(single(CASES[0]))[0]["experts"].distance, "routes do flip"

@@ -22,7 +22,7 @@ RESUMED = 2e-4
 """AdamW makes much of the rounding of small gradients."""
 LATER = 103
 """Added to a seed: tokens after the checkpoint, with which no variant routes near a tie."""
-LAYOUTS = [Case(2, tp=2, ep=2, stage=1), Case(4, tp=4, ep=4, stage=2), Case(2, tp=1, ep=2, stage=3, recompute=True)]
+LAYOUTS = [Case(2, tp=2, ep=2, stage=1), Case(4, tp=4, ep=4, stage=2), Case(4, tp=2, ep=4, stage=3, recompute=True)]
 """Four tensor-parallel ranks are more than the model's two key/value heads."""
 THERE, BACK = Case(2, tp=2, ep=2, stage=1), Case(2, tp=1, ep=2, stage=2)
 

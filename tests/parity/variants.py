@@ -93,9 +93,11 @@ def _variants() -> Iterator[tuple[str, ModelConfig]]:
     yield "residual clip", replace(DENSE, residual_clip=0.02)
     yield "sandwich norm, mixture", replace(MOE, sandwich_norm=True)
     for score in get_args(RouterScore):
-        yield f"router {score}, not renormalised", with_moe(score=score, renormalize=False)
-        yield f"router {score} with bias", with_moe(score=score, bias_update_rate=0.02)
-    yield "router sigmoid", with_moe(score="sigmoid")
+        z_loss = {"z_loss_coef": 0.01 if score == "softmax" else 0.0}
+        yield f"router {score}", with_moe(score=score, **z_loss)
+        yield f"router {score}, not renormalised", with_moe(score=score, renormalize=False, **z_loss)
+        yield f"router {score} with bias", with_moe(score=score, bias_update_rate=0.02, **z_loss)
+    yield "router with bias, balance of sequences", with_moe(bias_update_rate=0.02, balance_scope="sequence")
     yield "shared expert's gate", with_moe(shared_gate=True)
     yield "dense first layer", replace(with_moe(first_dense_layers=1), ffn_size=48)
 

@@ -26,7 +26,7 @@ def _this_file_is_importable(monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(ROOT)]))
 
 
-def synthetic(shape: str, gates: dict[str, str | None]):
+def synthetic(shape: str, gates: dict[str, str | None], first: int):
     """Steps that take no time: a moody machine, noise of 1 %, and a headwise gate that costs 3 %."""
     draw = random.Random(os.getpid())
 

@@ -34,7 +34,7 @@ ODD = {
     "kept": "nano --optim.grad_clip 0 --train.recompute true --precision.dtype bf16 --precision.grad_dtype model --parallel.zero_stage 3",
     "loss": "nano --model.moe.balance_scope sequence --model.moe.balance_coef 0.2 --model.moe.z_loss_coef 0 --model.moe.renormalize false",
     "norms": "nano --model.attention.qk_norm false --model.norm_eps 1e-3 --model.attention.rope.base 500",
-    "router": "nano --model.moe.score sigmoid --model.moe.bias_update_rate 0.01",
+    "router": "nano --model.moe.score sigmoid --model.moe.bias_update_rate 0.01 --model.moe.z_loss_coef 0",
     "shared gate": "nano --model.moe.shared_ffn_size 96 --model.moe.shared_gate true",
     "dense first": "nano --model.num_layers 6 --model.moe.first_dense_layers 3 --model.ffn_size 96",
     "switch": f"nano {SWITCH}.projections kv {SWITCH}.num_experts 8 {SWITCH}.top_k 8 --model.attention.gate.position none",

@@ -48,7 +48,7 @@ def plain(shape: str, gate: str | None = None, auxiliary: bool = False) -> Work:
     return step_of(model, loss_of, batches(sizes, device))
 
 
-def alternating(shape: str, gates: Mapping[str, str | None]) -> Work:
+def alternating(shape: str, gates: Mapping[str, str | None], first: int = 0) -> Work:
     """One step of each model by turns in this one process.
 
     The order is turned by one place a round, and reversed every other cycle: each model is first as often as any other, and follows each
@@ -57,12 +57,14 @@ def alternating(shape: str, gates: Mapping[str, str | None]) -> Work:
     Args:
         shape: Of `SHAPES`.
         gates: The granularity of each model's gate by the model's name, neighbours beside each other.
+        first: Place of the model that is built first, and so gets the first memory.
 
     Returns:
         Work: Its numbers are `NAME.seconds`, `NAME.cpu_seconds` and `NAME.loss` of each model.
     """
-    steps = {name: plain(shape, gate) for name, gate in gates.items()}
-    orders = itertools.cycle(turns(list(steps)))
+    names = list(gates)
+    steps = {name: plain(shape, gates[name]) for name in turns(names)[first % len(names)]}
+    orders = itertools.cycle(turns(names))
 
     def work() -> dict[str, float]:
         numbers = {}
