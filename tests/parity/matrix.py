@@ -49,6 +49,7 @@ SEEDS = {
     "switch v 2 of 3": 1,
     "router softmax, not renormalised": 3,
     "router softmax with bias": 30,
+    "router with bias, balance of sequences": 30,
     "router sigmoid, not renormalised": 1,
     "router sigmoid with bias": 23,
 }
