@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; returns the exit code: 0 written, 2 bad input, and nothing was written."""
+    """Parse and run; returns the exit code: 0 written; 2 bad input, 130 interrupted, others as `megagate.errors`: nothing was written."""
     options = _parser().parse_args(arguments)
     from megagate.checkpoint.retrofit import add_gate, remove_gate
     from megagate.errors import MegagateError
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
         return 130
     _tell(done, options)
     return 0

@@ -27,6 +27,11 @@ POINTERS: tuple[PointerName, ...] = ("latest", "best")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
+def is_step_name(name: str) -> bool:
+    """Whether a folder of this name is one step's checkpoint."""
+    return _STEP.fullmatch(name) is not None
+
+
 def step_path(root: Path, step: int) -> Path:
     """Where the checkpoint of `step` is published; it need not exist."""
     return root / f"step-{step:08d}"

@@ -19,6 +19,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from megagate.checkpoint.folders import ROOT_NAME, is_step_name
 from megagate.checkpoint.store import Checkpoint, Piece, StoredPiece, begin, publish, write_file, write_rank
 from megagate.config.cli import to_yaml
 from megagate.config.count import parameter_shapes
@@ -89,7 +90,7 @@ def add_gate(source: Path, output: Path, granularity: GateGranularity) -> Retrof
         _require_fits(checkpoint, config.model)
         gate = GateConfig(position="G1", granularity=granularity)
         factor = 1 / ACTIVATIONS[gate.activation](torch.zeros(()))
-        return _rewrite(checkpoint, source, output, gate=gate, factors=dict.fromkeys(_projections(config.model), factor))
+        return _rewrite(checkpoint, config, output, gate=gate, factors=dict.fromkeys(_projections(config.model), factor))
 
 
 def remove_gate(source: Path, output: Path) -> Retrofit:
@@ -108,7 +109,7 @@ def remove_gate(source: Path, output: Path) -> Retrofit:
         config = _config(checkpoint)
         _require_factor(checkpoint.folder, config.model.attention.gate)
         _require_fits(checkpoint, config.model)
-        return _rewrite(checkpoint, source, output, gate=GateConfig(), factors=_constant_factors(checkpoint, config.model))
+        return _rewrite(checkpoint, config, output, gate=GateConfig(), factors=_constant_factors(checkpoint, config.model))
 
 
 def _config(checkpoint: Checkpoint) -> RunConfig:
@@ -187,44 +188,46 @@ def _projections(model: ModelConfig) -> list[str]:
     return [f"layers.{layer}.attention.o.weight" for layer in range(model.num_layers)]
 
 
-def _rewrite(checkpoint: Checkpoint, source: Path, output: Path, *, gate: GateConfig, factors: Factors) -> Retrofit:
+def _rewrite(checkpoint: Checkpoint, old: RunConfig, output: Path, *, gate: GateConfig, factors: Factors) -> Retrofit:
     """Check what is left to check, and write."""
-    old = _config(checkpoint)
     new = replace(old, model=replace(old.model, attention=replace(old.model.attention, gate=gate)))
-    _require_free(output, source)
+    _require_free(output, checkpoint.folder)
     checkpoint.verify(names=_taken(checkpoint, old.model))
     made_here = not output.exists()
     try:
         staging = begin(output, checkpoint.step)
-    except OSError as error:
-        raise RunError(f"--output ({output}) cannot be written ({error.strerror}); choose another folder") from error
-    try:
         ranks, rounding = _write(checkpoint, staging, old=old.model, new=new.model, factors=factors)
         write_file(output / CONFIG_NAME, to_yaml(new).encode())
         # Without moments there are no steps for Adam's bias correction to count: an engine that loads this begins like a new one.
         metadata = {**checkpoint.metadata, "config": to_dict(new), "applied_steps": 0}
         folder = publish(output, checkpoint.step, world_size=ranks, metadata=metadata)
-    except BaseException:
+    except BaseException as error:
         _clear(output, remove=made_here)
+        if isinstance(error, OSError):
+            raise RunError(
+                f"--output ({output}) cannot be written, or {checkpoint.folder} not be read ({error.strerror}); nothing was left there: "
+                "mend that, or choose another folder"
+            ) from error
         raise
     bounds = min(f.min().item() for f in factors.values()), max(f.max().item() for f in factors.values())
     exact = all((f.frexp().mantissa == 0.5).all() for f in factors.values())
     return Retrofit(checkpoint.folder, folder, new, checkpoint.step, bounds, rounding, exact)
 
 
-def _require_free(output: Path, source: Path) -> None:
-    """Refuse an output that is in use, or that would change what is read."""
+def _require_free(output: Path, folder: Path) -> None:
+    """Refuse an output that is in use, or that lies in the run whose step `folder` is read."""
+    run = folder.parent.parent if folder.parent.name == ROOT_NAME else folder.parent
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"--output ({output}) must be a new or an empty folder, and it exists; choose another, or remove it")
-    if output.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"--output ({output}) must not lie in the checkpoint that is read ({source}); choose a folder outside")
-    if output.name.startswith("step-"):
+    if output.resolve().is_relative_to(run.resolve()):
+        raise ConfigError(f"--output ({output}) must not lie in the run that is read ({run}); choose a folder outside")
+    if is_step_name(output.name):
         raise ConfigError(f"--output ({output}) is a folder of checkpoints, and step-* names one of them; choose another name")
 
 
 def _clear(output: Path, *, remove: bool) -> None:
     """Give up: the folder was empty, so all in it is ours."""
-    for path in output.iterdir():
+    for path in output.iterdir() if output.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -1,8 +1,9 @@
 """Every experiment of the paper's Tables 1, 2, 3, 4 and 6 as a preset: what to run, and what the paper saw.
 
 Source: arXiv 2505.06708, Table 7 (sizes), section 3 (training), Tables 1-4 and 6 (rows). What the paper does not print is a choice of ours:
-the vocabulary (Qwen's), weight decay, the coefficients of the auxiliary losses, the warm-up and the floor of the dense runs, and steps
-where it gives tokens.
+the vocabulary (Qwen's), weight decay (of every matrix, an input-independent gate among them), clipping at 1, the seed, the spread of
+initial weights, the epsilon of norms, that the weights of chosen experts are renormalised, the coefficients of the auxiliary losses, the
+warm-up and the floor of the dense runs, and steps where it gives tokens.
 """
 
 import difflib

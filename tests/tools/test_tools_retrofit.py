@@ -119,7 +119,7 @@ def test_folders_that_are_refused(main: Callable[..., int], tmp_path: Path, caps
     a = checkpoint(tmp_path / "a")
     for source, output, told in (
         (tmp_path / "nowhere", tmp_path / "b", "nowhere does not exist"),
-        (a, a / "gated", "must not lie in the checkpoint that is read"),
+        (a, a / "gated", "must not lie in the run that is read"),
         (a, tmp_path, "must be a new or an empty folder, and it exists"),
     ):
         before = sorted(tmp_path.rglob("*"))
