@@ -168,12 +168,11 @@ def _attention_parameters(model: ModelConfig, prefix: str) -> Iterator[Parameter
     # One of the k that a token chooses counts as its ordinary projection, so that k of n is a whole number in both parts.
     others = switch.num_experts - 1
     share = Fraction(switch.top_k - 1, max(1, others))
-    switched = {"none": (), "v": ("v",), "kv": ("k", "v")}[switch.projections]
     yield Parameter("attention", f"{prefix}q.weight", (query_size, hidden))
     for kind in ("k", "v"):
         yield Parameter("attention", f"{prefix}{kind}.weight", (kv_size, hidden))
     yield Parameter("attention", f"{prefix}o.weight", (hidden, query_size))
-    for kind in switched:
+    for kind in switch.switched:
         yield Parameter("switch", f"{prefix}{kind}_switch.router.weight", (attention.num_kv_heads * switch.num_experts, hidden))
         for expert in range(others):
             yield Parameter("switch", f"{prefix}{kind}_switch.experts.{expert}.weight", (kv_size, hidden), share)

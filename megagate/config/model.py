@@ -40,6 +40,11 @@ class GateConfig:
     combine: GateCombine = "multiply"
     constant: float = 0.5
 
+    @property
+    def of_kv_heads(self) -> bool:
+        """Whether the gated heads are key/value heads, not query heads."""
+        return self.position in ("G2", "G3")
+
 
 @dataclass(frozen=True)
 class SwitchConfig:
@@ -56,6 +61,11 @@ class SwitchConfig:
     projections: SwitchProjections = "none"
     num_experts: int = 1
     top_k: int = 1
+
+    @property
+    def switched(self) -> tuple[Literal["k", "v"], ...]:
+        """The projections that are switched."""
+        return {"none": (), "v": ("v",), "kv": ("k", "v")}[self.projections]
 
 
 @dataclass(frozen=True)
@@ -181,7 +191,7 @@ class ModelConfig:
             return 0, 0
         if gate.position == "G5":
             return 1, self.hidden_size
-        heads = attention.num_kv_heads if gate.position in ("G2", "G3") else attention.num_heads
+        heads = attention.num_kv_heads if gate.of_kv_heads else attention.num_heads
         return heads, attention.head_dim if gate.granularity == "elementwise" else 1
 
     @property

@@ -103,7 +103,7 @@ def _switch_rules(model: ModelConfig) -> Iterator[str]:
         return
     if switch.top_k > switch.num_experts:
         yield f"{key}.top_k ({switch.top_k}) must be at most {key}.num_experts ({switch.num_experts}); lower {key}.top_k"
-    if position == "G2" or (position == "G3" and switch.projections == "kv"):
+    if {"G2": "v", "G3": "k"}.get(position) in switch.switched:
         yield (
             f"{key}.projections ({switch.projections}) gates what model.attention.gate.position ({position}) gates: two gates on one "
             f"position; set {key}.projections or model.attention.gate.position to none"

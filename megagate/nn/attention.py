@@ -35,10 +35,9 @@ class GatedAttention(Layer):
         self.v = Weight((kv_rows, model.hidden_size), dtype, axis=self.kv_axis)
         self.o = Weight((model.hidden_size, q_rows), dtype, init="output", axis=tp, dim=1)
         self.gate = AttentionGate(model, dtype=dtype, tp=tp, kv_axis=self.kv_axis) if config.gate.position != "none" else None
-        projections = config.switch.projections
         switch = {"dtype": dtype, "tp": tp, "kv_axis": self.kv_axis}
-        self.k_switch = SwitchHeads(model, **switch) if projections == "kv" else None
-        self.v_switch = SwitchHeads(model, **switch) if projections in ("v", "kv") else None
+        self.k_switch = SwitchHeads(model, **switch) if "k" in config.switch.switched else None
+        self.v_switch = SwitchHeads(model, **switch) if "v" in config.switch.switched else None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
             self.k_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)

@@ -43,7 +43,8 @@ class AttentionGate(Layer):
         super().__init__(dtype)
         self.config, self.tp, self.norm_eps = model.attention.gate, tp, model.norm_eps
         self.heads, self.width = model.gate_scores
-        self.axis = {"G2": kv_axis, "G3": kv_axis, "G5": None}.get(self.config.position, tp)
+        of_heads = kv_axis if self.config.of_kv_heads else tp
+        self.axis = None if self.config.position == "G5" else of_heads
         if model.gate_shape:
             init = "normal" if self.config.score == "input" else "zeros"
             self.add_weight("weight", model.gate_shape, init=init, axis=self.axis)

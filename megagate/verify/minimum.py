@@ -193,13 +193,13 @@ def _sums(model: ModelConfig, step: StepShape) -> Iterable[Term]:
 
 def _is_replicated(model: ModelConfig, parameter: Parameter, step: StepShape) -> bool:
     """Whether every tp rank holds the whole of a parameter and sums its gradient."""
-    position, name = model.attention.gate.position, parameter.name
+    gate, name = model.attention.gate, parameter.name
     if parameter.part in ("norms", "router") or name.endswith("shared_gate.weight"):
         return True
     of_kv_heads = parameter.part == "switch" or name.endswith(("attention.k.weight", "attention.v.weight"))
     if parameter.part == "gate":
-        of_kv_heads = position in ("G2", "G3")
-    return (of_kv_heads and step.tp > model.attention.num_kv_heads) or (parameter.part == "gate" and position == "G5")
+        of_kv_heads = gate.of_kv_heads
+    return (of_kv_heads and step.tp > model.attention.num_kv_heads) or (parameter.part == "gate" and gate.position == "G5")
 
 
 def _routing(model: ModelConfig, step: StepShape) -> Iterable[Term]:

@@ -20,7 +20,7 @@ from megagate.config.count import (
     parameter_shapes,
     parameters,
 )
-from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig, SwitchConfig
+from megagate.config.model import AttentionConfig, GateConfig, GatePosition, ModelConfig, MoEConfig, SwitchConfig, SwitchProjections
 from megagate.config.paper import preset
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -152,6 +152,14 @@ GATES: list[tuple[str, dict[str, Any], tuple[int, int] | None, bool]] = [
     ("G5", {"score": "constant"}, None, False),
     ("G1", {"score": "self", "activation": "rmsnorm"}, None, False),
 ]
+
+
+def test_what_a_gate_or_a_switch_belongs_to() -> None:
+    """Every position and every choice of projections has an answer."""
+    of_kv_heads = {position: GateConfig(position).of_kv_heads for position in typing.get_args(GatePosition)}
+    assert {position for position, answer in of_kv_heads.items() if answer} == {"G2", "G3"}
+    switched = {projections: SwitchConfig(projections).switched for projections in typing.get_args(SwitchProjections)}
+    assert switched == {"none": (), "v": ("v",), "kv": ("k", "v")}
 
 
 @pytest.mark.parametrize(("position", "values", "shape", "multiplied"), GATES)
