@@ -40,6 +40,7 @@ class Micro:
         core: The attention kernel.
         row_multiple: The rows of each expert are padded up to this: 16 on GPUs, 32 on CPUs.
         expert_rows: Rows that this rank's experts receive in each MoE layer, and these rows padded; None for experts that get equally many.
+        share: Without `expert_rows`, how many times their equal share of the rows this rank's experts get.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class Micro:
     core: Core = "flash"
     row_multiple: int = 16
     expert_rows: tuple[tuple[int, int], ...] | None = None
+    share: int = 1
 
     @property
     def whole(self) -> int:
@@ -69,7 +71,7 @@ class Micro:
         """Rows that this rank's experts receive, and these rows padded."""
         if self.expert_rows is not None:
             return self.expert_rows[moe_layer]
-        received, local = self.own * model.moe.top_k, model.moe.num_experts // self.ep
+        received, local = self.share * self.own * model.moe.top_k, model.moe.num_experts // self.ep
         each = max(1, -(-received // local))
         return received, local * (-(-each // self.row_multiple) * self.row_multiple)
 
@@ -113,7 +115,9 @@ def peak(model: ModelConfig, micro: Micro, *, recompute: bool) -> int:
     """Bytes at the fullest moment of a micro-step: in the backward pass of the loss, or of a block, with what is kept at that time."""
     kept, head = sum(kept_by_forward(model, micro, recompute=recompute).values()), sum(kept_by_head(model, micro).values())
     in_block = max(_block_backward(model, layer, micro, recompute=recompute) for layer in range(model.num_layers))
-    return max(kept + loss_workspace(model, micro), kept - head + in_block)
+    # Autograd holds the head's gradient of a tied embedding until the lookup's, which comes last, can be added.
+    tied = micro.element * (model.padded_vocab_size // micro.tp) * model.hidden_size if model.tie_embeddings else 0
+    return max(kept + loss_workspace(model, micro), kept - head + tied + in_block)
 
 
 def _block_backward(model: ModelConfig, layer: int, micro: Micro, *, recompute: bool) -> int:
@@ -197,11 +201,11 @@ def _attention(model: ModelConfig, micro: Micro) -> Kept:
     heads, kv_heads = config.num_heads // micro.tp, max(1, config.num_kv_heads // micro.tp)
     queries, keys = element * tokens * heads * config.head_dim, element * tokens * kv_heads * config.head_dim
     rows = _rows(model, micro, heads, kv_heads)
-    gated = {"G1": heads, "G4": heads, "G2": kv_heads, "G3": kv_heads}.get(position, 0)
-    gate = _gate(model, micro, gated or 1, tokens if gated else micro.own)
+    of_heads = (kv_heads if config.gate.of_kv_heads else heads, tokens)
+    gate = _gate(model, micro, *((1, micro.own) if position == "G5" else of_heads))
     yield "x", element * tokens * model.hidden_size
     yield "joined weights", element * rows * model.hidden_size
-    if config.qk_norm or position != "none" or "v" not in _switched_projections(model):  # else nobody keeps a part of it
+    if config.qk_norm or position != "none" or "v" not in config.switch.switched:  # else nobody keeps a part of it
         yield "projected", element * tokens * rows
     yield from _switched(model, micro, keys, kv_heads)
     yield "gate scores", gate.scores
@@ -228,20 +232,16 @@ def _rows(model: ModelConfig, micro: Micro, heads: int, kv_heads: int) -> int:
     config = model.attention
     rows = (heads + 2 * kv_heads) * config.head_dim
     if config.gate.score == "input" and config.gate.position not in ("none", "G5"):
-        rows += (kv_heads if config.gate.position in ("G2", "G3") else heads) * model.gate_scores[1]
+        rows += (kv_heads if config.gate.of_kv_heads else heads) * model.gate_scores[1]
     switch = config.switch
-    return rows + len(_switched_projections(model)) * kv_heads * ((switch.num_experts - 1) * config.head_dim + switch.num_experts)
-
-
-def _switched_projections(model: ModelConfig) -> str:
-    return {"none": "", "v": "v", "kv": "kv"}[model.attention.switch.projections]
+    return rows + len(switch.switched) * kv_heads * ((switch.num_experts - 1) * config.head_dim + switch.num_experts)
 
 
 def _switched(model: ModelConfig, micro: Micro, keys: int, kv_heads: int) -> Kept:
     """`SwitchHeads`: all projections side by side, their scores, which of them are chosen, and what it yields."""
     switch = model.attention.switch
     scores = FP32 * micro.whole * kv_heads * switch.num_experts
-    for kind in _switched_projections(model):
+    for kind in switch.switched:
         yield f"switch {kind} projections", keys * switch.num_experts
         yield f"switch {kind} scores", scores
         yield f"switch {kind} chosen", 2 * scores if switch.top_k < switch.num_experts else 0
