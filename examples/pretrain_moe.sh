@@ -14,9 +14,10 @@
 #
 # Without a --config or --preset the default is configs/tiny.yaml next to this script.
 #
-# With MEGAGATE_GPU set, for example to h100-80gb, the job stops at once if by its config it needs more than 90 % of such a GPU:
-#
-#   MEGAGATE_GPU=h100-80gb deepspeed examples/pretrain_moe.sh --preset paper/table1/row05 --data.path /data/mine --parallel.ep 8
+# On GPUs the job stops at once if by its config it needs more than 90 % of one; tools/count_params.py estimates that. How much the
+# smallest GPU of a machine has is asked of nvidia-smi; where there is none, or it fails, nothing is estimated. MEGAGATE_GPU names
+# another (h100-80gb, or a number of GB), and MEGAGATE_GPU=none switches this off; on several machines put that line into
+# ~/.deepspeed_env, since the launcher does not pass it on by itself.
 #
 # This file is a shell script and a Python program at once. The deepspeed launcher starts `python -u SCRIPT` for every rank, whatever
 # the name of the script ends with. To Python, everything from here to the closing quotes is one string, and the two lines after it
@@ -42,18 +43,26 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 # The interpreter that the launcher chose; under --no_python it chose none.
 python="${MEGAGATE_PYTHON:-python3}"
 config=(--config "$here/configs/tiny.yaml")
-gpu="${MEGAGATE_GPU:-}"
+look=yes
 for argument in "$@"; do
   case "$argument" in
     --config | --config=* | --preset | --preset=*) config=() ;;
-    -h | --help | --print_config) gpu="" ;;
+    -h | --help | --print_config) look=no ;;
   esac
 done
 
 # One rank of each machine looks whether the run fits the GPU. Where it leaves, the launcher ends the others.
-if [[ -n "$gpu" && "${LOCAL_RANK:-0}" == 0 ]]; then
-  look=("$here/../tools/count_params.py" --gpu "$gpu" --world "$WORLD_SIZE")
-  PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" "$python" "${look[@]}" ${config[@]+"${config[@]}"} "$@" >&2
+if [[ "$look" == yes && "${LOCAL_RANK:-0}" == 0 ]]; then
+  gpu="${MEGAGATE_GPU:-}"
+  if [[ -z "$gpu" ]]; then
+    mib="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | sort -n | head -n 1)" || mib=""
+    # What it says where it finds no GPU, and the N/A of one that shares the machine's memory, are no numbers.
+    if [[ "$mib" =~ ^[1-9][0-9]{3,}$ ]]; then gpu="$((mib * 1048576 / 1000000000))"; fi
+  fi
+  if [[ -n "$gpu" && "$gpu" != none ]]; then
+    estimate=("$here/../tools/count_params.py" --gpu "$gpu" --world "$WORLD_SIZE")
+    PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" "$python" "${estimate[@]}" ${config[@]+"${config[@]}"} "$@" >&2
+  fi
 fi
 
 exec "$python" -u -m megagate.train.main ${config[@]+"${config[@]}"} "$@"

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megagate.errors import MegagateError
 
     try:
+        if options.gpu == "list":
+            return _gpus(options)
         return _all(options, settings) if options.all else _one(options, settings)
     except MegagateError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -47,8 +49,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object (with --all: one per preset, by name)")
     parser.add_argument("--layout", metavar="L", help="such as dp=8,tp=1,ep=8,zero=1; tp, ep and zero are the config's where left out")
     parser.add_argument("--world", type=int, metavar="N", help="ranks, in the config's own layout (instead of --layout)")
-    parser.add_argument("--gpu", metavar="GPU", help="such as h100-80gb: refuse a run that needs over 90 %% of it (? lists them)")
+    parser.add_argument("--gpu", metavar="GPU", help="a name (`--gpu list` shows them) or GB: refuse a run that needs over 90 %% of it")
     return parser
+
+
+def _gpus(options: argparse.Namespace) -> int:
+    from megagate.plan.hardware import GPU_BYTES
+
+    if options.json:
+        print(json.dumps(dict(GPU_BYTES), indent=1))
+    else:
+        print("\n".join(f"{name:<14} {size / 1e9:>5.0f} GB" for name, size in GPU_BYTES.items()))
+    return 0
 
 
 def _all(options: argparse.Namespace, settings: list[str]) -> int:
@@ -61,11 +73,13 @@ def _all(options: argparse.Namespace, settings: list[str]) -> int:
     if options.json:
         print(json.dumps({row.name: _record(row) for row in rows}, indent=1))
         return 0
-    print(f"{'preset':<30} {'total M':>9} {'active M':>9} {'added M':>8} {'paper':>6}  ")
+    names = f"{'total M':>9} {'active M':>9} {'MFLOPs':>7} {'KV bytes':>8} {'added M':>8} {'paper':>6}"
+    print(f"{'preset':<30} {names}  (FLOPs and bytes of KV cache are for each token)")
     for row in rows:
         paper = "" if row.paper_added_millions is None else f"{row.paper_added_millions:g}"
         mark = "differs" if row.agrees is False else ""
-        numbers = f"{row.total / 1e6:>9.1f} {row.active / 1e6:>9.1f} {row.added / 1e6:>8.1f} {paper:>6}"
+        size = f"{row.total / 1e6:>9.1f} {row.active / 1e6:>9.1f} {row.flops_per_token / 1e6:>7.0f} {row.kv_cache_bytes_per_token:>8}"
+        numbers = f"{size} {row.added / 1e6:>8.1f} {paper:>6}"
         print(f"{row.name:<30} {numbers}  {mark:<8} {row.title}".rstrip())
     first = {note: row.name for row in reversed(rows) for note in row.notes}
     print("\n".join(f"{name}: {note}" for note, name in reversed(first.items())))
@@ -87,7 +101,7 @@ def _one(options: argparse.Namespace, settings: list[str]) -> int:
     if plan and options.gpu:
         from megagate.plan.memory import check_fits
 
-        check_fits(plan.config, plan.memory, gpu=options.gpu)
+        check_fits(plan.config, plan.memory, world_size=plan.world_size, gpu=options.gpu)
     return 0
 
 
@@ -128,7 +142,11 @@ def _plan(config: "RunConfig", options: argparse.Namespace) -> Plan | None:
         parallel = replace(config.parallel, tp=layout["tp"], ep=layout["ep"], zero_stage=layout["zero"])
         config, world_size = replace(config, parallel=parallel), layout["dp"] * layout["tp"]
     if world_size < 1:
-        raise ConfigError(f"the number of ranks ({world_size}) must be at least 1; give --layout a dp and a tp above 0")
+        remedy = "give --layout a dp and a tp above 0" if options.layout else "give --world the number of ranks"
+        key = "the number of ranks" if options.layout else "--world"
+        raise ConfigError(f"{key} ({world_size}) must be at least 1; {remedy}")
+    if config.precision.dtype == "auto":  # as on the GPUs that this is about: the rules, too, are those of bf16
+        config = replace(config, precision=replace(config.precision, dtype="bf16"))
     check(config, world_size=world_size)
     return Plan(config, world_size, estimate(config, world_size=world_size))
 
@@ -161,6 +179,8 @@ def _lines(figures: "Figures", config: "RunConfig") -> list[str]:
         f"  active   {figures.active:>17,}  for each token, the embedding matrix included",
         f"  added    {figures.added:>17,}  to {figures.baseline}",
     ]
+    if figures.equal_ffn_size is not None:
+        lines.append(f"           model.ffn_size {figures.equal_ffn_size} has the ungated model's parameters")
     if figures.agrees is not None:
         verdict = "agrees to its printed precision" if figures.agrees else "DIFFERS"
         lines.append(f"  paper    {figures.paper_added_millions:>15g} M  added; {verdict}")
@@ -188,13 +208,19 @@ def _memory_lines(plan: Plan) -> list[str]:
         ("ZeRO's buffers, at most", memory.buffers),
         ("activations", memory.kept),
         ("activations, recomputing", memory.recomputed),
+        ("instead of buffers and activations: step, at most", memory.step),
         ("in all", memory.total(recompute=False)),
         ("in all, recomputing", memory.total(recompute=True)),
     ]
+    if memory.kept_if_twice > memory.kept:
+        items += [
+            ("activations if its experts get twice their share", memory.kept_if_twice),
+            ("the same, recomputing", memory.recomputed_if_twice),
+        ]
     layout = f"dp={dp} tp={parallel.tp} ep={parallel.ep} zero={parallel.zero_stage}"
     configured = "recomputes" if plan.config.train.recompute else "does not recompute"
     head = f"GB per GPU with {layout}, micro-batch {plan.config.micro_batch(dp)} (the config {configured}):"
-    return [head, *(f"  {name:<25} {size / 1e9:>8.2f}" for name, size in items)]
+    return [head, *(f"  {name:<50} {size / 1e9:>8.2f}" for name, size in items)]
 
 
 if __name__ == "__main__":

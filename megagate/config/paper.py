@@ -62,6 +62,8 @@ def preset(name: str) -> Preset:
         ConfigError: There is none; the message shows the nearest names.
     """
     found = presets().get(name)
+    if not name:
+        raise ConfigError("--preset ('') names no preset; give one such as paper/table1/row05; tools/count_params.py --all lists them")
     if found is None:
         near = difflib.get_close_matches(name, presets(), n=3, cutoff=0.0)
         raise ConfigError(f"--preset {name} is unknown; the nearest are {', '.join(near)}; tools/count_params.py --all lists every preset")

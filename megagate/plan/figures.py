@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 
-from megagate.config.count import count_parameters, flops_per_token, kv_cache_bytes_per_token
+from megagate.config.count import count_parameters, flops_per_token, kv_cache_bytes_per_token, narrowed_ffn_size
 from megagate.config.model import GateConfig, ModelConfig, SwitchConfig
 from megagate.config.paper import Preset, preset, presets
 from megagate.config.run import RunConfig
@@ -18,6 +18,9 @@ _WHY = {
     "paper/table6": "it states no formula from which that follows; counted are full projections and their routers",
 }
 """Where the paper's count is known not to follow from its settings: preset or table, and what there is to say."""
+
+_OWN_WIDTH = "released/1b_gate_elementwise"
+"""The gated model whose narrowed width is the authors' and not computed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Figures:
         flops_per_token: Of forward and backward.
         kv_cache_bytes_per_token: In bf16.
         paper_added_millions: The paper's figure; None where it prints none.
-        notes: What does not agree with the paper, a sentence each.
+        equal_ffn_size: The width of the dense feed-forward with which the model would have its baseline's parameters, a multiple of 16;
+            None where it has them, where there is no such width, and for a mixture.
+        notes: What does not agree with the paper, or is not computed, a sentence each.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Figures:
     flops_per_token: int
     kv_cache_bytes_per_token: int
     paper_added_millions: float | None
+    equal_ffn_size: int | None
     notes: tuple[str, ...]
 
     @property
@@ -108,12 +114,23 @@ def _figures(config: RunConfig, *, name: str, title: str, baseline: str, over: M
         flops_per_token=flops_per_token(config.model, config.train.seq_len),
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(config.model),
         paper_added_millions=row.figures.get("added_millions") if row else None,
+        equal_ffn_size=_equal_ffn_size(config.model, over),
         notes=(),
     )
-    return replace(figures, notes=tuple(_notes(figures, config.model)))
+    return replace(figures, notes=tuple(_notes(figures, over)))
 
 
-def _notes(figures: Figures, model: ModelConfig) -> list[str]:
+def _equal_ffn_size(model: ModelConfig, over: ModelConfig) -> int | None:
+    if model.is_moe:
+        return None
+    try:
+        width = narrowed_ffn_size(model, over)
+    except ValueError:  # what is added is as large as the whole feed-forward
+        return None
+    return None if width == model.ffn_size else width
+
+
+def _notes(figures: Figures, over: ModelConfig) -> list[str]:
     notes = []
     if figures.agrees is False:
         why = next((why for start, why in _WHY.items() if figures.name.startswith(start)), "")
@@ -121,9 +138,13 @@ def _notes(figures: Figures, model: ModelConfig) -> list[str]:
             f"The paper prints {figures.paper_added_millions:g} M added parameters, counted are {figures.added / 1e6:.1f} M"
             + (f"; {why}." if why else ".")
         )
-    if model == preset(PAPER_MODEL).config.model:
+    if figures.name == _OWN_WIDTH:
+        more = figures.added / (figures.total - figures.added)
+        notes.append(f"The feed-forward's width is the authors' own: with it the model has {more:.1%} more parameters than its baseline.")
+    if over == preset(PAPER_MODEL).config.model:
+        count = count_parameters(over)
         notes.append(
-            f"The paper speaks of {PAPER_TOTAL_BILLIONS}B total and {PAPER_ACTIVE_BILLIONS}B activated parameters; by its Table 7 they are "
-            f"{figures.total / 1e9:.3f}B and {figures.active / 1e9:.2f}B (embedding and head included)."
+            f"The paper speaks of {PAPER_TOTAL_BILLIONS}B total and {PAPER_ACTIVE_BILLIONS}B activated parameters; by its Table 7 its "
+            f"ungated model has {count.total / 1e9:.3f}B and {count.active / 1e9:.2f}B (embedding and head included)."
         )
     return notes

@@ -1,17 +1,18 @@
 """GPUs by name, with what matters for planning: their memory."""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from megagate.errors import ConfigError
 
 USABLE = 0.9
-"""Share of a GPU's memory that a plan may fill. The rest is for what no formula here knows: the CUDA context, NCCL's channels, what the
-caching allocator loses to fragments, and experts that get more rows than others."""
+"""Share of a GPU's memory that a plan may fill. The rest is for what no formula here knows: the CUDA context, NCCL's channels, and what the
+caching allocator loses to fragments. Experts with more rows than others must fit there too, and may not: without recomputation a rank that
+gets twice its share in every layer can need more than a tenth on top (`Memory.kept_if_twice`)."""
 
 GPU_BYTES: Mapping[str, int] = MappingProxyType(
     {
-        "v100-32gb": 32_000_000_000,
         "a10-24gb": 24_000_000_000,
         "l40s-48gb": 48_000_000_000,
         "a100-40gb": 40_000_000_000,
@@ -23,15 +24,22 @@ GPU_BYTES: Mapping[str, int] = MappingProxyType(
         "mi300x-192gb": 192_000_000_000,
     }
 )
-"""Nominal memory: the number of the product's name, in units of 10^9 bytes. Drivers report a few percent more or less than this."""
+"""Nominal memory: the number of the product's name, in units of 10^9 bytes. Drivers report a few percent more or less than this. Only GPUs
+that compute in bf16."""
 
 
-def gpu_bytes(name: str) -> int:
-    """The nominal memory of a GPU.
+def gpu_bytes(gpu: str) -> int:
+    """The memory of a GPU that is given by its name, nominal, or by its size in units of 10^9 bytes, such as `85.5`.
 
     Raises:
-        ConfigError: No GPU of that name is listed.
+        ConfigError: No GPU of that name is listed, or the size is no positive number.
     """
-    if name not in GPU_BYTES:
-        raise ConfigError(f"--gpu {name} is unknown; give one of {', '.join(GPU_BYTES)}")
-    return GPU_BYTES[name]
+    if gpu in GPU_BYTES:
+        return GPU_BYTES[gpu]
+    try:
+        size = float(gpu)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise ConfigError(f"--gpu {gpu} is unknown; give its memory in GB, such as 80, or one of {', '.join(GPU_BYTES)}")
+    return int(size * 1e9)

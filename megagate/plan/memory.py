@@ -12,12 +12,16 @@ experts over edp); weights of w bytes (bf16 2, fp32 4), gradients accumulated in
 | 3 | w m | a m | 4 m | 8 m | a bucket twice, gathered weights | 4 m, a group at a time |
 
 So stage 1 (`BF16_Optimizer`) does not shard the fp32 gradients: every rank keeps the sums of all its parameters. `tests/plan` compares
-weights, gradients, masters and moments with a running engine; the last two columns are read in DeepSpeed's source. Temporaries of single
-layers are not counted: they are smaller than those of the loss.
+weights, gradients, masters and moments with a running engine, small and of four ranks, within 3 % (ZeRO rounds its shards up). The last two
+columns are read in DeepSpeed's source and compared with nothing: upper bounds, no measurements. Temporaries of single layers are not
+counted: they are smaller than those of the loss.
+
+Experts are taken to get equally many rows. Those of an uneven router may need more than the tenth that `hardware.USABLE` leaves, above all
+without recomputation: `Memory.kept_if_twice` tells what a rank needs whose experts get twice their share.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megagate.config.count import Parameter, parameters
@@ -46,6 +50,9 @@ class Memory:
         step: What ZeRO holds at the optimizer's step, when activations are gone.
         kept: Activations, and the loss's temporaries, when nothing is recomputed.
         recomputed: The same when each block is recomputed.
+        kept_if_twice: `kept` of a rank whose experts get twice their share of the rows in every layer; no more than `kept` where each rank
+            has all experts, or there are none.
+        recomputed_if_twice: `recomputed` of such a rank.
     """
 
     weights: int
@@ -56,6 +63,8 @@ class Memory:
     step: int
     kept: int
     recomputed: int
+    kept_if_twice: int
+    recomputed_if_twice: int
 
     def total(self, *, recompute: bool) -> int:
         """All of it, without what is never there at the same time."""
@@ -81,6 +90,7 @@ def estimate(config: RunConfig, *, world_size: int) -> Memory:
     buffers, step = _zero_buffers(groups, stage=stage, element=element, accumulated=accumulated)
     moments = {"adamw": 2, "sgd": 0}[config.optim.name]
     micro = Micro(config.micro_batch(dp), config.train.seq_len, parallel.tp, parallel.ep, element)
+    uneven = replace(micro, share=min(2, parallel.ep))
     return Memory(
         weights=element * (m if stage == 3 else n),
         gradients=accumulated * (m if stage >= 2 else n),
@@ -90,6 +100,8 @@ def estimate(config: RunConfig, *, world_size: int) -> Memory:
         step=step,
         kept=peak(config.model, micro, recompute=False),
         recomputed=peak(config.model, micro, recompute=True),
+        kept_if_twice=peak(config.model, uneven, recompute=False),
+        recomputed_if_twice=peak(config.model, uneven, recompute=True),
     )
 
 
@@ -116,7 +128,8 @@ def _cut(parameter: Parameter, model: ModelConfig, tp: int) -> int:
         case "switch":
             return of_values
         case "gate":
-            return {"G2": of_values, "G3": of_values, "G5": 1}.get(model.attention.gate.position, tp)
+            gate = model.attention.gate
+            return 1 if gate.position == "G5" else of_values if gate.of_kv_heads else tp
         case "shared_expert":
             return 1 if parameter.name.endswith("shared_gate.weight") else tp
     return tp
@@ -139,7 +152,7 @@ def _zero_buffers(groups: tuple[Held, Held], *, stage: int, element: int, accumu
     return 2 * accumulated * bucket + element * min(n, GATHERED), copied
 
 
-def check_fits(config: RunConfig, memory: Memory, *, gpu: str) -> None:
+def check_fits(config: RunConfig, memory: Memory, *, world_size: int, gpu: str) -> None:
     """Refuses a run that does not fit.
 
     Raises:
@@ -150,10 +163,20 @@ def check_fits(config: RunConfig, memory: Memory, *, gpu: str) -> None:
     needed = memory.total(recompute=config.train.recompute)
     if needed <= usable:
         return
-    remedy = "spread it over more ranks (parallel.ep, parallel.tp, parallel.zero_stage), or lower train.micro_batch_size"
-    if not config.train.recompute and memory.total(recompute=True) <= usable:
-        remedy = "set train.recompute to true"
     raise ConfigError(
-        f"--gpu {gpu} ({available / 1e9:.0f} GB) must hold the run in {USABLE:.0%} of its memory ({usable / 1e9:.1f} GB), and it needs "
-        f"{needed / 1e9:.1f} GB per GPU; {remedy}"
+        f"--gpu {gpu} ({available / 1e9:.3g} GB) must hold the run in {USABLE:.0%} of its memory ({usable / 1e9:.1f} GB), and it needs "
+        f"{needed / 1e9:.1f} GB per GPU; {_remedy(config, memory, world_size=world_size, usable=usable)}"
     )
+
+
+def _remedy(config: RunConfig, memory: Memory, *, world_size: int, usable: int) -> str:
+    """What makes a run smaller that needs more than `usable` bytes."""
+    recompute, recomputed = "set train.recompute to true", memory.total(recompute=True)
+    if not config.train.recompute and recomputed <= usable:
+        return recompute
+    remedy = "spread it over more ranks (parallel.ep, parallel.tp, parallel.zero_stage)"
+    if not config.train.recompute and recomputed < memory.total(recompute=False):
+        remedy = f"{recompute} and {remedy}"
+    if config.micro_batch(world_size // config.parallel.tp) == 1:
+        return remedy
+    return f"{remedy}, or {'lower train.micro_batch_size' if config.train.micro_batch_size else 'set train.micro_batch_size to 1'}"

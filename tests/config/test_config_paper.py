@@ -79,6 +79,8 @@ def test_an_unknown_preset_names_the_nearest() -> None:
     assert str(caught.value).endswith("; tools/count_params.py --all lists every preset")
     with pytest.raises(ConfigError, match=r"nearest are released/1b_gate_headwise, "):
         preset("1b_headwise")
+    with pytest.raises(ConfigError, match=r"^--preset \(''\) names no preset; give one such as paper/table1/row05; "):
+        preset("")
 
 
 def test_an_unknown_preset_ends_the_job_with_2() -> None:
