@@ -43,8 +43,10 @@ MODELS = {
 }
 SEEDS = {
     "moe whose routes flip in bf16": 12,
+    "moe": 14,
+    "dense": 1,
     "tied": 20,
-    "padded": 13,
+    "padded": 1,
     "unpadded": 22,
     "switch v 2 of 3": 1,
     "router softmax, not renormalised": 3,
