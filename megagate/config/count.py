@@ -156,6 +156,17 @@ def parameters(model: ModelConfig, *, padded: bool) -> Iterator[Parameter]:
         yield Parameter("head", "head.weight", (rows, hidden))
 
 
+def is_replicated(model: ModelConfig, parameter: Parameter, *, tp: int) -> bool:
+    """Whether each of `tp` tensor-parallel ranks holds the whole of a parameter and sums its gradient; not for experts."""
+    gate, name = model.attention.gate, parameter.name
+    if parameter.part in ("norms", "router") or name.endswith("shared_gate.weight"):
+        return True
+    of_kv_heads = parameter.part == "switch" or name.endswith(("attention.k.weight", "attention.v.weight"))
+    if parameter.part == "gate":
+        of_kv_heads = gate.of_kv_heads
+    return (of_kv_heads and tp > model.attention.num_kv_heads) or (parameter.part == "gate" and gate.position == "G5")
+
+
 def _norm(name: str, width: int) -> Parameter:
     return Parameter("norms", f"{name}.weight", (width,), is_matrix=False)
 

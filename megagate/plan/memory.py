@@ -24,7 +24,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megagate.config.count import Parameter, parameters
+from megagate.config.count import is_replicated, parameters
 from megagate.config.model import ModelConfig
 from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
@@ -112,27 +112,8 @@ def held(model: ModelConfig, *, tp: int, ep: int, world_size: int) -> tuple[Held
         if parameter.part == "experts":
             experts += parameter.size // ep
         else:
-            dense += parameter.size // _cut(parameter, model, tp)
+            dense += parameter.size // (1 if is_replicated(model, parameter, tp=tp) else tp)
     return Held(dense, math.ceil(dense * tp / world_size)), Held(experts, math.ceil(experts * ep / world_size))
-
-
-def _cut(parameter: Parameter, model: ModelConfig, tp: int) -> int:
-    """Over how many ranks a dense parameter is cut; 1 where each holds the whole."""
-    kind = parameter.name.rpartition("attention.")[2].partition(".")[0]
-    of_values = tp if tp <= model.attention.num_kv_heads else 1
-    match parameter.part:
-        case "norms" | "router":
-            return 1
-        case "attention":
-            return of_values if kind in ("k", "v") else tp
-        case "switch":
-            return of_values
-        case "gate":
-            gate = model.attention.gate
-            return 1 if gate.position == "G5" else of_values if gate.of_kv_heads else tp
-        case "shared_expert":
-            return 1 if parameter.name.endswith("shared_gate.weight") else tp
-    return tp
 
 
 def _zero_buffers(groups: tuple[Held, Held], *, stage: int, element: int, accumulated: int) -> tuple[int, int]:

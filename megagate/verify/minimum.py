@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megagate.config.count import Parameter, parameters
+from megagate.config.count import is_replicated, parameters
 from megagate.config.model import ModelConfig
 from megagate.nn.loss import CHUNK_TOKENS
 from megagate.parallel.traffic import Kind, Sent, bytes_sent
@@ -184,22 +184,11 @@ def _sums(model: ModelConfig, step: StepShape) -> Iterable[Term]:
     chunks = [min(step.chunk_tokens, step.tokens - start) for start in range(0, step.tokens, step.chunk_tokens)]
     yield _all_reduce("head maximum", "tp", [FP32 * c for c in chunks] * step.micro_steps, step)
     yield _all_reduce("head sums", "tp", [FP32 * (c + 1) for c in chunks] * step.micro_steps, step)
-    weights = [p.size for p in parameters(model, padded=True) if _is_replicated(model, p, step)]
+    weights = [p.size for p in parameters(model, padded=True) if is_replicated(model, p, tp=step.tp)]
     yield _all_reduce("enter(w)", "tp", [FP32 * elements for elements in weights] * step.micro_steps, step)
     attention = model.attention
     shared = [FP32 * step.tokens * attention.head_dim] if attention.gate.position != "none" and attention.gate.head_shared else []
     yield _all_reduce("shared scores", "tp", shared * step.micro_steps * model.num_layers * (2 + step.recompute), step)
-
-
-def _is_replicated(model: ModelConfig, parameter: Parameter, step: StepShape) -> bool:
-    """Whether every tp rank holds the whole of a parameter and sums its gradient."""
-    gate, name = model.attention.gate, parameter.name
-    if parameter.part in ("norms", "router") or name.endswith("shared_gate.weight"):
-        return True
-    of_kv_heads = parameter.part == "switch" or name.endswith(("attention.k.weight", "attention.v.weight"))
-    if parameter.part == "gate":
-        of_kv_heads = gate.of_kv_heads
-    return (of_kv_heads and step.tp > model.attention.num_kv_heads) or (parameter.part == "gate" and gate.position == "G5")
 
 
 def _routing(model: ModelConfig, step: StepShape) -> Iterable[Term]:
