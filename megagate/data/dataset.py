@@ -7,7 +7,7 @@ from megagate.data.embedded import embedded_folder, prepare_embedded
 from megagate.data.manifest import SplitName, check_vocabulary, open_shards, read_manifest
 from megagate.data.split import ShardSplit, Split
 from megagate.data.synthetic import SyntheticSplit
-from megagate.data.tokenizer import Tokenizer, load_tokenizer
+from megagate.data.tokenizer import AnyTokenizer, load_tokenizer
 from megagate.errors import DataError
 
 SYNTHETIC = "synthetic"
@@ -30,7 +30,7 @@ class DataSet:
     name: str
     train: Split
     valid: Split
-    tokenizer: Tokenizer | None
+    tokenizer: AnyTokenizer | None
     vocab_size: int
     fingerprint: str
 
@@ -83,9 +83,7 @@ def open_dataset(path: str, *, vocab_size: int, directory: Path) -> DataSet:
 def _open_synthetic(vocab_size: int) -> DataSet:
     train = SyntheticSplit("train", vocab_size=vocab_size)
     valid = SyntheticSplit("valid", vocab_size=vocab_size)
-    return DataSet(
-        name=SYNTHETIC, train=train, valid=valid, tokenizer=None, vocab_size=vocab_size, fingerprint=train.fingerprint
-    )
+    return DataSet(name=SYNTHETIC, train=train, valid=valid, tokenizer=None, vocab_size=vocab_size, fingerprint=train.fingerprint)
 
 
 def _open_folder(folder: Path, *, name: str, vocab_size: int) -> DataSet:

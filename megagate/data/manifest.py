@@ -15,7 +15,7 @@ from megagate.errors import DataError
 
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION = 1
-SplitName = Literal["train", "valid"]
+SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 _AGAIN = "prepare the data set again"
 
@@ -25,7 +25,7 @@ class TokenizerIdentity:
     """Which tokenizer made the ids.
 
     Args:
-        kind: `tokenizers` (a `tokenizer.json` of that package), or `none` when the text cannot be had back.
+        kind: `tokenizers` (a `tokenizer.json` of that package), `bytes` (built in, no file), or `none` when the text cannot be had back.
         file: Its file, relative to the manifest; empty for `none`.
         sha256: Of that file (hex); empty for `none`.
         vocab_size: Ids are below this.
@@ -87,6 +87,7 @@ class Manifest:
             split: {"shards": len(parts), "tokens": sum(p.tokens for p in parts), "documents": sum(p.documents for p in parts)}
             for split in SPLITS
             for parts in [self.of_split(split)]
+            if parts or split != "test"  # a set without a test split reads as it did before there was one
         }
         return {"format_version": FORMAT_VERSION, **asdict(self), "shards": [asdict(shard) for shard in self.shards], "totals": totals}
 

@@ -1,11 +1,13 @@
 """Byte-level BPE: training, encoding of documents, decoding, identity. The `tokenizers` package is imported only where it is used."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megagate.data.byte_tokenizer import BYTES, ByteTokenizer
 from megagate.data.files import AtomicFile, clean_errors, file_sha256
 from megagate.data.hashing import IntArray
 from megagate.data.manifest import TokenizerIdentity
@@ -28,25 +30,34 @@ class Tokenizer:
         eod_id: Appended to each document.
         pad_id: Never made by encoding; differs from `eod_id`.
 
+    Args:
+        model: Of the `tokenizers` package.
+        name: For messages.
+        eod: The token that ends a document, or its id.
+        pad: The token that fills rows, its id, or None: `pad_id` is then -1.
+
     Raises:
-        DataError: The tokenizer has no `<|endoftext|>` or `<|pad|>`.
+        DataError: The tokenizer has no such tokens, or one token for both.
     """
 
-    def __init__(self, model: "_Model", *, name: str = "the tokenizer") -> None:
+    def __init__(self, model: "_Model", *, name: str = "the tokenizer", eod: str | int = EOD, pad: str | int | None = PAD) -> None:
         self._model = model
         # Text that spells a special token must not become one: a document could end itself.
         self._model.encode_special_tokens = True
-        self.vocab_size: int = model.get_vocab_size(with_added_tokens=True)
-        ids = {token: model.token_to_id(token) for token in (EOD, PAD)}
-        missing = [token for token, index in ids.items() if index is None]
+        # Not the number of tokens: ids may have holes, and all must be below this.
+        self.vocab_size: int = max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        ids = {token: token if isinstance(token, int) else model.token_to_id(token) for token in (eod, pad) if token is not None}
+        missing = [str(token) for token, index in ids.items() if index is None or not 0 <= index < self.vocab_size]
         if missing:
             raise DataError(f"{name} has no {' and no '.join(missing)}; megagate needs both; add them as special tokens")
-        self.eod_id: int = ids[EOD]
-        self.pad_id: int = ids[PAD]
+        self.eod_id: int = ids[eod]
+        self.pad_id: int = -1 if pad is None else ids[pad]
+        if self.eod_id == self.pad_id:
+            raise DataError(f"{name}: {eod} and {pad} are both id {self.eod_id}; they must differ; choose another token for one of them")
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        """Reads a `tokenizer.json`."""
+    def load(cls, path: Path, *, eod: str | int = EOD, pad: str | int | None = PAD) -> "Tokenizer":
+        """Reads a `tokenizer.json`; for `eod` and `pad` see the class."""
         from tokenizers import Tokenizer as Model  # noqa: PLC0415  heavy, and only needed here
 
         with clean_errors("read", path):
@@ -55,7 +66,7 @@ class Tokenizer:
             model = Model.from_str(text)
         except Exception as error:  # the package raises bare exceptions
             raise DataError(f"{path} is not a tokenizer.json: {error}; prepare the data set again") from error
-        return cls(model, name=str(path))
+        return cls(model, name=str(path), eod=eod, pad=pad)
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
@@ -91,11 +102,18 @@ class Tokenizer:
     def save(self, path: Path) -> TokenizerIdentity:
         """Writes a `tokenizer.json` and returns its identity."""
         with clean_errors("write", path), AtomicFile(path) as file:
-            file.write(self._model.to_str(pretty=True).encode())
+            file.write(self._content())
+        return self.identity(path.name)
+
+    def _content(self) -> bytes:
+        return self._model.to_str(pretty=True).encode()
+
+    def identity(self, name: str = TOKENIZER_NAME) -> TokenizerIdentity:
+        """Of this tokenizer in a file that `save` writes under this name."""
         return TokenizerIdentity(
             kind="tokenizers",
-            file=path.name,
-            sha256=file.sha256,
+            file=name,
+            sha256=hashlib.sha256(self._content()).hexdigest(),
             vocab_size=self.vocab_size,
             eod_id=self.eod_id,
             pad_id=self.pad_id,
@@ -115,7 +133,10 @@ class Tokenizer:
         return str(self._model.decode([int(index) for index in ids], skip_special_tokens=True))
 
 
-def load_tokenizer(folder: Path, identity: TokenizerIdentity) -> Tokenizer | None:
+AnyTokenizer = Tokenizer | ByteTokenizer
+
+
+def load_tokenizer(folder: Path, identity: TokenizerIdentity) -> AnyTokenizer | None:
     """The tokenizer of a data set, or None where it has none.
 
     Raises:
@@ -123,8 +144,10 @@ def load_tokenizer(folder: Path, identity: TokenizerIdentity) -> Tokenizer | Non
     """
     if identity.kind == "none":
         return None
+    if identity.kind == BYTES:
+        return ByteTokenizer()
     if identity.kind != "tokenizers":
-        raise DataError(f"{folder}: tokenizer kind is {identity.kind!r}; it must be tokenizers or none; prepare the data set again")
+        raise DataError(f"{folder}: tokenizer kind is {identity.kind!r}; it must be tokenizers, {BYTES} or none; prepare the set again")
     path = folder / identity.file
     with clean_errors("read", path):
         found = file_sha256(path)
@@ -133,4 +156,4 @@ def load_tokenizer(folder: Path, identity: TokenizerIdentity) -> Tokenizer | Non
             f"{path} is not the tokenizer that made the data set: its sha256 is {found[:12]}, the manifest says {identity.sha256[:12]};"
             " put the right file back, or prepare the data set again"
         )
-    return Tokenizer.load(path)
+    return Tokenizer.load(path, eod=identity.eod_id, pad=None if identity.pad_id < 0 else identity.pad_id)

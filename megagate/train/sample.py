@@ -2,7 +2,7 @@
 
 import torch
 
-from megagate.data.tokenizer import Tokenizer
+from megagate.data.tokenizer import AnyTokenizer
 from megagate.model.lm import LanguageModel
 from megagate.parallel.comm import broadcast
 
@@ -11,7 +11,7 @@ TOP_K = 40
 
 
 @torch.no_grad()
-def continuation(model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, tokens: int, window: int, seed: int) -> str:
+def continuation(model: LanguageModel, tokenizer: AnyTokenizer, prompt: str, *, tokens: int, window: int, seed: int) -> str:
     """Sample from the model (temperature 0.8 among the 40 likeliest). Collective over the world.
 
     Args:

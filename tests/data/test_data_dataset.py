@@ -116,7 +116,7 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer.json has no <\|pad\|>; megagate needs both"):
         Tokenizer.load(path)
     other = TokenizerIdentity(kind="other", file="", sha256="", vocab_size=9, eod_id=0, pad_id=1)
-    with pytest.raises(DataError, match="tokenizer kind is 'other'; it must be tokenizers or none"):
+    with pytest.raises(DataError, match="tokenizer kind is 'other'; it must be tokenizers, bytes or none"):
         load_tokenizer(tmp_path, other)
 
 

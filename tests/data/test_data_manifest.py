@@ -107,7 +107,7 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
         (lambda v: v["tokenizer"].update(eod_id=3, pad_id=3), "eod_id and pad_id are both 3; they must differ"),
         (lambda v: v["shards"][0].update(prefix="/etc/x"), "lies outside of the data set"),
         (lambda v: v["shards"][0].update(prefix="../x"), "lies outside of the data set"),
-        (lambda v: v["shards"][0].update(split="test"), "is of split 'test'; splits are train, valid"),
+        (lambda v: v["shards"][0].update(split="other"), "is of split 'other'; splits are train, valid, test"),
         (lambda v: v["shards"][0].update(bin_bytes=1), "has 1 bytes for 1003 tokens of uint16"),
         (lambda v: v["shards"][0].update(max_id=5_000), "holds id 5000, and the tokenizer's ids are below 5000"),
         (lambda v: v["shards"][0].update(documents=3, tokens=1003), "contradicts itself"),

@@ -1,0 +1,362 @@
+"""Text to token shards, one unit of the plan at a time, by several processes; a unit appears whole, with a record of it, or not at all.
+
+`OUT/plan.json`, then for each unit `OUT/units/part-00012-train.bin` and `.idx` (and of the other splits, where it has documents), and last
+`OUT/units/part-00012.json`. Each file is written under a temporary name, flushed and renamed, and its bytes depend on the plan alone:
+whoever is killed is run again, and two that write the same unit write the same bytes. `publish.finalize` makes the data set of them.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from megagate.data.files import AtomicFile, clean_errors
+from megagate.data.manifest import SPLITS, SplitName
+from megagate.data.preprocess.plan import Plan
+from megagate.data.preprocess.readers import BadDocument, Document, read_part
+from megagate.data.preprocess.tokenizer_source import find_tokenizer
+from megagate.data.shards import ShardStats, ShardWriter, token_dtype
+from megagate.data.tokenizer import AnyTokenizer
+from megagate.errors import DataError
+
+UNITS_FOLDER = "units"
+OnError = Literal["skip", "stop"]
+_BATCH_BYTES = 1 << 20  # of text tokenized at once: a tokenizer takes some 30 times as much memory
+_BATCH_DOCUMENTS = 512
+_TOLD = 5  # messages of skipped documents kept by each unit
+_GRACE = 20.0  # seconds in which workers remove what they have not finished
+
+
+class Progress(NamedTuple):
+    """What was done since the last report; `input_bytes` of the plan's, so that they sum to it at the end of a unit."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    input_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """A finished unit.
+
+    Args:
+        plan: sha256 of the plan it is of.
+        unit: Its index.
+        shards: Split to the shard's statistics (as `ShardStats`), for splits that have documents.
+        empty: Documents without text, which are left out.
+        skipped: Reason to number of what could not be used.
+        messages: The first few of these, with places.
+    """
+
+    plan: str
+    unit: int
+    shards: dict[str, dict[str, Any]]
+    empty: int
+    skipped: dict[str, int]
+    messages: list[str]
+
+    def stats(self, split: SplitName) -> ShardStats | None:
+        """Of the shard of a split, if there is one."""
+        found = self.shards.get(split)
+        return None if found is None else ShardStats(**found)
+
+
+def part_prefix(folder: Path, unit: int, split: SplitName) -> Path:
+    """Of the shard that a unit adds to a split."""
+    return folder / UNITS_FOLDER / f"part-{unit:05d}-{split}"
+
+
+def record_path(folder: Path, unit: int) -> Path:
+    """Of the record of a unit."""
+    return folder / UNITS_FOLDER / f"part-{unit:05d}.json"
+
+
+def read_record(folder: Path, plan_sha256: str, unit: int) -> UnitRecord | None:
+    """The record of a unit, or None while it is not finished.
+
+    Raises:
+        DataError: It is damaged, or of another plan.
+    """
+    path = record_path(folder, unit)
+    if not path.exists():
+        return None
+    with clean_errors("read", path):
+        raw = path.read_bytes()
+    try:
+        value = json.loads(raw)
+        record = UnitRecord(**value)
+        for stats in record.shards.values():
+            ShardStats(**stats)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it, and run again: its unit is then made again") from error
+    if record.plan != plan_sha256 or record.unit != unit:
+        raise DataError(f"{path} is of another plan or unit; one folder is for one plan; remove it, or choose another --output")
+    return record
+
+
+def missing_units(folder: Path, plan: Plan, *, part: int = 1, parts: int = 1) -> list[int]:
+    """Units of share `part` of `parts` (from 1) that have no record yet; shares take turns, so that each gets some of every input."""
+    sha256 = plan.sha256
+    return [unit for unit in range(part - 1, len(plan.units), parts) if read_record(folder, sha256, unit) is None]
+
+
+class UnitWriter:
+    """Tokenizes the documents of one unit and writes them, by split.
+
+    Args:
+        plan: Whose unit it is.
+        unit: Its index.
+        folder: The output; its folder of units exists.
+        tokenizer: Makes the ids; those of the plan's tokenizer.
+        on_error: `stop` raises at the first bad document, `skip` counts it.
+        report: Called after each batch; may raise to stop.
+    """
+
+    def __init__(
+        self, plan: Plan, unit: int, *, folder: Path, tokenizer: AnyTokenizer, on_error: OnError, report: Callable[[Progress], None]
+    ) -> None:
+        self._plan, self._unit, self._folder = plan, unit, folder
+        self._part = plan.part(unit)
+        self._tokenizer, self._on_error, self._report = tokenizer, on_error, report
+        self._dtype = token_dtype(plan.settings.tokenizer.vocab_size)
+        self._writers: dict[SplitName, ShardWriter] = {}
+        self._stack = ExitStack()
+        self._documents = self._empty = self._consumed = self._told = 0
+        self._skipped: Counter[str] = Counter()
+        self._messages: list[str] = []
+
+    def run(self) -> UnitRecord:
+        """Does all of it and publishes the record.
+
+        Raises:
+            DataError: Bad input under `stop`, input that cannot be read, an id that is not of the vocabulary, a full disk.
+        """
+        settings = self._plan.settings
+        batch: list[Document] = []
+        held = 0
+        with self._stack:
+            for item in read_part(self._part, text_key=settings.text_key, longest=settings.max_document_bytes):
+                self._consumed += item.consumed
+                if isinstance(item, BadDocument):
+                    self._note(item)
+                elif not item.data:
+                    self._empty += 1
+                else:
+                    batch.append(item)
+                    held += len(item.data)
+                if held >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+                    self._write(batch)
+                    batch, held = [], 0
+            self._write(batch)
+        return self._publish()
+
+    def _note(self, item: BadDocument) -> None:
+        if self._on_error == "stop":
+            raise DataError(f"{item.message}; repair it, or choose --on-error skip")
+        self._skipped[item.reason] += 1
+        if len(self._messages) < _TOLD:
+            # The name within the plan: a record must not depend on where the inputs lie.
+            name = self._plan.sources[self._plan.units[self._unit].source].name
+            self._messages.append(item.message.replace(self._part.path, name, 1))
+
+    def _write(self, batch: list[Document]) -> None:
+        settings = self._plan.settings
+        arrays = self._tokenizer.encode_documents([document.text for document in batch])
+        if not settings.append_eod:
+            arrays = [ids[:-1] for ids in arrays]
+        splits = [settings.split_of(document.data) for document in batch]
+        tokens = 0
+        for split in SPLITS:
+            chosen = [ids for ids, own in zip(arrays, splits, strict=True) if own == split and ids.size]
+            if not chosen:
+                continue
+            ids = np.concatenate(chosen)
+            self._check_ids(int(ids.min()), int(ids.max()))
+            self._writer(split).add_many(ids, lengths=[one.size for one in chosen])
+            tokens += ids.size
+        self._documents += len(batch)
+        # At most the unit's own bytes: its last line may end in the next one's.
+        done = min(self._consumed, self._plan.units[self._unit].bytes)
+        self._report(Progress(len(batch), sum(len(document.data) for document in batch), tokens, done - self._told))
+        self._told = done
+
+    def _check_ids(self, low: int, high: int) -> None:
+        limit = self._plan.settings.tokenizer.vocab_size
+        if low < 0 or high >= limit:
+            raise DataError(
+                f"{self._part.path}: the tokenizer made ids {low} to {high} within {_BATCH_DOCUMENTS} documents after document"
+                f" {self._documents} of unit {self._unit}; ids must be in [0, {limit}); the tokenizer's file is not the plan's: begin again"
+            )
+
+    def _writer(self, split: SplitName) -> ShardWriter:
+        if split not in self._writers:
+            prefix = part_prefix(self._folder, self._unit, split)
+            self._writers[split] = self._stack.enter_context(ShardWriter(prefix, dtype=self._dtype))
+        return self._writers[split]
+
+    def _publish(self) -> UnitRecord:
+        record = UnitRecord(
+            plan=self._plan.sha256,
+            unit=self._unit,
+            shards={split: asdict(self._writers[split].finish()) for split in SPLITS if split in self._writers},
+            empty=self._empty,
+            skipped=dict(sorted(self._skipped.items())),
+            messages=self._messages,
+        )
+        path = record_path(self._folder, self._unit)
+        with clean_errors("write", path), AtomicFile(path) as file:
+            file.write((json.dumps({field.name: getattr(record, field.name) for field in fields(record)}, indent=1) + "\n").encode())
+        self._report(Progress(input_bytes=self._plan.units[self._unit].bytes - self._told))
+        return record
+
+
+def write_unit(
+    plan: Plan, unit: int, *, folder: Path, tokenizer: AnyTokenizer, on_error: OnError, report: Callable[[Progress], None]
+) -> UnitRecord:
+    """Makes one unit, see `UnitWriter`; another process may make the same one at the same time."""
+    try:
+        return UnitWriter(plan, unit, folder=folder, tokenizer=tokenizer, on_error=on_error, report=report).run()
+    except DataError:
+        # Another process may have finished everything meanwhile, and swept our temporary files away: its bytes are ours.
+        record = read_record(folder, plan.sha256, unit)
+        if record is None:
+            raise
+        return record
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Removes temporary files."""
+    with clean_errors("clean", folder):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know."""
+
+    plan: Plan
+    folder: Path
+    tokenizer: str
+    eod: str | None
+    on_error: OnError
+
+
+def run_units(job: Job, units: Sequence[int], *, workers: int, report: Callable[[Progress], None]) -> list[UnitRecord]:
+    """Makes units with several processes, and returns their records in the order of `units`.
+
+    Args:
+        job: The plan and how to do it.
+        units: Indices of units.
+        workers: Processes; at least 1.
+        report: Called in this process as work is done.
+
+    Raises:
+        DataError: The first error of a worker, or one was killed; what is finished stays, and the next run goes on from there.
+    """
+    if workers < 1:
+        raise DataError(f"--workers is {workers}; it must be at least 1")
+    with clean_errors("write", job.folder):
+        (job.folder / UNITS_FOLDER).mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")  # a fork would share the ends of pipes, and none would notice that this process died
+    waiting = list(reversed(units))
+    done: dict[int, UnitRecord] = {}
+    team: dict[Connection, _Member] = {}
+    try:
+        for _ in range(min(workers, len(units))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(job, theirs), daemon=True)
+            with _interrupts_held():
+                process.start()
+            theirs.close()
+            team[ours] = _Member(process, waiting.pop())
+            ours.send(team[ours].unit)
+        while len(done) < len(units):
+            for end in wait(list(team)):
+                assert isinstance(end, Connection)
+                answer = _receive(end, team[end])
+                if isinstance(answer, Progress):
+                    report(answer)
+                    continue
+                done[team[end].unit] = answer
+                if waiting:
+                    team[end].unit = waiting.pop()
+                    end.send(team[end].unit)
+                else:
+                    _leave(end, team.pop(end))
+    finally:
+        for end in team:
+            end.close()  # which stops the workers after their batch
+        for end in list(team):
+            _leave(end, team.pop(end))
+    return [done[unit] for unit in units]
+
+
+class _Member:
+    """A worker and the unit it makes."""
+
+    def __init__(self, process: BaseProcess, unit: int) -> None:
+        self.process, self.unit = process, unit
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started here never see Ctrl-C, not even while they still import: this process tells them by closing their pipe."""
+    resource_tracker.ensure_running()  # else the first start does so, and unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _receive(end: Connection, member: _Member) -> Progress | UnitRecord:
+    try:
+        answer = end.recv()
+    except (EOFError, OSError) as error:
+        member.process.join(_GRACE)
+        raise DataError(
+            f"the worker at unit {member.unit} died (exit code {member.process.exitcode}); -9 is often a lack of memory: then lower"
+            " --workers; finished units are kept, run again to go on"
+        ) from error
+    if isinstance(answer, BaseException):
+        raise answer
+    assert isinstance(answer, Progress | UnitRecord)
+    return answer
+
+
+def _leave(end: Connection, member: _Member) -> None:
+    end.close()
+    member.process.join(_GRACE)
+    if member.process.is_alive():
+        member.process.kill()
+        member.process.join()
+
+
+def _work(job: Job, end: Connection) -> None:
+    """A worker's life: takes units until the other end closes."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each worker; the package reads it here only
+
+    # Both ways fail once the other end is closed, or its process dead: an unfinished unit is then discarded, after its batch at most.
+    with suppress(EOFError, OSError):
+        try:
+            tokenizer = find_tokenizer(job.tokenizer, eod=job.eod)
+            if tokenizer.identity() != job.plan.settings.tokenizer:
+                raise DataError(f"--tokenizer {job.tokenizer} is not the plan's any more; it changed since the start; begin again")
+            while True:
+                unit = end.recv()
+                end.send(write_unit(job.plan, unit, folder=job.folder, tokenizer=tokenizer, on_error=job.on_error, report=end.send))
+        except DataError as error:
+            end.send(error)
