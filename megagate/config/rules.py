@@ -21,6 +21,7 @@ SAME_RUN_KEYS = (
     "train.micro_batch_size",
     "train.recompute",
     "parallel.",
+    "data.valid",
     "data.cache_dir",
     "checkpoint.",
     "eval.",

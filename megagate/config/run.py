@@ -48,11 +48,15 @@ class DataConfig:
 
     Args:
         path: Folder of a prepared data set, `embedded` (English text of the running Python, prepared on first use), or `synthetic`
-            (random tokens with learnable structure, made in memory).
+            (random tokens with learnable structure, made in memory); or a blend, weights and data sets in turn, as in
+            "0.7 /data/a 0.3 /data/b"; "from 1000000" and weights behind it replace them from that sample of the run on.
+        valid: Validation sets, NAME=FOLDER separated by spaces, each measured as val_loss/NAME; by default the validation splits of
+            data.path, named by the last part of their paths where there are several.
         cache_dir: Where `embedded` keeps its prepared shards; by default `data` inside `train.output_dir`.
     """
 
     path: str = "embedded"
+    valid: str = ""
     cache_dir: str = ""
 
 

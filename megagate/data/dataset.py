@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagate.data.embedded import embedded_folder, prepare_embedded
-from megagate.data.manifest import SplitName, check_vocabulary, open_shards, read_manifest
+from megagate.data.manifest import SplitName, TokenizerIdentity, check_vocabulary, open_shards, read_manifest
 from megagate.data.split import ShardSplit, Split
 from megagate.data.synthetic import SyntheticSplit
 from megagate.data.tokenizer import AnyTokenizer, load_tokenizer
@@ -23,6 +23,7 @@ class DataSet:
         train: To learn from.
         valid: To measure on; may have no tokens.
         tokenizer: None where ids have no text.
+        identity: Which tokenizer made the ids.
         vocab_size: Ids are below this.
         fingerprint: Equal for equal tokens in equal order (hex).
     """
@@ -31,6 +32,7 @@ class DataSet:
     train: Split
     valid: Split
     tokenizer: AnyTokenizer | None
+    identity: TokenizerIdentity
     vocab_size: int
     fingerprint: str
 
@@ -83,7 +85,11 @@ def open_dataset(path: str, *, vocab_size: int, directory: Path) -> DataSet:
 def _open_synthetic(vocab_size: int) -> DataSet:
     train = SyntheticSplit("train", vocab_size=vocab_size)
     valid = SyntheticSplit("valid", vocab_size=vocab_size)
-    return DataSet(name=SYNTHETIC, train=train, valid=valid, tokenizer=None, vocab_size=vocab_size, fingerprint=train.fingerprint)
+    # A kind of its own: nobody else's ids mean the same.
+    identity = TokenizerIdentity(kind=SYNTHETIC, file="", sha256="", vocab_size=vocab_size, eod_id=-1, pad_id=-1)
+    return DataSet(
+        name=SYNTHETIC, train=train, valid=valid, tokenizer=None, identity=identity, vocab_size=vocab_size, fingerprint=train.fingerprint
+    )
 
 
 def _open_folder(folder: Path, *, name: str, vocab_size: int) -> DataSet:
@@ -103,6 +109,7 @@ def _open_folder(folder: Path, *, name: str, vocab_size: int) -> DataSet:
         train=split("train"),
         valid=split("valid"),
         tokenizer=load_tokenizer(folder, manifest.tokenizer),
+        identity=manifest.tokenizer,
         vocab_size=manifest.tokenizer.vocab_size,
         fingerprint=manifest.fingerprint,
     )

@@ -1,4 +1,4 @@
-"""From splits to batches. The order is a function of (data set, seed, step) alone: one counter is the whole state, for any layout."""
+"""From splits to batches. The order is a function of (data sets, seed, step) alone: one counter is the whole state, for any layout."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from math import log
 
 import numpy as np
 
+from megagate.data.blend import Blend
 from megagate.data.hashing import IntArray, canonical_sha256, stable_key
 from megagate.data.permutation import PERMUTATION_VERSION, KeyedPermutation
 from megagate.data.split import Split, Windows
@@ -30,13 +31,14 @@ class Batch:
 class TrainLoader:
     """The training batches of one data-parallel rank, by step.
 
-    Sample g of the run is window P_e(g mod n) of epoch e = g // n, where n is the number of windows and P_e a permutation keyed by
-    (seed, e, data set). Micro-step k of step b holds the samples b*gbs + k*mbs*dp and the mbs*dp - 1 after it, rank r the r-th part of
-    them: a step, and each of its micro-steps, has the same content for every layout with the same mbs * dp. In each epoch all borders
-    move by a keyed number of tokens.
+    The blend's schedule says which data set gives sample g of the run, and that it is the m-th sample of that set (m = g where there is
+    one set). Sample m of a set is its window P_e(m mod n) of its epoch e = m // n, where n is the number of its windows and P_e a
+    permutation keyed by (seed, e, data set): its order does not depend on the others. In each epoch all borders move by a keyed number
+    of tokens. Micro-step k of step b holds the samples b*gbs + k*mbs*dp and the mbs*dp - 1 after it, rank r the r-th part of them: a
+    step, and each of its micro-steps, has the same content for every layout with the same mbs * dp.
 
     Args:
-        split: What is read.
+        data: What is read: a split, or a blend of several.
         seq_len: Tokens per sample (s).
         global_batch_size: Samples per step over all ranks (gbs).
         micro_batch_size: Samples per micro-step and rank (mbs).
@@ -45,12 +47,12 @@ class TrainLoader:
         seed: Of the order.
 
     Raises:
-        DataError: The split is shorter than one window.
+        DataError: A split is shorter than one window.
         ConfigError: mbs * dp does not divide gbs.
     """
 
     def __init__(
-        self, split: Split, *, seq_len: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, seed: int
+        self, data: Split | Blend, *, seq_len: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, seed: int
     ) -> None:
         assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
@@ -58,27 +60,36 @@ class TrainLoader:
                 f"train.global_batch_size ({global_batch_size}) must be a multiple of train.micro_batch_size ({micro_batch_size}) times the"
                 f" data-parallel size ({dp_size}); change one of them"
             )
-        self._windows = _windows_or_refuse(split, seq_len=seq_len, movable=True)
-        self._data_fingerprint = split.fingerprint
+        self._blend = data if isinstance(data, Blend) else Blend.of(data)
+        self._members = [
+            _Member(split, name=name, seq_len=seq_len, seed=seed)
+            for split, name in zip(self._blend.members, self._blend.names, strict=True)
+        ]
         self._seq_len = seq_len
         self._seed = seed
         self._global_batch_size = global_batch_size
         # [accumulation, micro_batch_size]: this rank's samples, counted from the first of the step
         micro_steps = np.arange(0, global_batch_size, micro_batch_size * dp_size)[:, None]
         self._offsets: IntArray = micro_steps + dp_rank * micro_batch_size + np.arange(micro_batch_size)[None, :]
-        self._orders: OrderedDict[int, KeyedPermutation] = OrderedDict()
 
     @property
     def windows_per_epoch(self) -> int:
-        """Samples after which all have been seen once."""
-        return self._windows.count
+        """Windows of all data sets: samples after which a single one has been seen once."""
+        return sum(member.count for member in self._members)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of all that decides which tokens sample g has; a run may only go on from a counter of the same fingerprint."""
-        return canonical_sha256(
-            {"data": self._data_fingerprint, "seed": self._seed, "seq_len": self._seq_len, "permutation": PERMUTATION_VERSION}
-        )
+        """sha256 (hex) of all that decides which tokens any sample g has."""
+        return self._fingerprint(self._blend.fingerprint)
+
+    def fingerprint_at(self, samples: int) -> str:
+        """The same of the first `samples` samples; a run may only go on from a counter whose samples have this fingerprint."""
+        return self._fingerprint(self._blend.fingerprint_at(samples))
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often each data set has been seen after so many samples of the run."""
+        counts = self._blend.schedule.counts(samples).tolist()
+        return [count / member.count for count, member in zip(counts, self._members, strict=True)]
 
     def step(self, index: int) -> Batch:
         """The batch of step `index`, counted from 0. Shapes: [accumulation, micro_batch_size, s]."""
@@ -87,7 +98,31 @@ class TrainLoader:
         return _batch(windows)
 
     def _read(self, samples: IntArray) -> IntArray:
-        epochs, positions = np.divmod(samples, self._windows.count)
+        owners, own = self._blend.schedule.lookup(samples)
+        out = np.empty((samples.size, self._seq_len + 1), dtype=np.int64)
+        for owner in np.unique(owners).tolist():
+            rows = np.flatnonzero(owners == owner)
+            out[rows] = self._members[owner].read(own[rows])
+        return out
+
+    def _fingerprint(self, data: str) -> str:
+        return canonical_sha256({"data": data, "seed": self._seed, "seq_len": self._seq_len, "permutation": PERMUTATION_VERSION})
+
+
+class _Member:
+    """One data set of a blend, in its own order."""
+
+    def __init__(self, split: Split, *, name: str, seq_len: int, seed: int) -> None:
+        self._windows = _windows_or_refuse(split, name=name, seq_len=seq_len, movable=True)
+        self._fingerprint = split.fingerprint
+        self._seq_len = seq_len
+        self._seed = seed
+        self._orders: OrderedDict[int, KeyedPermutation] = OrderedDict()
+        self.count = self._windows.count
+
+    def read(self, samples: IntArray) -> IntArray:
+        """[rows] samples of this data set -> [rows, s + 1] tokens."""
+        epochs, positions = np.divmod(samples, self.count)
         out = np.empty((samples.size, self._seq_len + 1), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             rows = np.flatnonzero(epochs == epoch)
@@ -97,8 +132,8 @@ class TrainLoader:
 
     def _order(self, epoch: int) -> KeyedPermutation:
         if epoch not in self._orders:
-            key = stable_key("order", self._seed, epoch, self._data_fingerprint)
-            self._orders[epoch] = KeyedPermutation(self._windows.count, key)
+            key = stable_key("order", self._seed, epoch, self._fingerprint)
+            self._orders[epoch] = KeyedPermutation(self.count, key)
             if len(self._orders) > _KEPT_ORDERS:
                 self._orders.popitem(last=False)
         return self._orders[epoch]
@@ -144,6 +179,11 @@ class ValidLoader:
             batch.labels[~there] = IGNORE_INDEX
             yield batch
 
+    @property
+    def targets(self) -> int:
+        """How many targets the batches of all ranks have."""
+        return min(self._batches * self._rows_per_batch, self._windows.count) * self._seq_len
+
     def target_counts(self, vocab_size: int) -> IntArray:
         """[vocab_size] how often each token is a target, over the batches of all ranks."""
         assert vocab_size >= self._vocab_size, f"{vocab_size} counts for a vocabulary of {self._vocab_size}"
@@ -173,11 +213,11 @@ def _batch(windows: IntArray) -> Batch:
     return Batch(tokens=windows[..., :-1].copy(), labels=windows[..., 1:].copy())
 
 
-def _windows_or_refuse(split: Split, *, seq_len: int, movable: bool) -> Windows:
+def _windows_or_refuse(split: Split, *, name: str = "", seq_len: int, movable: bool) -> Windows:
     windows = split.windows(seq_len, movable=movable)
     if windows.count < 1:
         raise DataError(
-            f"the {split.name} split has {split.tokens} tokens, and no shard of it holds one window of {seq_len + 1} (train.seq_len + 1);"
-            " lower train.seq_len, or give more data"
+            f"the {split.name} split{name and f' of {name}'} has {split.tokens} tokens, and no shard of it holds one window of"
+            f" {seq_len + 1} (train.seq_len + 1); lower train.seq_len, or give more data"
         )
     return windows

@@ -12,8 +12,8 @@ from megagate.backend.native import NativeBackend
 from megagate.checkpoint.store import Checkpoint, clean_leftovers
 from megagate.config.rules import check
 from megagate.config.run import RunConfig
-from megagate.data.dataset import DataSet, open_dataset, prepare
 from megagate.data.loader import TrainLoader, ValidLoader
+from megagate.data.sources import Sources, open_sources, prepare_sources
 from megagate.engine.base import Engine
 from megagate.engine.zero import ZeroEngine
 from megagate.errors import ConfigError, DataError, MegagateError
@@ -70,7 +70,7 @@ class Job:
         try:
             data = self._open_data()
             train, valid = self._loaders(data)
-            saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, data=train.fingerprint)
+            saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, order=train.fingerprint_at)
             if checkpoint is not None:
                 saver.require_sound(checkpoint)
         except MegagateError:
@@ -109,41 +109,45 @@ class Job:
         self.folder.claim(self.config)
         clean_leftovers(self.folder.checkpoints)
 
-    def _open_data(self) -> DataSet:
+    def _open_data(self) -> Sources:
         config = self.config
-        vocab_size, directory = config.model.vocab_size, Path(config.data.cache_dir or self.folder.path / "data")
+        place = {"vocab_size": config.model.vocab_size, "directory": Path(config.data.cache_dir or self.folder.path / "data")}
 
         def prepare_here() -> None:
             if self.env.local_rank == 0:  # one process per machine, so that machines without a shared disk work too
-                prepare(config.data.path, vocab_size=vocab_size, directory=directory)
+                prepare_sources(config.data.path, config.data.valid, **place)
 
         everywhere(self.mesh.world, prepare_here)
-        data = everywhere(self.mesh.world, lambda: open_dataset(config.data.path, vocab_size=vocab_size, directory=directory))
+        data = everywhere(self.mesh.world, lambda: open_sources(config.data.path, config.data.valid, **place))
         if len(set(gather_objects(data.fingerprint, self.mesh.world))) > 1:
             raise DataError(
-                f"data.path ({config.data.path}) holds other tokens on some machines than on others; copy one data set to all of them "
-                "(`embedded` differs between versions of Python)"
+                f"data.path ({config.data.path}) or data.valid holds other tokens on some machines than on others; copy one data set to "
+                "all of them (`embedded` differs between versions of Python)"
             )
         logger.info("data: %s", data.describe())
         return data
 
-    def _loaders(self, data: DataSet) -> tuple[TrainLoader, ValidLoader | None]:
+    def _loaders(self, data: Sources) -> tuple[TrainLoader, dict[str, ValidLoader]]:
         train, wanted, dp = self.config.train, self.config.eval, self.mesh.dp
         micro = self.config.micro_batch(dp.size)
         shared = {"seq_len": train.seq_len, "micro_batch_size": micro, "dp_rank": dp.rank, "dp_size": dp.size}
-        if not data.valid.tokens and (wanted.every or wanted.min_gain_nats):
+        if not data.valid and (wanted.every or wanted.min_gain_nats):
             raise DataError(
                 f"data.path ({self.config.data.path}) has no validation tokens, but eval.every is {wanted.every} and eval.min_gain_nats "
                 f"{wanted.min_gain_nats}; set both to 0, or give a data set with a validation split"
             )
 
-        def make() -> tuple[TrainLoader, ValidLoader | None]:
+        def make() -> tuple[TrainLoader, dict[str, ValidLoader]]:
             loader = TrainLoader(data.train, **shared, global_batch_size=train.global_batch_size, seed=train.seed)
             # Whole global batches: the set of validation windows does not depend on the layout.
             batches = wanted.batches * train.global_batch_size // (micro * dp.size)
-            return loader, ValidLoader(data.valid, **shared, batches=batches) if data.valid.tokens else None
+            return loader, {name: ValidLoader(split, **shared, batches=batches) for name, split in data.valid.items()}
 
-        return everywhere(self.mesh.world, make)
+        loader, valid = everywhere(self.mesh.world, make)
+        if len(data.train.members) > 1:
+            epochs = zip(data.train.names, loader.epochs(train.steps * train.global_batch_size), strict=True)
+            logger.info("blend: %d steps read %s", train.steps, ", ".join(f"{name} {times:.2f} times" for name, times in epochs))
+        return loader, valid
 
     def _build_engine(self) -> Engine:
         config = self.config
@@ -176,9 +180,9 @@ class Job:
             sinks.append(WandbSink(self.config, self.folder.path))
         return sinks
 
-    def _close(self, position: Position, engine: Engine, data: DataSet, valid: ValidLoader | None) -> int:
+    def _close(self, position: Position, engine: Engine, data: Sources, valid: dict[str, ValidLoader]) -> int:
         tell_sample(self.config, engine=engine, data=data)
-        learnt = valid is None or position.val_loss is None or tell_learning(self.config, val_loss=position.val_loss, valid=valid)
+        learnt = not valid or position.val_loss is None or tell_learning(self.config, val_loss=position.val_loss, valid=valid)
         tell_next(self.config, self.folder, world_size=self.mesh.world.size)
         return 0 if learnt else 1
 

@@ -1,23 +1,24 @@
 """What a finished run says: what it has learnt, a sample, where it lies, and what to do next."""
 
 import shlex
+from collections.abc import Mapping
 
 from megagate.config.run import RunConfig
-from megagate.data.dataset import DataSet
 from megagate.data.loader import ValidLoader, unigram_entropy
+from megagate.data.sources import Sources
 from megagate.engine.base import Engine
 from megagate.log import logger
 from megagate.train.folder import RunFolder
 from megagate.train.sample import continuation
 
 
-def tell_learning(config: RunConfig, *, val_loss: float, valid: ValidLoader) -> bool:
-    """Print the validation loss beside the unigram entropy of the very same targets.
+def tell_learning(config: RunConfig, *, val_loss: float, valid: Mapping[str, ValidLoader]) -> bool:
+    """Print the validation loss beside the unigram entropy of the very same targets, those of all validation sets.
 
     Returns:
         bool: Whether the loss is `eval.min_gain_nats` or more below the entropy, that is, whether the model uses context.
     """
-    counts = valid.target_counts(config.model.vocab_size)
+    counts = sum(loader.target_counts(config.model.vocab_size) for loader in valid.values())
     entropy, wanted = unigram_entropy(counts), config.eval.min_gain_nats
     gain = entropy - val_loss
     logger.info(
@@ -32,7 +33,7 @@ def tell_learning(config: RunConfig, *, val_loss: float, valid: ValidLoader) -> 
     return True
 
 
-def tell_sample(config: RunConfig, *, engine: Engine, data: DataSet) -> None:
+def tell_sample(config: RunConfig, *, engine: Engine, data: Sources) -> None:
     """Print a continuation of `eval.prompt`. Collective."""
     if not (config.eval.prompt and config.eval.sample_tokens and data.tokenizer):
         return

@@ -1,5 +1,6 @@
 """Checkpoints of a whole world: every rank writes its part, the first publishes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ class Saver:
         root: Folder of the run's checkpoints, on a disk that all ranks share.
         config: The run.
         mesh: Its ranks.
-        data: What identifies the order of samples.
+        order: What identifies so many first samples of the run, in their order.
     """
 
-    def __init__(self, root: Path, *, config: RunConfig, mesh: ParallelMesh, data: str):
-        self.root, self.config, self.world, self.data = root, config, mesh.world, data
+    def __init__(self, root: Path, *, config: RunConfig, mesh: ParallelMesh, order: Callable[[int], str]):
+        self.root, self.config, self.world, self.order = root, config, mesh.world, order
         self.micro_step_samples = config.micro_batch(mesh.dp.size) * mesh.dp.size
 
     def save(self, engine: Engine, *, step: int, best_val_loss: float | None, best: bool = False) -> None:
@@ -35,10 +36,11 @@ class Saver:
         Raises:
             RunError: No space; earlier checkpoints stand.
         """
+        samples = step * self.config.train.global_batch_size
         metadata = {
             "config": to_dict(self.config),
             "applied_steps": engine.applied_steps,
-            "data": {"order": self.data, "samples": step * self.config.train.global_batch_size},
+            "data": {"order": self.order(samples), "samples": samples},
             "micro_step_samples": self.micro_step_samples,
             "best_val_loss": best_val_loss,
             "megagate": __version__,
@@ -93,14 +95,15 @@ class Saver:
         everywhere(self.world, lambda: engine.load_state(checkpoint, applied_steps=checkpoint.metadata["applied_steps"]))
 
     def _require_sound(self, checkpoint: Checkpoint) -> None:
-        order = checkpoint.metadata["data"]["order"]
-        if order != self.data:
+        order, samples = (checkpoint.metadata["data"][name] for name in ("order", "samples"))
+        mine = self.order(samples)
+        if order != mine:
             raise DataError(
                 f"the checkpoint of step {checkpoint.step} was trained on another data set or sample order ({order[:12]} there, "
-                f"{self.data[:12]} here); a resumed run must see the samples it would have seen: use the same data.path, train.seed and "
-                "train.seq_len"
+                f"{mine[:12]} here); a resumed run must see the samples it would have seen: use the same data.path (its weights may "
+                "change from a later sample on), train.seed and train.seq_len"
             )
-        samples, batch = checkpoint.metadata["data"]["samples"], self.config.train.global_batch_size
+        batch = self.config.train.global_batch_size
         if samples != checkpoint.step * batch:
             raise DataError(
                 f"the checkpoint of step {checkpoint.step} has seen {samples} samples; with train.global_batch_size {batch} it would have "

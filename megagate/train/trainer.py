@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,7 +51,7 @@ class Trainer:
         config: The run.
         engine: The model and its optimizer.
         train: Batches by step.
-        valid: The validation batches; None where there are none.
+        valid: The validation batches by the name of their set; empty where there are none.
         saver: Writes checkpoints.
         folder: Of the run.
         sinks: Where records go; empty on all ranks but the first.
@@ -63,7 +63,7 @@ class Trainer:
         *,
         engine: Engine,
         train: TrainLoader,
-        valid: ValidLoader | None,
+        valid: Mapping[str, ValidLoader],
         saver: Saver,
         folder: RunFolder,
         sinks: list[Sink],
@@ -104,10 +104,20 @@ class Trainer:
                     return position, asked
         return position, 0
 
-    def validate(self) -> float:
-        """Mean loss over the validation batches, nats. Collective."""
-        assert self.valid is not None, "a data set without validation tokens is never validated"
-        return self.engine.evaluate((self._tensor(b.tokens), self._tensor(b.labels)) for b in self.valid)
+    def validate(self) -> Record:
+        """`val_loss`, the mean loss over all validation targets in nats, and `val_loss/NAME` of each set that has a name. Collective."""
+        assert self.valid, "a data set without validation tokens is never validated"
+        losses = {
+            name: self.engine.evaluate((self._tensor(b.tokens), self._tensor(b.labels)) for b in loader)
+            for name, loader in self.valid.items()
+        }
+        (whole,) = losses.values() if len(losses) == 1 else (self._mean(losses),)
+        return {"val_loss": whole} | {f"val_loss/{name}": loss for name, loss in losses.items() if name}
+
+    def _mean(self, losses: Mapping[str, float]) -> float:
+        """Of the losses of validation sets, each weighted by its targets."""
+        targets = {name: loader.targets for name, loader in self.valid.items()}
+        return math.fsum(loss * targets[name] for name, loss in losses.items()) / sum(targets.values())
 
     def _step(self, position: Position) -> tuple[Position, Record]:
         began, step = time.perf_counter(), position.step + 1
@@ -135,14 +145,16 @@ class Trainer:
     def _validate(self, position: Position, record: Record) -> tuple[Position, Record]:
         """At the steps that `eval.every` names, and at the end: the validation loss, whether it is the lowest."""
         last = position.step == self.config.train.steps
-        if self.valid is None or not (last or self._due(self.config.eval.every, position.step)):
+        if not self.valid or not (last or self._due(self.config.eval.every, position.step)):
             return position, record
-        loss = self.validate()
+        found = self.validate()
+        loss = found["val_loss"]
         candidates = [value for value in (loss, position.best_val_loss) if value is not None and math.isfinite(value)]
         best = min(candidates, default=None)
         position = replace(position, val_loss=loss, best_val_loss=best)
-        logger.info("step %d: validation loss %.4f nats%s", position.step, loss, ", the lowest so far" if position.is_best else "")
-        return position, record | {"val_loss": loss}
+        named = "".join(f", {key.partition('/')[2]} {value:.4f}" for key, value in found.items() if key != "val_loss")
+        logger.info("step %d: validation loss %.4f nats%s%s", position.step, loss, named, ", the lowest so far" if position.is_best else "")
+        return position, record | found
 
     def _save_is_due(self, position: Position) -> bool:
         every, last = self.config.checkpoint.every, position.step == self.config.train.steps

@@ -56,7 +56,7 @@ def engine_of(config: RunConfig, backend: NativeBackend = BACKEND) -> ReferenceE
 
 
 def save(engine: ReferenceEngine, root: Path, step: int) -> Path:
-    Saver(root, config=engine.config, mesh=ALONE, data="the order").save(engine, step=step, best_val_loss=1.5)
+    Saver(root, config=engine.config, mesh=ALONE, order=lambda samples: "the order").save(engine, step=step, best_val_loss=1.5)
     return root
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from train_data import make_data
 from train_jobs import NANO, Jobs, contents, metrics, steps_recorded
 
 from megagate.checkpoint.folders import complete_steps
 from megagate.checkpoint.store import Checkpoint
-from megagate.data.manifest import Manifest, ShardEntry, TokenizerIdentity, write_manifest
-from megagate.data.shards import ShardWriter, token_dtype
+from megagate.data.shards import ShardWriter
 from megagate.train.main import main
 
 
@@ -93,22 +93,6 @@ def test_under_the_launcher_the_message_comes_once(jobs: Jobs, tmp_path: Path) -
 
 
 # ---- data
-
-
-def make_data(folder: Path, *, vocab_size: int = 512, tokens: int = 6_000, splits: tuple[str, ...] = ("train", "valid")) -> Path:
-    """A data set of arbitrary ids below `vocab_size`, by the library's own writer."""
-    folder.mkdir()
-    ids = np.random.default_rng(0).integers(0, vocab_size, tokens)
-    entries = []
-    for split in splits:
-        part = ids if split == "train" else ids[:1_000]
-        with ShardWriter(folder / f"{split}-00000", dtype=token_dtype(vocab_size)) as writer:
-            writer.add_many(part, lengths=[part.size])
-        entries.append(ShardEntry.of(f"{split}-00000", split=split, stats=writer.finish()))
-    identity = TokenizerIdentity(kind="none", file="", sha256="", vocab_size=vocab_size, eod_id=-1, pad_id=-1)
-    manifest = Manifest(tokenizer=identity, dtype=token_dtype(vocab_size).name, shards=tuple(entries), source={"name": folder.name})
-    write_manifest(folder, manifest)
-    return folder
 
 
 def spoil(data: Path, how: str) -> None:

@@ -286,7 +286,7 @@ def test_a_bug_is_no_error_of_the_users() -> None:
 def failing_save(context: RankContext, root: str, config: RunConfig, what: str, failing: int) -> tuple[str, list[str]]:
     """A save of which a part fails in one rank: what each is told, and what is left on the disk."""
     mesh = ParallelMesh.build(tp=1, ep=1)
-    saver = Saver(Path(root), config=config, mesh=mesh, data="order")
+    saver = Saver(Path(root), config=config, mesh=mesh, order=lambda samples: "order")
     engine = SimpleNamespace(state_pieces=lambda: iter(()), applied_steps=1)
     part = getattr(store, what)
 
@@ -362,7 +362,17 @@ class Steps:
 
     def run(self, config: RunConfig, first: Position = Position()) -> tuple[Position, int]:  # noqa: B008
         folder = RunFolder(Path("nowhere"))
-        return Trainer(config, engine=self, train=self, valid=self, saver=self, folder=folder, sinks=[self]).run(first)
+        return Trainer(config, engine=self, train=self, valid={"": self}, saver=self, folder=folder, sinks=[self]).run(first)
+
+
+class Batches:
+    """A validation set of so many targets, and of no batches."""
+
+    def __init__(self, targets: int):
+        self.targets = targets
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 def loop(nano: RunConfig, *, steps: int, checkpoint: int = 0, evaluate: int = 0) -> RunConfig:
@@ -385,9 +395,20 @@ def test_a_validation_that_is_not_a_number_is_never_the_best(nano: RunConfig) ->
     position, _ = stand_in.run(loop(nano, steps=4, evaluate=1))
     assert stand_in.saved == [(2, 3.0, True), (4, 3.0, False)]
     assert (position.best_val_loss, position.is_best) == (3.0, False)
-    valid = SimpleNamespace(target_counts=lambda size: np.ones(size, dtype=np.int64))
+    valid = {"": SimpleNamespace(target_counts=lambda size: np.ones(size, dtype=np.int64))}
     strict = replace(nano, eval=replace(nano.eval, min_gain_nats=1.0))
     assert [tell_learning(strict, val_loss=loss, valid=valid) for loss in (nan, 6.0, 5.0)] == [False, False, True]
+
+
+def test_validation_sets_are_told_by_name_and_together(nano: RunConfig) -> None:
+    stand_in = Steps(val_losses=(2.0, 3.0))
+    valid = {"old": Batches(100), "new": Batches(300)}
+    config = loop(nano, steps=1)
+    trainer = Trainer(config, engine=stand_in, train=stand_in, valid=valid, saver=stand_in, folder=RunFolder(Path("nowhere")), sinks=[])
+    assert trainer.validate() == {"val_loss": 2.75, "val_loss/old": 2.0, "val_loss/new": 3.0}
+    stand_in.val_losses = [2.5]
+    trainer.valid = {"only": Batches(7)}
+    assert trainer.validate() == {"val_loss": 2.5, "val_loss/only": 2.5}
 
 
 def test_the_loop_goes_on_where_it_was(nano: RunConfig) -> None:

@@ -1,0 +1,393 @@
+"""Blends: Megatron's order, counts near the weights in any window, members that go on counting, weights that change, names of sets."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from time import thread_time
+
+import numpy as np
+import pytest
+
+from megagate.data.blend import PERIOD, Blend, BlendSchedule, Weights, greedy_order, quotas_of
+from megagate.data.hashing import IntArray
+from megagate.data.loader import TrainLoader
+from megagate.data.sources import Sources, open_sources, parse_blend, parse_valid, prepare_sources
+from megagate.data.synthetic import SyntheticSplit
+from megagate.errors import ConfigError, DataError
+
+S = 16
+WINDOW = 10_000
+
+
+def fractions(*weights: float | str) -> tuple[Fraction, ...]:
+    return tuple(Fraction(weight) for weight in weights)
+
+
+def schedule(*weights: float | str) -> BlendSchedule:
+    return BlendSchedule([Weights(0, fractions(*weights))])
+
+
+def megatron(weights: Sequence[float], size: int) -> list[int]:
+    """The formula of Megatron-LM's build_blending_indices, in its double precision; the first wins ties."""
+    counts = [0] * len(weights)
+    order = []
+    for sample in range(size):
+        errors = [weight * max(sample, 1) - count for weight, count in zip(weights, counts, strict=True)]
+        chosen = errors.index(max(errors))
+        counts[chosen] += 1
+        order.append(chosen)
+    return order
+
+
+def random_weights(draw: random.Random) -> list[Fraction]:
+    """Of 1 to 300 members: even, skewed, nearly equal, or one large with many small."""
+    members = draw.choice([1, 2, 3, 4, 7, 16, 50, 300])
+    kind = draw.randrange(4)
+    if kind == 0:
+        return [Fraction(draw.randint(20, 1000)) for _ in range(members)]
+    if kind == 1:
+        return [Fraction(draw.randint(10, 40)) ** 2 for _ in range(members)]
+    if kind == 2:
+        return [Fraction(100_000 + draw.randint(0, 9)) for _ in range(members)]
+    return [Fraction(members * draw.randint(1, 20)), *[Fraction(1)] * (members - 1)]
+
+
+# ---- the schedule
+
+
+@pytest.mark.parametrize("members", [1, 2, 3, 5, 17, 64])
+def test_a_period_is_megatrons_order(members: int) -> None:
+    draw = random.Random(members)
+    cuts = sorted(draw.sample(range(1, PERIOD), members - 1))
+    quotas = np.diff([0, *cuts, PERIOD])
+    assert quotas_of([Fraction(int(quota), 7) for quota in quotas]).tolist() == quotas.tolist(), "multiples of 1/P are kept as they are"
+    expected = megatron([quota / PERIOD for quota in quotas.tolist()], PERIOD)
+    assert greedy_order(quotas).tolist() == expected
+    assert schedule(*quotas.tolist()).lookup(np.arange(PERIOD))[0].tolist() == expected
+
+
+@pytest.mark.parametrize("weights", [("0.5", "0.5"), ("1", "1", "1", "1"), ("0.25", "0.5", "0.25")])
+def test_ties_go_to_the_first_as_in_megatron(weights: tuple[str, ...]) -> None:
+    total = sum(map(float, weights))
+    assert schedule(*weights).lookup(np.arange(100))[0].tolist() == megatron([float(weight) / total for weight in weights], 100)
+
+
+def deviation(weights: Sequence[Fraction], length: int) -> float:
+    """The largest distance between a member's count and its weight, over every window of `length` samples of an endless run.
+
+    With E(g) = count before g - g * share of slots, which repeats with the period, the count of [g, g + length) is E(g + length) - E(g)
+    plus the slots' share of it: all starts in one period are all windows.
+    """
+    blend = BlendSchedule([Weights(0, tuple(weights))])
+    members, _ = blend.lookup(np.arange(PERIOD + length))
+    total, worst = sum(weights), 0.0
+    for member, weight in enumerate(weights):
+        before = np.concatenate([[0], np.cumsum(members == member)])
+        counts = before[length:] - before[:-length]
+        worst = max(worst, float(np.abs(counts - float(weight / total) * length).max()))
+    return worst
+
+
+def test_counts_of_any_window_are_near_the_weights() -> None:
+    draw = random.Random(5)
+    found = [deviation(random_weights(draw), WINDOW) for _ in range(60)]
+    assert max(found) < 4, "the law allows 10"
+    assert max(found) > 0.5, "the measure sees nothing"
+
+
+def test_counts_of_windows_over_a_change_are_near_both_weights() -> None:
+    draw = random.Random(6)
+    for _ in range(20):
+        members = draw.choice([2, 5, 40])
+        one, other = ([Fraction(draw.randint(20, 1000)) for _ in range(members)] for _ in range(2))
+        change = draw.randrange(1, 3 * PERIOD)
+        blend = BlendSchedule([Weights(0, tuple(one)), Weights(change, tuple(other))])
+        for first in range(max(0, change - WINDOW), change, 997):
+            before = min(change - first, WINDOW)
+            expected = [float(a / sum(one)) * before + float(b / sum(other)) * (WINDOW - before) for a, b in zip(one, other, strict=True)]
+            assert np.abs(blend.counts(first + WINDOW) - blend.counts(first) - expected).max() < 6, "the law allows 10"
+
+
+@pytest.mark.parametrize("members", [2, 10, 100, 2_000])
+def test_no_member_is_further_off_than_the_proof_says(members: int) -> None:
+    draw = random.Random(members)
+    for _ in range(3):
+        weights = [Fraction(draw.randint(400, 1000)) for _ in range(members)]
+        quotas = quotas_of(weights)
+        deficits = np.zeros(members)
+        lowest = highest = 0.0
+        for chosen in greedy_order(quotas).tolist():
+            deficits += quotas / PERIOD
+            deficits[chosen] -= 1
+            lowest, highest = min(lowest, deficits[chosen]), max(highest, float(deficits.max()))
+        assert -1 < lowest
+        assert highest < sum(1 / index for index in range(1, members)) + 1e-9
+        assert np.abs(deficits).max() < 1e-6, "a period ends where it began"
+
+
+def test_quotas_are_rounded_by_largest_remainder() -> None:
+    assert quotas_of(fractions("0.7", "0.3")).tolist() == [11469, 4915]  # 11468.8 and 4915.2
+    assert quotas_of(fractions(1, 1, 1)).tolist() == [5462, 5461, 5461]
+    assert quotas_of(fractions(70, 0, 30)).tolist() == [11469, 0, 4915]
+    draw = random.Random(1)
+    for _ in range(50):
+        weights = random_weights(draw)
+        quotas = quotas_of(weights)
+        assert quotas.sum() == PERIOD
+        assert max(abs(int(quota) - weight * PERIOD / sum(weights)) for quota, weight in zip(quotas, weights, strict=True)) < 1
+
+
+def test_weights_that_make_no_period_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.path: weights \(0 0\) must be 0 or more, and one above 0; change them"):
+        quotas_of(fractions(0, 0))
+    with pytest.raises(ConfigError, match=r"weights \(-0.1 1\) must be 0 or more"):
+        quotas_of(fractions("-0.1", 1))
+    with pytest.raises(ConfigError, match=r"weight 1e-05 of 1 in all is too small: it must be at least 1/16384 of the sum .*; raise it"):
+        quotas_of(fractions("0.99999", "0.00001"))
+
+
+def runs_of(blend: BlendSchedule, size: int) -> list[list[int]]:
+    """Each member's own sample numbers in the order of the run."""
+    members, own = blend.lookup(np.arange(size))
+    return [own[members == member].tolist() for member in range(blend.members)]
+
+
+def test_members_count_without_gaps_over_periods_and_changes_of_weights() -> None:
+    parts = [
+        Weights(0, fractions("0.7", "0.3", 0)),
+        Weights(1_000, fractions("0.1", "0.4", "0.5")),
+        Weights(2 * PERIOD + 77, fractions(0, 1, 1)),
+        Weights(2 * PERIOD + 78, fractions(1, 1, 1)),
+    ]
+    blend = BlendSchedule(parts)
+    size = 4 * PERIOD + 1_000
+    found = runs_of(blend, size)
+    assert [run == list(range(len(run))) for run in found] == [True] * 3
+    members, own = blend.lookup(np.arange(size))
+    for sample in (0, 1, 999, 1_000, 1_001, 1_000 + PERIOD, 2 * PERIOD + 77, 2 * PERIOD + 78, size):
+        assert blend.counts(sample).tolist() == np.bincount(members[:sample], minlength=3).tolist()
+    assert 2 not in members[:1_000] and 2 in members[1_000:1_003]
+    assert np.bincount(members[1_000:11_000]) == pytest.approx([1_000, 4_000, 5_000], abs=3)
+    shuffled = np.random.default_rng(0).permutation(size)
+    assert all(np.array_equal(one[shuffled], other) for one, other in zip((members, own), blend.lookup(shuffled), strict=True))
+
+
+def test_weights_before_a_change_do_not_know_of_it() -> None:
+    now, later = Weights(0, fractions("0.7", "0.3")), Weights(5_000, fractions("0.2", "0.8"))
+    samples = np.arange(5_000)
+    for one, other in zip(BlendSchedule([now]).lookup(samples), BlendSchedule([now, later]).lookup(samples), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("firsts", [(1,), (0, 0), (0, 9, 5), (0, 1 << 61)])
+def test_weights_out_of_order_are_refused(firsts: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"data.path: weights count from samples \[.*\]; these must begin with 0, rise"):
+        BlendSchedule([Weights(first, fractions(1)) for first in firsts])
+
+
+def test_any_sample_costs_the_same() -> None:
+    begin = thread_time()
+    blend = schedule(*range(1, 101))
+    assert thread_time() - begin < 0.25  # seconds of CPU; 0.02 on a quiet machine
+    far = 10**15 + np.arange(1_024)
+    begin = thread_time()
+    for _ in range(20):
+        members, own = blend.lookup(far)
+    assert (thread_time() - begin) / 20 / far.size < 3e-6
+    shares = np.arange(1, 101) / 5050
+    assert np.abs(own - far * shares[members]).max() / 1e15 < 1 / PERIOD
+
+
+# ---- loading
+
+
+@pytest.fixture
+def places(make_dataset, tmp_path: Path) -> list[str]:  # type: ignore[no-untyped-def]
+    """Three data sets whose tokens tell set and place: 100,000 * set + place; 60, 25 and 10 windows; the first two have validation."""
+    for number, (name, windows) in enumerate((("a", 60), ("b", 25), ("c", 10))):
+        tokens = [100_000 * number + place for place in range((windows + 1) * S)]
+        valid = [[[100_000 * number + 90_000 + place for place in range(5 * S + 1)]]] if number < 2 else []
+        make_dataset(train=[[tokens]], valid=valid, vocab_size=300_000, name=name)
+    return [str(tmp_path / name) for name in "abc"]
+
+
+def sources(path: str, valid: str = "") -> Sources:
+    return open_sources(path, valid, vocab_size=300_000, directory=Path("unused"))
+
+
+def loader(path: str, *, gbs: int = 24, mbs: int = 2, rank: int = 0, dp: int = 1, seed: int = 3) -> TrainLoader:
+    data = sources(path).train
+    return TrainLoader(data, seq_len=S, global_batch_size=gbs, micro_batch_size=mbs, dp_rank=rank, dp_size=dp, seed=seed)
+
+
+def samples_of(path: str, steps: int) -> IntArray:
+    """[steps * gbs, s] tokens of the first samples of a run."""
+    one = loader(path, mbs=24)
+    return np.concatenate([one.step(index).tokens[0] for index in range(steps)])
+
+
+def test_each_data_set_comes_in_its_own_order_and_epochs(places: list[str]) -> None:
+    a, b, c = places
+    blend = samples_of(f"0.5 {a} 0.3 {b} 0.2 {c}", steps=20)
+    owners = blend[:, 0] // 100_000
+    assert np.bincount(owners) == pytest.approx([240, 144, 96], abs=2)
+    for member, place in enumerate(places):
+        alone = samples_of(place, steps=20)
+        mine = blend[owners == member]
+        assert len(mine) > 60, "more than an epoch"
+        assert np.array_equal(mine, alone[: len(mine)])
+    assert loader(f"0.5 {a} 0.3 {b} 0.2 {c}").epochs(480) == pytest.approx([4.0, 144 / 25, 9.6], abs=0.2)
+
+
+def test_a_blend_of_one_is_the_data_set(places: list[str]) -> None:
+    for text in (f"1 {places[0]}", f"0.3 {places[0]}", f"0 {places[1]} 2 {places[0]}"):
+        assert np.array_equal(samples_of(text, steps=6), samples_of(places[0], steps=6))
+        assert loader(text).fingerprint == loader(places[0]).fingerprint
+    split = sources(places[0]).train.members[0]
+    bare = TrainLoader(split, seq_len=S, global_batch_size=24, micro_batch_size=24, dp_rank=0, dp_size=1, seed=3)
+    assert np.array_equal(bare.step(2).tokens[0], samples_of(places[0], steps=3)[48:])
+    assert bare.fingerprint == loader(places[0]).fingerprint and sources(places[0]).fingerprint == split.fingerprint
+
+
+@pytest.mark.parametrize(("dp", "mbs"), [(2, 3), (4, 2), (8, 3)])
+def test_ranks_together_hold_the_blend(places: list[str], dp: int, mbs: int) -> None:
+    text = f"0.6 {places[0]} 0.4 {places[1]} from 30 0.5 {places[1]} 0.5 {places[2]}"
+    for step in (0, 1, 9):
+        parts = [loader(text, mbs=mbs, rank=rank, dp=dp).step(step).tokens for rank in range(dp)]
+        joined = np.stack(parts, axis=1).reshape(24, S)  # [a, dp, mbs, s]
+        assert np.array_equal(joined, loader(text, mbs=24).step(step).tokens[0])
+
+
+def test_a_run_may_go_on_under_new_weights(places: list[str]) -> None:
+    a, b, c = places
+    before, after = f"0.6 {a} 0.4 {b}", f"0.6 {a} 0.4 {b} from 48 0.5 {a} 0.5 {c}"
+    assert np.array_equal(samples_of(before, steps=2), samples_of(after, steps=2))
+    assert not np.array_equal(samples_of(before, steps=3), samples_of(after, steps=3))
+    one, other = loader(before), loader(after)
+    assert one.fingerprint != other.fingerprint
+    assert [one.fingerprint_at(sample) == other.fingerprint_at(sample) for sample in (0, 1, 48, 49, 96)] == [True] * 3 + [False] * 2
+    assert loader(before).fingerprint_at(0) == other.fingerprint_at(0) == one.fingerprint
+    assert loader(a).fingerprint_at(48) == loader(f"1 {a} from 48 1 {a} 1 {b}").fingerprint_at(48)
+    assert loader(a).fingerprint_at(49) != loader(f"1 {a} from 48 1 {a} 1 {b}").fingerprint_at(49)
+
+
+def test_the_fingerprint_knows_data_sets_order_and_weights(places: list[str]) -> None:
+    a, b, c = places
+    texts = [f"1 {a} 1 {b}", f"1 {b} 1 {a}", f"1 {a} 2 {b}", f"1 {a} 1 {c}", f"1 {a} 1 {b} from 9 1 {a}", a]
+    assert len({loader(text).fingerprint for text in texts}) == len({sources(text).fingerprint for text in texts}) == len(texts)
+    assert loader(f"1 {a} 1 {b}").fingerprint == loader(f"0.5 {a} 0.5 {b}").fingerprint == loader(f"1 {a} 1 {b} 0 {c}").fingerprint
+    assert loader(texts[0]).fingerprint != loader(texts[0], seed=4).fingerprint
+    assert sources(a).fingerprint != sources(a, f"x={b}").fingerprint
+
+
+# ---- what is refused
+
+
+def test_data_sets_of_different_tokenizers_are_refused(places: list[str], make_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    make_dataset(train=[[list(range(400))]], valid=[[list(range(400))]], vocab_size=200_000, name="other")
+    match = r"a and .*other were made by different tokenizers \(vocab_size '300000' and '200000'\); one model has one vocabulary"
+    with pytest.raises(DataError, match=match):
+        sources(f"1 {places[0]} 1 {tmp_path / 'other'}")
+    with pytest.raises(DataError, match=match):
+        sources(places[0], f"other={tmp_path / 'other'}")
+    with pytest.raises(DataError, match=r"synthetic were made by different tokenizers \(kind 'none' and 'synthetic'\)"):
+        sources(f"1 {places[0]} 1 synthetic")
+
+
+def test_the_same_tokens_twice_are_refused(places: list[str]) -> None:
+    with pytest.raises(DataError, match=r"a and .*/b/\.\./a hold the same tokens .* name one of them, with the sum"):
+        sources(f"1 {places[0]} 1 {places[1]}/../a")
+
+
+def test_a_data_set_of_a_blend_that_is_too_short_is_named(places: list[str], make_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    make_dataset(train=[[list(range(S))]], vocab_size=300_000, name="short")
+    with pytest.raises(DataError, match=f"the train split of {tmp_path}/short has 16 tokens"):
+        loader(f"1 {places[0]} 1 {tmp_path}/short")
+
+
+# ---- the text of the keys
+
+
+def test_a_path_is_one_data_set_and_numbers_make_a_blend() -> None:
+    for path in ("embedded", "/data/my set", "0123", "/data/it's here", "a 0.5 b", "0.7", "nan /a", "1/2 /a", "-1 /a"):
+        assert parse_blend(path) == parse_blend("x").__class__((path,), (Weights(0, (Fraction(1),)),))
+    found = parse_blend("0.7 /data/a\n .3 '/data/b b'  from 1000 1e-1 /data/c 5 /data/a")
+    assert found.paths == ("/data/a", "/data/b b", "/data/c")
+    assert found.weights == (Weights(0, fractions("0.7", "0.3", 0)), Weights(1000, fractions(5, 0, "0.1")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.7 /a 0.3", r"`0.3` \(word 3\) is no weight with its folder; write WEIGHT FOLDER"),
+        ("0.7 /a /b 0.3", r"`/b 0.3` \(word 3\) is no weight"),
+        ("0.7 /a -0.3 /b", r"`-0.3 /b` \(word 3\) is no weight"),
+        ("0.7 /a 1e999999999 /b", r"`1e999999999 /b` \(word 3\) is no weight"),
+        ("0.7 /a 0.3 /a", "/a is named twice under one set of weights"),
+        ("0.7 /a from 10", "no weights follow `from 10`"),
+        ("0.7 /a from x 1 /b", r"`from x` \(word 3\) must name a number of samples"),
+        ("0.7 /a from 5 from 6 1 /b", r"`from 6` \(word 5\) must name a number of samples, after weights"),
+        ("0.7 '/a", "cannot be cut into words .*; close the quotes"),
+    ],
+)
+def test_a_blend_of_another_form_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"data.path: .*{message}"):
+        parse_blend(text)
+
+
+def test_validation_sets_have_names(places: list[str], make_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    a, b, c = places
+    assert list(sources(a).valid) == [""] and list(sources(c).valid) == []
+    own = sources(f"1 {a} 1 {b} 1 {c}")
+    assert {name: split.tokens for name, split in own.valid.items()} == {"a": 5 * S + 1, "b": 5 * S + 1}
+    assert own.describe().startswith(f"1 {a} 1 {b} 1 {c}: 1,568 training and 162 validation tokens (a, b), vocabulary 300,000")
+    named = sources(a, f"old={a} new={b}")
+    assert {name: int(split.windows(S, movable=False).read(np.array([0]))[0, 0]) for name, split in named.valid.items()} == {
+        "old": 90_000,
+        "new": 190_000,
+    }
+    with pytest.raises(DataError, match=r"data.valid: x \(.*/c\) has no validation tokens"):
+        sources(a, f"x={c}")
+    (tmp_path / "deep").mkdir()
+    other = make_dataset(train=[[list(range(400))]], valid=[[list(range(400))]], vocab_size=300_000, name="deep/b")
+    with pytest.raises(DataError, match=f"both name their validation set b; name them in data.valid, as in first={b} second={other}"):
+        sources(f"1 {a} 1 {b} 1 {other}")
+    assert list(sources(f"1 {a} 1 {b} 1 {other}", f"x={other}").valid) == ["x"]
+
+
+@pytest.mark.parametrize("text", ["/data/a", "a=", "=/data/a", "a/b=/data/a"])
+def test_a_validation_set_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="data.valid: .* must be NAME=FOLDER"):
+        parse_valid(text)
+    assert parse_valid("a=/x b='/y z=1'") == {"a": "/x", "b": "/y z=1"}
+    with pytest.raises(ConfigError, match="data.valid: a names two validation sets"):
+        parse_valid("a=/x a=/y")
+
+
+def test_embedded_may_be_in_a_blend(embedded_directory: Path, embedded_vocabulary: int) -> None:
+    settings = {"vocab_size": embedded_vocabulary, "directory": embedded_directory}
+    prepare_sources("1 embedded", "", **settings)
+    data = open_sources("1 embedded", "text=embedded", **settings)
+    assert isinstance(data.train, Blend) and data.tokenizer is not None and list(data.valid) == ["text"]
+
+
+# ---- the promise to checkpoints that are there already
+
+
+def digest(one: TrainLoader) -> str:
+    return hashlib.sha256(b"".join(one.step(step).tokens.tobytes() for step in (0, 1, 1_000, 10**9))).hexdigest()
+
+
+def test_orders_stay_what_they_are() -> None:
+    """Computed by the code before there were blends, and of a blend by the first that had them: a new value is a new version."""
+    settings = {"seq_len": 32, "global_batch_size": 8, "micro_batch_size": 2, "dp_rank": 1, "dp_size": 2, "seed": 5}
+    one = TrainLoader(SyntheticSplit("train", vocab_size=100), **settings)
+    assert one.fingerprint == "ff5a7fadcfebf39535b4fdee859d729c1fd1228f3873bc6c3bf85f1ed786589b"
+    assert digest(one) == "15824c8cdf7794377351a110c283e83af9b01555ac0857b0759fcf77efa7f32a"
+    members = [SyntheticSplit("train", vocab_size=100, seed=seed) for seed in (0, 1)]
+    weights = [Weights(0, fractions("0.7", "0.3")), Weights(9, fractions("0.2", "0.8"))]
+    blend = TrainLoader(Blend(members, weights, names="ab"), **settings)
+    assert blend.fingerprint == "5a0b77820aa083f503a28623c65389ba787b98cbf4238da701c8dfc16f91560d"
+    assert digest(blend) == "b8855bfa55c9d697738f3849fa6a6ec4aec4487ac8fc89dceb6969128effe1cd"

@@ -1,0 +1,26 @@
+"""Small data sets for the tests of the job."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megagate.data.manifest import Manifest, ShardEntry, SplitName, TokenizerIdentity, write_manifest
+from megagate.data.shards import ShardWriter, token_dtype
+
+
+def make_data(
+    folder: Path, *, vocab_size: int = 512, tokens: int = 6_000, splits: tuple[SplitName, ...] = ("train", "valid"), seed: int = 0
+) -> Path:
+    """A data set of arbitrary ids below `vocab_size`, by the library's own writer."""
+    folder.mkdir()
+    ids = np.random.default_rng(seed).integers(0, vocab_size, tokens)
+    entries = []
+    for split in splits:
+        part = ids if split == "train" else ids[:1_000]
+        with ShardWriter(folder / f"{split}-00000", dtype=token_dtype(vocab_size)) as writer:
+            writer.add_many(part, lengths=[part.size])
+        entries.append(ShardEntry.of(f"{split}-00000", split=split, stats=writer.finish()))
+    identity = TokenizerIdentity(kind="none", file="", sha256="", vocab_size=vocab_size, eod_id=-1, pad_id=-1)
+    manifest = Manifest(tokenizer=identity, dtype=token_dtype(vocab_size).name, shards=tuple(entries), source={"name": folder.name})
+    write_manifest(folder, manifest)
+    return folder
