@@ -4,6 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megagate.backend.documents import Documents
 from megagate.parallel.mesh import Axis
 
 
@@ -36,8 +37,8 @@ class Backend(Protocol):
         """RMSNorm over the last dimension with fp32 statistics, in the dtype of `x`. Source: arXiv 1910.07467, equation 4."""
         ...
 
-    def attention_core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal grouped-query attention.
+    def attention_core(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        """Causal grouped-query attention, over the whole row or, where documents are given, within each of them.
 
         Shapes: q [b, s, n, d], k and v [b, s, g, d] -> [b, s, n, d].
         """

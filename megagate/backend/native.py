@@ -6,6 +6,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from megagate.backend.blockwise import causal_attention
+from megagate.backend.documents import Documents
 from megagate.parallel.comm import enter, leave
 from megagate.parallel.mesh import Axis
 
@@ -13,6 +14,9 @@ CPU_ROW_MULTIPLE = 32
 """oneDNN compiles a kernel for every row count it has not seen, which dominates a dropless step; multiples of 32 make counts repeat."""
 GPU_ROW_MULTIPLE = 16
 """What FP8 grouped GEMMs need."""
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_WIDTH_MULTIPLE = 8
+"""Head widths that PyTorch's flash kernel takes as they are."""
 
 
 class NativeBackend:
@@ -35,16 +39,37 @@ class NativeBackend:
         """Statistics and product in fp32, one cast at the end."""
         return _RMSNorm.apply(x, weight.float(), eps)
 
-    def attention_core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """PyTorch's scaled dot product attention; on a CPU, blocks."""
+    def attention_core(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        """PyTorch's scaled dot product attention; of documents its flash kernel of variable length; on a CPU, blocks.
+
+        That kernel has no fp32: documents in fp32 on a GPU, a case of tests, go in blocks too.
+        """
         if q.device.type == "cpu":
-            return causal_attention(q, k, v)
+            return causal_attention(q, k, v, documents)
+        if documents is not None:
+            flash = q.dtype in FLASH_DTYPES and q.shape[-1] % FLASH_WIDTH_MULTIPLE == 0
+            return _varlen_attention(q, k, v, documents) if flash else causal_attention(q, k, v, documents)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [b, heads, s, d]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     def grouped_linear(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """PyTorch's grouped GEMM."""
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Causal attention within documents, each a sequence of its own to the flash kernel.
+
+    The operator that stands below `torch.nn.attention.varlen`, whose own arguments differ between PyTorch 2.10 (`is_causal`, no grouped
+    queries) and 2.12 (`window_size`, `enable_gqa`); those passed here have been the same since 2.2, and it has a gradient.
+    """
+    rows, length = q.shape[:2]
+    borders = documents.cu_seqlens
+    # No document is longer than a row: a bound for the kernel's grid, whose excess ends at once, instead of waiting for the true maximum.
+    longest = length
+    flat = [t.flatten(0, 1) for t in (q, k, v)]  # [b*s, heads, d]
+    out = torch.ops.aten._flash_attention_forward(*flat, borders, borders, longest, longest, 0.0, True, False)[0]
+    return out.unflatten(0, (rows, length))
 
 
 class _RMSNorm(Function):

@@ -10,6 +10,7 @@ GradDType = Literal["fp32", "model"]
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleKind = Literal["cosine", "wsd", "constant"]
 OnNonfinite = Literal["stop", "skip"]
+AttentionSpan = Literal["causal", "document"]
 WandbMode = Literal["disabled", "offline", "online"]
 
 
@@ -53,11 +54,15 @@ class DataConfig:
         valid: Validation sets, NAME=FOLDER separated by spaces, each measured as val_loss/NAME; by default the validation splits of
             data.path, named by the last part of their paths where there are several.
         cache_dir: Where `embedded` keeps its prepared shards; by default `data` inside `train.output_dir`.
+        attention: What a token attends to: all tokens before it in its window (`causal`), or those of its own document (`document`: at each
+            end of a document attention is cut, positions begin at 0 again, and the token after it is no target; what Megatron-LM calls
+            --reset-attention-mask, --reset-position-ids and --eod-mask-loss).
     """
 
     path: str = "embedded"
     valid: str = ""
     cache_dir: str = ""
+    attention: AttentionSpan = "causal"
 
 
 @dataclass(frozen=True)

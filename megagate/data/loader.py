@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import log
 
 import numpy as np
@@ -21,7 +22,8 @@ _KEPT_ORDERS = 4  # a step touches one epoch, or two at a border
 class Batch:
     """Inputs and their targets.
 
-    Shapes: both [..., s], int64. labels[..., t] is the token that follows tokens[..., t], or `IGNORE_INDEX`.
+    Shapes: both [..., s], int64. labels[..., t] is the token that follows tokens[..., t], or `IGNORE_INDEX`: after the last window, and,
+        where windows are cut into documents, after the end of one. The end itself is a target of the token before it.
     """
 
     tokens: IntArray
@@ -45,6 +47,7 @@ class TrainLoader:
         dp_rank: This rank's place (r).
         dp_size: Data-parallel ranks (dp).
         seed: Of the order.
+        eod_id: The end of a document, whose next token is then no target of it; None to take windows as one text.
 
     Raises:
         DataError: A split is shorter than one window.
@@ -52,7 +55,16 @@ class TrainLoader:
     """
 
     def __init__(
-        self, data: Split | Blend, *, seq_len: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, seed: int
+        self,
+        data: Split | Blend,
+        *,
+        seq_len: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        eod_id: int | None = None,
     ) -> None:
         assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
@@ -67,6 +79,7 @@ class TrainLoader:
         ]
         self._seq_len = seq_len
         self._seed = seed
+        self._eod_id = eod_id
         self._global_batch_size = global_batch_size
         # [accumulation, micro_batch_size]: this rank's samples, counted from the first of the step
         micro_steps = np.arange(0, global_batch_size, micro_batch_size * dp_size)[:, None]
@@ -95,7 +108,7 @@ class TrainLoader:
         """The batch of step `index`, counted from 0. Shapes: [accumulation, micro_batch_size, s]."""
         samples = index * self._global_batch_size + self._offsets  # [a, mbs]
         windows = self._read(samples.reshape(-1)).reshape(*samples.shape, self._seq_len + 1)
-        return _batch(windows)
+        return _batch(windows, eod_id=self._eod_id)
 
     def _read(self, samples: IntArray) -> IntArray:
         owners, own = self._blend.schedule.lookup(samples)
@@ -151,12 +164,23 @@ class ValidLoader:
         dp_rank: This rank's place.
         dp_size: Data-parallel ranks (dp).
         batches: Batches per rank; all ranks together see batches * mbs * dp rows.
+        eod_id: As for `TrainLoader`.
 
     Raises:
         DataError: The split is shorter than one window.
     """
 
-    def __init__(self, split: Split, *, seq_len: int, micro_batch_size: int, dp_rank: int, dp_size: int, batches: int) -> None:
+    def __init__(
+        self,
+        split: Split,
+        *,
+        seq_len: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        batches: int,
+        eod_id: int | None = None,
+    ) -> None:
         assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
         self._windows = _windows_or_refuse(split, seq_len=seq_len, movable=False)
         self._vocab_size = split.vocab_size
@@ -164,6 +188,7 @@ class ValidLoader:
         self._rows_per_batch = micro_batch_size * dp_size
         self._mine: IntArray = dp_rank * micro_batch_size + np.arange(micro_batch_size)
         self._batches = batches
+        self._eod_id = eod_id
 
     def __len__(self) -> int:
         return self._batches
@@ -175,13 +200,15 @@ class ValidLoader:
             there = rows < self._windows.count
             windows = np.zeros((rows.size, self._seq_len + 1), dtype=np.int64)
             windows[there] = self._windows.read(rows[there])
-            batch = _batch(windows)
+            batch = _batch(windows, eod_id=self._eod_id)
             batch.labels[~there] = IGNORE_INDEX
             yield batch
 
-    @property
+    @cached_property
     def targets(self) -> int:
         """How many targets the batches of all ranks have."""
+        if self._eod_id is not None:
+            return int(self.target_counts(self._vocab_size).sum())
         return min(self._batches * self._rows_per_batch, self._windows.count) * self._seq_len
 
     def target_counts(self, vocab_size: int) -> IntArray:
@@ -191,7 +218,8 @@ class ValidLoader:
         rows = min(self._batches * self._rows_per_batch, self._windows.count)
         for first in range(0, rows, self._rows_per_batch):
             index = np.arange(first, min(first + self._rows_per_batch, rows))
-            counts += np.bincount(self._windows.read(index)[:, 1:].reshape(-1), minlength=vocab_size)
+            labels = _batch(self._windows.read(index), eod_id=self._eod_id).labels
+            counts += np.bincount(labels[labels != IGNORE_INDEX], minlength=vocab_size)
         return counts
 
 
@@ -208,9 +236,12 @@ def unigram_entropy(counts: IntArray) -> float:
     return log(total) - float((shares * np.log(counts[counts > 0])).sum())
 
 
-def _batch(windows: IntArray) -> Batch:
+def _batch(windows: IntArray, *, eod_id: int | None) -> Batch:
     """[..., s + 1] -> [..., s] each, as copies that own their memory in order."""
-    return Batch(tokens=windows[..., :-1].copy(), labels=windows[..., 1:].copy())
+    tokens, labels = windows[..., :-1].copy(), windows[..., 1:].copy()
+    if eod_id is not None:
+        labels[tokens == eod_id] = IGNORE_INDEX
+    return Batch(tokens, labels)
 
 
 def _windows_or_refuse(split: Split, *, name: str = "", seq_len: int, movable: bool) -> Windows:

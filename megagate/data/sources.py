@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from megagate.config.run import AttentionSpan
 from megagate.data.blend import Blend, Weights
 from megagate.data.dataset import DataSet, open_dataset, prepare
 from megagate.data.hashing import canonical_sha256
+from megagate.data.manifest import TokenizerIdentity
 from megagate.data.split import Split
 from megagate.data.tokenizer import AnyTokenizer
 from megagate.errors import ConfigError, DataError
@@ -41,6 +43,7 @@ class Sources:
         train: To learn from.
         valid: To measure on, by name; only splits with tokens. A data set's own split, where `data.valid` names none, has the name "".
         tokenizer: The one of all data sets; None where ids have no text.
+        identity: Of that tokenizer.
         vocab_size: Ids are below this.
         fingerprint: Of all that is read for training and validation (hex).
     """
@@ -49,8 +52,24 @@ class Sources:
     train: Blend
     valid: Mapping[str, Split]
     tokenizer: AnyTokenizer | None
+    identity: TokenizerIdentity
     vocab_size: int
     fingerprint: str
+
+    def document_end(self, attention: AttentionSpan) -> int | None:
+        """The id after which windows are cut into documents; None where `data.attention` does not cut them.
+
+        Raises:
+            DataError: They are to be cut, but documents have no end.
+        """
+        if attention == "causal":
+            return None
+        if self.identity.eod_id < 0:
+            raise DataError(
+                f"data.attention is {attention}, but data.path ({self.name}) has no token that ends a document (eod_id), at which to cut;"
+                " set data.attention to causal, or give another data set"
+            )
+        return self.identity.eod_id
 
     def describe(self) -> str:
         """One line for a log."""
@@ -160,6 +179,7 @@ def open_sources(path: str, valid: str, *, vocab_size: int, directory: Path) -> 
         train=train,
         valid={name: data.valid for name, data in valid.items()},
         tokenizer=first.tokenizer,
+        identity=first.identity,
         vocab_size=first.vocab_size,
         fingerprint=train.fingerprint if alone else canonical_sha256({"train": train.fingerprint, "valid": prints}),
     )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megagate.backend.base import Backend
+from megagate.backend.documents import Documents
 from megagate.config.model import ModelConfig
 from megagate.nn.attention import GatedAttention
 from megagate.nn.base import Layer
@@ -37,9 +38,9 @@ class Block(Layer):
         else:
             self.ffn = DenseFFN(config.hidden_size, config.ffn_size, dtype=dtype, backend=backend, tp=mesh.tp)
 
-    def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, RouterStats | None]:
+    def forward(self, x: Tensor, rope: Tensor, documents: Documents | None = None) -> tuple[Tensor, RouterStats | None]:
         """Apply the block."""
-        x = x + self._tamed(self.attention(self.attention_norm(x), rope), self.attention_out_norm)
+        x = x + self._tamed(self.attention(self.attention_norm(x), rope, documents), self.attention_out_norm)
         normed = self.ffn_norm(x)
         out, stats = self.moe(normed) if self.is_moe else (self.ffn(normed), None)
         return x + self._tamed(out, self.ffn_out_norm), stats

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megagate.backend.base import Backend
+from megagate.backend.documents import Documents
 from megagate.config.model import ModelConfig
 from megagate.model.block import Block
 from megagate.nn.base import Layer, Weight
@@ -16,7 +17,7 @@ from megagate.nn.init import initialize
 from megagate.nn.loss import cross_entropy_sum
 from megagate.nn.moe.router import RouterStats
 from megagate.nn.norm import RMSNorm
-from megagate.nn.rope import rope_table
+from megagate.nn.rope import at_positions, rope_table
 from megagate.parallel.comm import enter, gather
 from megagate.parallel.mesh import ParallelMesh
 
@@ -36,12 +37,31 @@ class LossParts(NamedTuple):
 class LanguageModel(Layer):
     """Embedding, blocks, final norm, output projection (the embedding's own matrix when tied).
 
-    Parallel: the vocabulary is cut over tp; between blocks the sequence is cut over tp.
+    Parallel: the vocabulary is cut over tp; between blocks the sequence is cut over tp. All tp ranks have the whole rows of tokens, so that
+        each finds the documents by itself.
+
+    Args:
+        config: The model.
+        dtype: Of weights and activations.
+        backend: Its kernels.
+        mesh: Its layout.
+        recompute: Recompute blocks in the backward pass.
+        eod_id: The last token of each document; where it is given, attention does not cross the border after it and positions begin at 0
+            in each document. That the token after it is no target of it is up to the labels (`data/loader.py`).
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh, recompute: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        backend: Backend,
+        mesh: ParallelMesh,
+        recompute: bool = False,
+        eod_id: int | None = None,
+    ):
         super().__init__(dtype)
-        self.config, self.mesh, self.recompute = config, mesh, recompute
+        self.config, self.mesh, self.recompute, self.eod_id = config, mesh, recompute, eod_id
         self.embedding = Embedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=mesh.tp)
         block = {"dtype": dtype, "backend": backend, "mesh": mesh}
         self.layers = nn.ModuleList(Block(config, is_moe=config.is_moe_layer(layer), **block) for layer in range(config.num_layers))
@@ -89,13 +109,16 @@ class LanguageModel(Layer):
         """Normed final hidden states [b, s/tp, h] and the statistics of the MoE layers."""
         attention = self.config.attention
         rope = rope_table(tokens.shape[1], attention.head_dim, base=attention.rope.base, device=tokens.device)
+        documents = None if self.eod_id is None else Documents.of(tokens, eod_id=self.eod_id)
+        if documents is not None:
+            rope = at_positions(rope, documents.positions)
         x, stats = self.embedding(tokens), []
         for block in self.layers:
             # The balance losses are formed from the returned sums outside the recomputed region, so nothing is counted twice.
             if self.recompute and self.training:
-                x, layer_stats = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)
+                x, layer_stats = checkpoint(block, x, rope, documents, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, layer_stats = block(x, rope)
+                x, layer_stats = block(x, rope, documents)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.final_norm(x), stats

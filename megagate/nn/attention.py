@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megagate.backend.base import Backend
+from megagate.backend.documents import Documents
 from megagate.config.model import GatePosition, ModelConfig
 from megagate.nn.base import Layer, Weight
 from megagate.nn.gate import AttentionGate
@@ -17,7 +18,7 @@ from megagate.parallel.mesh import Axis
 class GatedAttention(Layer):
     """softmax(q k^T / sqrt(d)) v, projected, gated at one of five places: one GEMM yields q, k, v and what gate or switch heads need.
 
-    Shapes: x [b, s/tp, h] (normed), rope [2, s, 1, d/2] -> [b, s/tp, h].
+    Shapes: x [b, s/tp, h] (normed), rope [2, s, 1, d/2], or with documents [2, b, s, 1, d/2] -> [b, s/tp, h].
     Parallel: q, gate and o are cut by query heads, k and v by kv heads. With more tp ranks than kv heads k and v are wholly replicated,
         their gradient summed over tp, and each rank uses the one kv head of its query heads. All-gather of the sequence before,
         reduce-scatter after, and their adjoints backward.
@@ -42,14 +43,14 @@ class GatedAttention(Layer):
             self.q_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
             self.k_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Attend, gate, project."""
+    def forward(self, x: Tensor, rope: Tensor, documents: Documents | None = None) -> Tensor:
+        """Attend (within each document, where they are given), gate, project."""
         (q,), keys, values, logits = self._project(x)
         q, k, v = self._heads(q), self._heads(*keys, switch=self.k_switch), self._heads(*values, switch=self.v_switch)
         q, k, v = self._gated("G4", q, *logits), self._gated("G3", k, *logits), self._gated("G2", v, *logits)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        y = self.backend.attention_core(rotate(q, rope), rotate(k, rope), v)
+        y = self.backend.attention_core(rotate(q, rope), rotate(k, rope), v, documents)
         y = self._gated("G1", y, *logits)
         out = self.backend.row_linear(y.flatten(2), self.o.weight, self.tp)
         return self.gate.gate_output(out, x) if self.config.gate.position == "G5" else out

@@ -18,10 +18,18 @@ def rope_table(length: int, head_dim: int, *, base: float, device: torch.device)
     return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2)
 
 
+def at_positions(table: Tensor, positions: Tensor) -> Tensor:
+    """The table of tokens whose positions are not their places in the row.
+
+    Shapes: table [2, s, 1, d/2], positions [b, s] below s -> [2, b, s, 1, d/2].
+    """
+    return table[:, positions]
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + d/2) by their angle, in fp32: the half-split form of Hugging Face's models.
 
-    Shapes: x [b, s, heads, d], table [2, s, 1, d/2] -> [b, s, heads, d].
+    Shapes: x [b, s, heads, d], table [2, s, 1, d/2], or [2, b, s, 1, d/2] where rows differ -> [b, s, heads, d].
     """
     return _Rotate.apply(x, table)
 

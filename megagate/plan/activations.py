@@ -41,6 +41,7 @@ class Micro:
         row_multiple: The rows of each expert are padded up to this: 16 on GPUs, 32 on CPUs.
         expert_rows: Rows that this rank's experts receive in each MoE layer, and these rows padded; None for experts that get equally many.
         share: Without `expert_rows`, how many times their equal share of the rows this rank's experts get.
+        documents: Rows are cut into documents, so that each has positions of its own (`data.attention`).
     """
 
     batch: int
@@ -52,6 +53,7 @@ class Micro:
     row_multiple: int = 16
     expert_rows: tuple[tuple[int, int], ...] | None = None
     share: int = 1
+    documents: bool = False
 
     @property
     def whole(self) -> int:
@@ -80,7 +82,8 @@ def kept_by_forward(model: ModelConfig, micro: Micro, *, recompute: bool) -> Sto
     """Everything that is kept when the forward pass of a micro-batch has ended."""
     kept: Storages = {}
     kept["embedding.ids and mask"] = (INDEX + 1) * micro.whole
-    kept["rope table"] = FP32 * micro.seq_len * model.attention.head_dim
+    kept["rope table"] = FP32 * (micro.whole if micro.documents else micro.seq_len) * model.attention.head_dim
+    kept["documents"] = INDEX * micro.whole if micro.documents else 0  # where each begins; flash keeps less, their borders
     for layer in range(model.num_layers):
         block = kept_by_block(model, layer, micro)
         kept |= {f"layers.{layer}.{what}": size for what, size in block.items() if not recompute or what == "x"}

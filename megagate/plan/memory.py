@@ -89,7 +89,8 @@ def estimate(config: RunConfig, *, world_size: int) -> Memory:
     stage = parallel.zero_stage
     buffers, step = _zero_buffers(groups, stage=stage, element=element, accumulated=accumulated)
     moments = {"adamw": 2, "sgd": 0}[config.optim.name]
-    micro = Micro(config.micro_batch(dp), config.train.seq_len, parallel.tp, parallel.ep, element)
+    by_document = config.data.attention == "document"
+    micro = Micro(config.micro_batch(dp), config.train.seq_len, parallel.tp, parallel.ep, element, documents=by_document)
     uneven = replace(micro, share=min(2, parallel.ep))
     return Memory(
         weights=element * (m if stage == 3 else n),

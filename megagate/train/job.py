@@ -78,7 +78,7 @@ class Job:
                 shutil.rmtree(self.folder.path, ignore_errors=True)
             raise
         on_first(world, self._claim_folder)
-        engine = self._build_engine()
+        engine = self._build_engine(eod_id=data.document_end(config.data.attention))
         position = self._resume(saver, engine, checkpoint)
         sinks = everywhere(world, lambda: self._sinks(position.step))
         trainer = Trainer(config, engine=engine, train=train, valid=valid, saver=saver, folder=self.folder, sinks=sinks)
@@ -131,6 +131,7 @@ class Job:
         train, wanted, dp = self.config.train, self.config.eval, self.mesh.dp
         micro = self.config.micro_batch(dp.size)
         shared = {"seq_len": train.seq_len, "micro_batch_size": micro, "dp_rank": dp.rank, "dp_size": dp.size}
+        shared["eod_id"] = data.document_end(self.config.data.attention)
         if not data.valid and (wanted.every or wanted.min_gain_nats):
             raise DataError(
                 f"data.path ({self.config.data.path}) has no validation tokens, but eval.every is {wanted.every} and eval.min_gain_nats "
@@ -149,11 +150,12 @@ class Job:
             logger.info("blend: %d steps read %s", train.steps, ", ".join(f"{name} {times:.2f} times" for name, times in epochs))
         return loader, valid
 
-    def _build_engine(self) -> Engine:
+    def _build_engine(self, *, eod_id: int | None) -> Engine:
         config = self.config
         dtype = DTYPES[config.precision.dtype]
         backend = NativeBackend(self.device)
-        model = LanguageModel(config.model, dtype=dtype, backend=backend, mesh=self.mesh, recompute=config.train.recompute)
+        how = {"dtype": dtype, "backend": backend, "mesh": self.mesh, "recompute": config.train.recompute}
+        model = LanguageModel(config.model, **how, eod_id=eod_id)
         model.initialize(seed=config.train.seed, device=self.device)
         mesh = self.mesh
         logger.info(

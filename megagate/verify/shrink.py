@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from megagate.config.model import VOCAB_MULTIPLE, AttentionConfig, ModelConfig, MoEConfig
 from megagate.config.rules import check
-from megagate.config.run import OptimConfig, RunConfig, TrainConfig
+from megagate.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
 
 HIDDEN, HEAD_DIM, LAYERS, EXPERTS, TOP_K, WIDTH, SEQUENCE, SWITCH_EXPERTS = 64, 8, 2, 8, 3, 32, 8, 3
 """The sizes that a shrunken model has at most, where the layout allows it."""
@@ -49,7 +49,8 @@ def shrink(config: RunConfig, *, world_size: int) -> RunConfig:
     # Adam would hide errors of scale, and decay be most of an update; clipping is active where the run clips at all.
     optim = OptimConfig(name="sgd", lr=LR, weight_decay=0.0, grad_clip=CLIP if config.optim.grad_clip else 0.0)
     model = _model(config.model, tp=tp, ep=config.parallel.ep)
-    return replace(RunConfig(), model=model, train=train, optim=optim, parallel=config.parallel, precision=config.precision)
+    data = DataConfig(attention=config.data.attention)
+    return replace(RunConfig(), model=model, train=train, data=data, optim=optim, parallel=config.parallel, precision=config.precision)
 
 
 def _model(model: ModelConfig, *, tp: int, ep: int) -> ModelConfig:

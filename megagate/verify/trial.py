@@ -18,6 +18,10 @@ from megagate.parallel.mesh import ParallelMesh
 STEPS = 3
 INIT_GAIN = 0.25
 """Of a random matrix: small enough for well-conditioned gradients, large enough that every part of the model matters to the loss."""
+EOD = 0
+"""Ends documents in the tokens of a trial, where the run cuts its windows there."""
+END_SHARE = 0.25
+"""Of a trial's tokens that end a document: several documents in each row, some of one token."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -54,6 +58,7 @@ def build_model(config: RunConfig, mesh: ParallelMesh, *, backend: Backend, devi
         backend=backend,
         mesh=mesh,
         recompute=config.train.recompute,
+        eod_id=EOD if config.data.attention == "document" else None,
     )
     return model.initialize(seed=seed, device=device)
 
@@ -96,12 +101,18 @@ def run_trial(engine: Engine, *, seed: int, device: torch.device, steps: int = S
 def batch(config: RunConfig, mesh: ParallelMesh, *, seed: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """This rank's part of a step: random tokens, and a different number of targets in each sample, none in one of them.
 
+    Where the run cuts windows into documents, some tokens end one, and the tokens after them are no targets.
+
     Shapes: tokens and labels [accumulation, b, s] int64.
     """
     samples, length = config.train.global_batch_size, config.train.seq_len
     generator = torch.Generator().manual_seed(1000 * seed + step)
     text = torch.randint(0, config.model.vocab_size, (samples, length + 1), generator=generator)
+    if config.data.attention == "document":
+        text[torch.rand(text.shape, generator=generator) < END_SHARE] = EOD
     labels = text[:, 1:].clone()
+    if config.data.attention == "document":
+        labels[text[:, :-1] == EOD] = IGNORE_INDEX
     lengths = torch.randint(1, length + 1, (samples,), generator=generator)
     lengths[step % samples] = 0
     labels[torch.arange(length) >= lengths[:, None]] = IGNORE_INDEX

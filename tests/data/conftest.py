@@ -22,7 +22,12 @@ def make_dataset(tmp_path: Path) -> MakeDataSet:
     """A function that writes a data set without a tokenizer; shards are lists of documents."""
 
     def make(
-        train: Sequence[Documents], valid: Sequence[Documents] = (), *, vocab_size: int = 60_000, name: str = "set"
+        train: Sequence[Documents],
+        valid: Sequence[Documents] = (),
+        *,
+        vocab_size: int = 60_000,
+        name: str = "set",
+        eod_id: int = -1,
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
@@ -34,7 +39,7 @@ def make_dataset(tmp_path: Path) -> MakeDataSet:
                     for document in documents:
                         writer.add(document)
                 entries.append(ShardEntry.of(f"{split}-{number:05d}", split=split, stats=writer.finish()))
-        identity = TokenizerIdentity(kind="none", file="", sha256="", vocab_size=vocab_size, eod_id=-1, pad_id=-1)
+        identity = TokenizerIdentity(kind="none", file="", sha256="", vocab_size=vocab_size, eod_id=eod_id, pad_id=-1)
         write_manifest(folder, Manifest(tokenizer=identity, dtype=dtype.name, shards=tuple(entries), source={"name": name}))
         return folder
 

@@ -1,5 +1,6 @@
 """Loaders: a step does not depend on the layout, a counter is the whole state, every window comes once."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from megagate.data.dataset import DataSet, open_dataset
 from megagate.data.hashing import stable_key
 from megagate.data.loader import IGNORE_INDEX, Batch, TrainLoader, ValidLoader, unigram_entropy
 from megagate.data.manifest import open_shards, read_manifest
+from megagate.data.sources import open_sources
 from megagate.data.split import ShardSplit
 from megagate.errors import ConfigError, DataError
 
@@ -177,6 +179,56 @@ def test_target_counts_are_those_of_all_ranks(data: DataSet, batches: int) -> No
             np.add.at(expected, batch.labels[batch.labels != IGNORE_INDEX], 1)
     for rank in range(2):
         assert np.array_equal(valid_loader(data, mbs=3, rank=rank, dp=2, batches=batches).target_counts(5_000), expected)
+
+
+EOD = 7
+
+
+@pytest.fixture
+def ended(make_dataset: Callable[..., Path]) -> DataSet:
+    """Documents of 1 to 40 tokens, each ending in EOD."""
+    lengths = np.random.default_rng(1).integers(1, 41, size=60).tolist()
+    documents = [[*range(100, 100 + length - 1), EOD] for length in lengths]
+    folder = make_dataset([documents[:40]], [documents[40:]], eod_id=EOD)
+    return open_dataset(str(folder), vocab_size=60_000, directory=folder)
+
+
+@pytest.mark.parametrize("kind", ["train", "valid"])
+def test_the_token_after_an_end_is_no_target_of_it(ended: DataSet, kind: str) -> None:
+    shape = {"seq_len": S, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1}
+
+    def batches(eod_id: int | None) -> list[Batch]:
+        if kind == "valid":
+            return list(ValidLoader(ended.valid, **shape, batches=4, eod_id=eod_id))
+        loader = TrainLoader(ended.train, **shape, global_batch_size=8, seed=SEED, eod_id=eod_id)
+        return [loader.step(step) for step in range(4)]
+
+    cut, joined = batches(EOD), batches(None)
+    tokens, labels = (np.concatenate([getattr(batch, name).reshape(-1, S) for batch in cut]) for name in ("tokens", "labels"))
+    following = np.concatenate([batch.labels.reshape(-1, S) for batch in joined])
+    assert np.array_equal(tokens, np.concatenate([batch.tokens.reshape(-1, S) for batch in joined]))
+    assert np.array_equal(labels, np.where(tokens == EOD, IGNORE_INDEX, following))
+    assert (tokens == EOD).sum() > 5 and (labels == EOD).sum() > 5, "ends are targets"
+    assert (tokens[:, -1] == EOD).any() or kind == "valid", "also at the end of a window"
+
+
+def test_target_counts_leave_out_what_follows_an_end(ended: DataSet) -> None:
+    loader = ValidLoader(ended.valid, seq_len=S, micro_batch_size=2, dp_rank=0, dp_size=1, batches=4, eod_id=EOD)
+    labels = np.concatenate([batch.labels.reshape(-1) for batch in loader])
+    assert np.array_equal(loader.target_counts(60_000), np.bincount(labels[labels != IGNORE_INDEX], minlength=60_000))
+    assert loader.targets == (labels != IGNORE_INDEX).sum() < labels.size
+
+
+@pytest.mark.parametrize("eod_id", [EOD, -1])
+def test_documents_are_cut_at_their_end_if_they_have_one(make_dataset: Callable[..., Path], eod_id: int) -> None:
+    folder = make_dataset([[range(50)]], eod_id=eod_id)
+    sources = open_sources(str(folder), "", vocab_size=60_000, directory=folder)
+    assert sources.document_end("causal") is None
+    if eod_id == EOD:
+        assert sources.document_end("document") == EOD
+        return
+    with pytest.raises(DataError, match=r"data.attention is document, but data.path \(.*\) has no token that ends a document .*; set "):
+        sources.document_end("document")
 
 
 def test_unigram_entropy() -> None:

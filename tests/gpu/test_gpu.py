@@ -25,9 +25,12 @@ MODEL = ModelConfig(
 )
 
 
-def build(device: str, dtype: torch.dtype, config: ModelConfig = MODEL, *, recompute: bool = False) -> LanguageModel:
+def build(
+    device: str, dtype: torch.dtype, config: ModelConfig = MODEL, *, recompute: bool = False, eod_id: int | None = None
+) -> LanguageModel:
     where = torch.device(device)
-    model = LanguageModel(config, dtype=dtype, backend=NativeBackend(where), mesh=ParallelMesh.single(), recompute=recompute)
+    how = {"dtype": dtype, "backend": NativeBackend(where), "mesh": ParallelMesh.single(), "recompute": recompute}
+    model = LanguageModel(config, **how, eod_id=eod_id)
     return model.initialize(seed=1, device=where)
 
 
@@ -51,6 +54,24 @@ def test_a_bf16_gpu_rounds_no_more_than_a_bf16_cpu(shape: tuple[int, int]) -> No
         scale = gradient.norm() + 1e-12
         usual = (low_found[name] - gradient).norm() / scale
         assert (found[name] - gradient).norm() / scale <= 3 * usual + 0.05, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("length", "share"), [(65, 0.2), (300, 0.01), (300, 0.0), (8, 1.0)])
+def test_documents_on_a_gpu_are_those_of_a_cpu(length: int, share: float, dtype: torch.dtype) -> None:
+    """bf16: flash attention of variable length, rounding no more than a bf16 CPU does. fp32: blocks. From one document to one a token."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(1, 500, (3, length), generator=generator)
+    tokens[torch.rand(tokens.shape, generator=generator) < share] = 0
+    exact, low, gpu = (build(*how, eod_id=0) for how in (("cpu", torch.float32), ("cpu", dtype), ("cuda", dtype)))
+    with full_fp32():
+        (loss, wanted), (low_loss, low_found), (gpu_loss, found) = (gradients(model, tokens) for model in (exact, low, gpu))
+    floor = 0.05 if dtype == torch.bfloat16 else 1e-4
+    assert abs(gpu_loss - loss) <= 2 * abs(low_loss - loss) + 0.4 * floor
+    for name, gradient in wanted.items():
+        scale = gradient.norm() + 1e-12
+        usual = (low_found[name] - gradient).norm() / scale
+        assert (found[name] - gradient).norm() / scale <= 3 * usual + floor, name
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -18,7 +18,17 @@ from parity.variants import DENSE, MOE, VARIANTS
 from megagate.checkpoint.store import Piece
 from megagate.config.model import BalanceScope
 from megagate.config.rules import check
-from megagate.config.run import GradDType, OptimConfig, OptimizerName, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
+from megagate.config.run import (
+    AttentionSpan,
+    DataConfig,
+    GradDType,
+    OptimConfig,
+    OptimizerName,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megagate.engine.base import Engine
 from megagate.engine.reference import ReferenceEngine
 from megagate.model.lm import LanguageModel
@@ -55,6 +65,8 @@ SEEDS = {
     "router sigmoid, not renormalised": 1,
     "router sigmoid with bias": 23,
 }
+DOCUMENT_SEEDS = {"moe": 20, "dense": 9}
+"""Where windows are cut into documents: other tokens."""
 SEED = 2  # of the other models
 """Of weights and tokens: no route near a tie in any step, and gradients that fp32 knows to less than the tolerance."""
 
@@ -77,6 +89,7 @@ class Case:
     weight_decay: float = 0.1
     routing: Routing = "free"
     expert_gain: float = 1.0
+    attention: AttentionSpan = "causal"
 
     def __str__(self) -> str:
         """dp x tp x ep, then what is not usual."""
@@ -88,6 +101,7 @@ class Case:
         words += [f"{self.grad_dtype} gradients"] if self.grad_dtype != "fp32" else []
         words += [self.optimizer] if self.optimizer != "sgd" else []
         words += [self.routing] if self.routing != "free" else []
+        words += [f"{self.attention} attention"] if self.attention != "causal" else []
         return " ".join(words)
 
     @property
@@ -102,6 +116,7 @@ class Case:
                 seq_len=SEQUENCE,
                 recompute=self.recompute,
             ),
+            data=DataConfig(attention=self.attention),
             optim=OptimConfig(name=self.optimizer, lr=LRS[self.optimizer], weight_decay=self.weight_decay, grad_clip=CLIP),
             parallel=ParallelConfig(tp=self.tp, ep=self.ep, zero_stage=self.stage),
             precision=PrecisionConfig(dtype=self.dtype, grad_dtype=self.grad_dtype),
@@ -109,7 +124,7 @@ class Case:
 
     @property
     def seed(self) -> int:
-        return SEEDS.get(self.model, SEED)
+        return DOCUMENT_SEEDS.get(self.model, SEED) if self.attention == "document" else SEEDS.get(self.model, SEED)
 
 
 def layouts(*worlds: int) -> list[tuple[int, int, int]]:

@@ -16,6 +16,17 @@ from parity.pairwise import every_row, pairs_of, pairwise
 
 STAGES = (1, 2, 3)
 EVERY_LAYOUT = [Case(*layout, stage=stage) for layout in layouts(1, 2, 4) for stage in STAGES]
+DOCUMENTS = [
+    Case(*layout, stage=stage, model=model, recompute=recompute, attention="document")
+    for layout, stage, recompute, model in [
+        ((2, 2, 1), 0, False, "dense"),
+        ((4, 4, 1), 1, True, "dense"),
+        ((2, 1, 2), 1, False, "moe"),
+        ((4, 2, 4), 2, True, "moe"),
+        ((4, 4, 2), 3, False, "moe"),
+        ((4, 4, 4), 3, True, "moe"),
+    ]
+]
 EIGHT_RANKS = [Case(8, tp=2, ep=4, stage=stage) for stage in STAGES]
 
 MOE = {
@@ -53,6 +64,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.parametrize("case", EVERY_LAYOUT, ids=str)
 def test_every_layout_and_stage(case):
+    check_case(case)
+
+
+@pytest.mark.parametrize("case", DOCUMENTS, ids=str)
+def test_windows_cut_into_documents(case):
+    """Attention within documents, positions from 0 in each, no target across their borders."""
     check_case(case)
 
 

@@ -137,6 +137,31 @@ def test_good_data_of_the_same_writer_is_trained_on(jobs: Jobs, tmp_path: Path) 
     assert len(metrics(tmp_path / "run")) == 2
 
 
+def test_windows_are_cut_into_documents_where_documents_have_ends(jobs: Jobs, tmp_path: Path) -> None:
+    data = ("--data.path", make_data(tmp_path / "data", eod_id=7), "--train.steps", 3, "--eval.every", 3)
+    cut = (*data, "--data.attention", "document")
+    layouts = {"one": {}, "two": {"world": 2}, "tp": {"world": 2}}
+    for name, how in layouts.items():
+        tp = 2 if name == "tp" else 1
+        jobs.run("--train.output_dir", tmp_path / name, *cut, "--parallel.tp", tp, "--train.micro_batch_size", 2 * tp, **how)
+    jobs.run("--train.output_dir", tmp_path / "joined", *data)
+    one = metrics(tmp_path / "one")
+    for name in ("two", "tp"):
+        for step, other in zip(metrics(tmp_path / name), one, strict=True):
+            assert (step["loss"], step["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-5)
+        assert metrics(tmp_path / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
+    assert abs(metrics(tmp_path / "joined")[0]["loss"] - one[0]["loss"]) > 1e-4
+    job = jobs.run("--train.output_dir", tmp_path / "one", *data, "--train.steps", 6, expect=2)
+    assert "data.attention" in job.text, "it would be another run"
+
+
+def test_documents_that_have_no_end_are_not_cut(jobs: Jobs, tmp_path: Path) -> None:
+    for path in ("synthetic", make_data(tmp_path / "data")):
+        job = jobs.run("--train.output_dir", tmp_path / "run", "--data.path", path, "--data.attention", "document", world=2, expect=2)
+        assert job.text.count("DataError: data.attention is document") == 1 and "Traceback" not in job.text
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_validation_needs_a_split(jobs: Jobs, tmp_path: Path) -> None:
     run = ("--train.output_dir", tmp_path / "run", "--train.steps", 2)
     data = ("--data.path", make_data(tmp_path / "data", splits=("train",)))

@@ -9,18 +9,26 @@ from megagate.data.shards import ShardWriter, token_dtype
 
 
 def make_data(
-    folder: Path, *, vocab_size: int = 512, tokens: int = 6_000, splits: tuple[SplitName, ...] = ("train", "valid"), seed: int = 0
+    folder: Path,
+    *,
+    vocab_size: int = 512,
+    tokens: int = 6_000,
+    splits: tuple[SplitName, ...] = ("train", "valid"),
+    seed: int = 0,
+    eod_id: int = -1,
 ) -> Path:
-    """A data set of arbitrary ids below `vocab_size`, by the library's own writer."""
+    """A data set of arbitrary ids below `vocab_size`, by the library's own writer. Every tenth or so is `eod_id`, where one is given."""
     folder.mkdir()
     ids = np.random.default_rng(seed).integers(0, vocab_size, tokens)
+    if eod_id >= 0:
+        ids[np.random.default_rng(seed + 1).random(tokens) < 0.1] = eod_id
     entries = []
     for split in splits:
         part = ids if split == "train" else ids[:1_000]
         with ShardWriter(folder / f"{split}-00000", dtype=token_dtype(vocab_size)) as writer:
             writer.add_many(part, lengths=[part.size])
         entries.append(ShardEntry.of(f"{split}-00000", split=split, stats=writer.finish()))
-    identity = TokenizerIdentity(kind="none", file="", sha256="", vocab_size=vocab_size, eod_id=-1, pad_id=-1)
+    identity = TokenizerIdentity(kind="none", file="", sha256="", vocab_size=vocab_size, eod_id=eod_id, pad_id=-1)
     manifest = Manifest(tokenizer=identity, dtype=token_dtype(vocab_size).name, shards=tuple(entries), source={"name": folder.name})
     write_manifest(folder, manifest)
     return folder
