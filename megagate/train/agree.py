@@ -27,10 +27,14 @@ def everywhere(world: Axis, action: Callable[[], T]) -> T:
         problem = error
     except OSError as error:
         problem = RunError(f"{error} (rank {world.rank}); look after that disk, then start the same command again")
-    # A number is enough where all is well, and cheap enough for every step.
-    if maximum(torch.tensor(int(problem is not None)), world):
-        raise next(found for found in gather_objects(problem, world) if found is not None)
-    return value
+    try:
+        # A number is enough where all is well, and cheap enough for every step.
+        if maximum(torch.tensor(int(problem is not None)), world):
+            raise next(found for found in gather_objects(problem, world) if found is not None)
+        return value
+    finally:
+        # An error knows this frame, and this frame the error: such a ring keeps process groups alive until Python ends, which aborts then.
+        problem = None
 
 
 def on_first(world: Axis, action: Callable[[], T]) -> T | None:
