@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from megagate.config.blend_text import parse_blend, parse_valid
 from megagate.config.keys import differences, flatten
 from megagate.config.model import ModelConfig
 from megagate.config.model_rules import divisible, model_rules
@@ -137,6 +138,7 @@ def check(config: RunConfig, *, world_size: int) -> None:
         *_range_rules(values),
         *_size_rules(config.model),
         *model_rules(config.model),
+        *_data_rules(config),
         *_schedule_rules(config),
         *_zero_rules(config),
         *_sharding_rules(config),
@@ -195,6 +197,15 @@ def _schedule_rules(config: RunConfig) -> Iterator[str]:
             f"schedule.decay_steps ({schedule.decay_steps}) must be at most train.steps - schedule.warmup_steps ({room}); "
             "lower schedule.decay_steps"
         )
+
+
+def _data_rules(config: RunConfig) -> Iterator[str]:
+    """What the texts of data sets and their weights violate; whether the data sets are there is seen when they are opened."""
+    for parse, text in ((parse_blend, config.data.path), (parse_valid, config.data.valid)):
+        try:
+            parse(text)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _zero_rules(config: RunConfig) -> Iterator[str]:

@@ -1,37 +1,18 @@
 """`data.path` and `data.valid` to what a run reads: one data set, or a blend, and validation sets by name."""
 
-import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
+from megagate.config.blend_text import parse_blend, parse_valid
 from megagate.config.run import AttentionSpan
-from megagate.data.blend import Blend, Weights
+from megagate.data.blend import Blend
 from megagate.data.dataset import DataSet, open_dataset, prepare
 from megagate.data.hashing import canonical_sha256
 from megagate.data.manifest import TokenizerIdentity
 from megagate.data.split import Split
 from megagate.data.tokenizer import AnyTokenizer
-from megagate.errors import ConfigError, DataError
-
-_CHANGE = "from"
-_NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?", flags=re.ASCII)
-_FORM = 'write WEIGHT FOLDER WEIGHT FOLDER ..., as in "0.7 /data/a 0.3 /data/b", and `from SAMPLE` before weights that begin there'
-
-
-@dataclass(frozen=True)
-class BlendText:
-    """What `data.path` says.
-
-    Args:
-        paths: The data sets, each once, in the order of their first weight.
-        weights: Of these, see `BlendSchedule`.
-    """
-
-    paths: tuple[str, ...]
-    weights: tuple[Weights, ...]
+from megagate.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -79,58 +60,6 @@ class Sources:
             f"{self.name}: {self.train.tokens:,} training and {tokens:,} validation tokens{sets}, vocabulary {self.vocab_size:,},"
             f" fingerprint {self.fingerprint[:12]}"
         )
-
-
-def parse_blend(path: str) -> BlendText:
-    """Reads a `data.path`: a folder (or `embedded`, `synthetic`), or weights and folders as Megatron's `--data-path` takes them.
-
-    `0.7 /data/a 0.3 /data/b from 1000000 0.5 /data/a 0.5 /data/c`: from sample 1,000,000 of the run on /data/b rests and /data/c begins.
-    It is a blend where the first of several words is a number; any other text is one path, spaces included. In a blend, paths with
-    spaces stand in quotes.
-
-    Raises:
-        ConfigError: A blend is not of this form, or names a data set twice under one set of weights.
-    """
-    plain = path.split(maxsplit=1)
-    if len(plain) < 2 or _number(plain[0]) is None:
-        return BlendText((path,), (Weights(0, (Fraction(1),)),))
-    words = _words(path, key="data.path")
-    parts: list[tuple[int, dict[str, Fraction]]] = [(0, {})]
-    index = 0
-    while index < len(words):
-        word, value = words[index], words[index + 1] if index + 1 < len(words) else ""
-        if word == _CHANGE:
-            if not value.isascii() or not value.isdigit() or not parts[-1][1]:
-                raise ConfigError(f"data.path: `{word} {value}` (word {index + 1}) must name a number of samples, after weights; {_FORM}")
-            parts.append((int(value), {}))
-        elif (weight := _number(word)) is None or not value:
-            raise ConfigError(f"data.path: `{f'{word} {value}'.strip()}` (word {index + 1}) is no weight with its folder; {_FORM}")
-        elif value in parts[-1][1]:
-            raise ConfigError(f"data.path: {value} is named twice under one set of weights; name it once, with their sum")
-        else:
-            parts[-1][1][value] = weight
-        index += 2
-    if not parts[-1][1]:
-        raise ConfigError(f"data.path: no weights follow `{_CHANGE} {parts[-1][0]}`; {_FORM}")
-    paths = tuple(dict.fromkeys(name for _, named in parts for name in named))
-    return BlendText(paths, tuple(Weights(first, tuple(named.get(name, Fraction(0)) for name in paths)) for first, named in parts))
-
-
-def parse_valid(text: str) -> dict[str, str]:
-    """Reads a `data.valid`: `NAME=FOLDER NAME=FOLDER ...`, the folder of each validation set by its name.
-
-    Raises:
-        ConfigError: A word is not of this form, or a name comes twice.
-    """
-    found: dict[str, str] = {}
-    for word in _words(text, key="data.valid"):
-        name, equals, path = word.partition("=")
-        if not (name and equals and path) or "/" in name:
-            raise ConfigError(f"data.valid: `{word}` must be NAME=FOLDER, as in wiki=/data/wiki; write it so")
-        if name in found:
-            raise ConfigError(f"data.valid: {name} names two validation sets; give each a name of its own")
-        found[name] = path
-    return found
 
 
 def prepare_sources(path: str, valid: str, *, vocab_size: int, directory: Path) -> None:
@@ -210,14 +139,3 @@ def _require_same_tokenizer(first: DataSet, other: DataSet) -> None:
             f"{first.name} and {other.name} were made by different tokenizers ({listed}); one model has one vocabulary; prepare all data"
             " sets of data.path and data.valid with the same tokenizer"
         )
-
-
-def _number(word: str) -> Fraction | None:
-    return Fraction(word) if _NUMBER.fullmatch(word) else None
-
-
-def _words(text: str, *, key: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"{key}: {text!r} cannot be cut into words ({error}); close the quotes") from None

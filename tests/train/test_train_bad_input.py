@@ -38,6 +38,10 @@ BAD_VALUES = {
     "an unsupported stage": (["--parallel.zero_stage", 0], "parallel.zero_stage (0) must be at least 1 for a mixture of experts"),
     "tp that does not divide heads": (["--parallel.tp", 8], "model.attention.num_heads (4) must be divisible by parallel.tp (8)"),
     "ep that does not divide experts": (["--parallel.ep", 3], "model.moe.num_experts (8) must be divisible by parallel.ep (3)"),
+    "a blend of another form": (["--data.path", "0.5 /a 0.5"], "data.path: `0.5` (word 3) is no weight with its folder"),
+    "a weight that is too small": (["--data.path", "1 /a 0.00001 /b"], "data.path: weight 1e-05 of 1.00001 in all is too small"),
+    "weights from an earlier sample": (["--data.path", "1 /a from 5 1 /b from 4 1 /a"], "weights count from samples [0, 5, 4]"),
+    "a validation set without a name": (["--data.valid", "/a"], "data.valid: `/a` must be NAME=FOLDER"),
     "micro-batch that does not divide": (["--train.micro_batch_size", 3], "train.global_batch_size (8) must be divisible by"),
 }
 BAD_ARGUMENTS = BAD_FILES | {case: (["--config", NANO, *argv], message) for case, (argv, message) in BAD_VALUES.items()}
@@ -57,9 +61,10 @@ def test_bad_arguments(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_all_violations_are_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    many = ["--parallel.tp", 2, "--parallel.ep", 3, "--optim.lr", -1, "--train.seq_len", 33]
+    many = ["--parallel.tp", 2, "--parallel.ep", 3, "--optim.lr", -1, "--train.seq_len", 33, "--data.path", "1 /a 2", "--data.valid", "x"]
     said = refused(["--config", NANO, "--train.output_dir", tmp_path / "run", *many], capsys)
-    keys = ("optim.lr (-1.0)", "train.seq_len (33)", "model.moe.num_experts (8)", "parallel.tp (2) must divide", "the number of ranks (3)")
+    texts = ("optim.lr (-1.0)", "train.seq_len (33)", "data.path: `2`", "data.valid: `x`")
+    keys = (*texts, "model.moe.num_experts (8)", "parallel.tp (2) must divide", "the number of ranks (3)")
     assert all(key in said for key in keys), said
     assert not (tmp_path / "run").exists()
 
