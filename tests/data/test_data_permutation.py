@@ -1,30 +1,76 @@
 """Keyed orders: bijective, the same everywhere, and random enough."""
 
 from collections import Counter
+from math import factorial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagate.data.hashing import mix64, stable_key
-from megagate.data.permutation import MATERIALISED_LIMIT, KeyedPermutation
+from megagate.data.hashing import IntArray, WordArray, mix64, stable_key
+from megagate.data.permutation import MATERIALISED_LIMIT, Feistel, KeyedPermutation
 
 LARGE = MATERIALISED_LIMIT + 1
 
 
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 3_000) | st.integers(LARGE - 3, LARGE + 3) | st.integers(LARGE, 200_000), key=st.integers(0, 2**64 - 1))
-def test_every_thing_comes_once(n: int, key: int) -> None:
-    order = KeyedPermutation(n, key).lookup(np.arange(n))
-    assert np.array_equal(np.bincount(order, minlength=n), np.ones(n))
+def network(n: int, key: int, *, rounds: int = 8) -> Feistel:
+    return Feistel(n, key, rounds=rounds)
+
+
+def is_bijection(order: IntArray | WordArray) -> bool:
+    """Whether each of 0, ..., size - 1 comes once."""
+    seen = np.zeros(order.size, dtype=bool)
+    if order.min() < 0 or order.max() >= order.size:
+        return False
+    seen[order] = True
+    return bool(seen.all())
+
+
+def test_every_small_order_is_a_bijection() -> None:
+    for n in range(1, 2_049):
+        places = np.arange(n)
+        assert all(is_bijection(KeyedPermutation(n, key).lookup(places)) for key in (0, n)), n
+
+
+def test_every_small_network_is_a_bijection() -> None:
+    """As large ones, which never see a table: the network of all a x b, each number of rounds, and cycle walking to each n."""
+    for n in range(1, 1_100):
+        one = network(n, n)
+        assert n <= one.size < n + n**0.5 + 1
+        assert is_bijection(one.encrypt(np.arange(one.size, dtype=np.uint64))), n
+        assert is_bijection(one.lookup(np.arange(n, dtype=np.uint64))), n
+    for rounds in range(1, 12):
+        assert all(is_bijection(network(n, 5, rounds=rounds).lookup(np.arange(n, dtype=np.uint64))) for n in (7, 90, 91, 1_000))
+
+
+@pytest.mark.parametrize("n", [*range(LARGE - 3, LARGE + 4), 10**6 - 1, 10**6, 10**6 + 1, 1_036_231])
+def test_every_thing_comes_once(n: int) -> None:
+    for key in (1, 2**64 - 1) if n < 10**6 else (3,):
+        assert is_bijection(KeyedPermutation(n, key).lookup(np.arange(n)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 3_000) | st.integers(LARGE, 200_000), key=st.integers(0, 2**64 - 1))
+def test_every_thing_comes_once_whatever_the_key(n: int, key: int) -> None:
+    assert is_bijection(KeyedPermutation(n, key).lookup(np.arange(n)))
+
+
+@pytest.mark.parametrize("n", [10**9 + 7, 2_700_000_000, 10**13 - 1, 10**13, 2**62])
+def test_huge_orders_have_no_collision_and_stay_inside(n: int) -> None:
+    block = 250_000
+    starts = (0, n // 3, 2**31 % n, n - block)
+    order = np.sort(np.concatenate([KeyedPermutation(n, 1).lookup(start + np.arange(block)) for start in starts]))
+    assert (np.diff(order) > 0).all(), "the same thing at two positions"
+    assert 0 <= order[0] and order[-1] < n
+    assert order[0] < n / 10_000 and order[-1] > n - n / 10_000, "blocks are spread over all"
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(LARGE, 10**13) | st.integers(2**61, 2**62), start=st.integers(0, 2**64 - 1))
-def test_huge_orders_have_no_collision_and_stay_inside(n: int, start: int) -> None:
+@given(n=st.integers(LARGE, 10**13) | st.integers(2**61, 2**62), start=st.integers(0, 2**64 - 1), key=st.integers(0, 2**64 - 1))
+def test_huge_orders_of_any_size(n: int, start: int, key: int) -> None:
     positions = (start % n + np.arange(4_000)) % n
-    order = KeyedPermutation(n, 1).lookup(positions)
+    order = KeyedPermutation(n, key).lookup(positions)
     assert np.unique(order).size == np.unique(positions).size
     assert 0 <= order.min() and order.max() < n
 
@@ -60,28 +106,59 @@ def test_mixing_is_a_bijection_of_words() -> None:
     assert [hex(word) for word in mix64(increments)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
 
 
-@pytest.mark.parametrize("n", [50_000, 103_623])
+def figures(order: IntArray) -> tuple[list[float], int, int]:
+    """Lag-1 correlation, 64 x 64 cells and runs, each with mean 0 and deviation 1 for a fair shuffle; fixed points, of which it has 1, and
+    neighbours that stay neighbours, 2."""
+    n, places, steps = order.size, np.arange(order.size), np.diff(order)
+    correlation = np.corrcoef(order[:-1], order[1:])[0, 1] * n**0.5
+    cells = np.bincount(places * 64 // n * 64 + order * 64 // n, minlength=64**2)
+    expected = n / 64**2
+    chi2 = (((cells - expected) ** 2 / expected).sum() - 63**2) / (2 * 63**2) ** 0.5
+    runs = np.count_nonzero((steps[1:] > 0) != (steps[:-1] > 0)) + 1
+    runs_z = (runs - (2 * n - 1) / 3) / ((16 * n - 29) / 90) ** 0.5
+    return [correlation, chi2, runs_z], np.count_nonzero(order == places), np.count_nonzero(np.abs(steps) == 1)
+
+
+def looks_random(orders: list[IntArray]) -> dict[str, bool]:
+    """Whether what is said of a fair shuffle holds; over so many keys that chance alone crosses no limit (4 deviations)."""
+    found = [figures(order) for order in orders]
+    rms = np.sqrt(np.mean(np.square([one for one, _, _ in found]), axis=0))
+    fixed, neighbours = (sum(one[index] for one in found) for index in (1, 2))
+    count = len(orders)
+    names = ("correlation", "cells", "runs")
+    held = {name: bool(value < 1 + 4 / (2 * count) ** 0.5) for name, value in zip(names, rms, strict=True)}
+    return held | {"fixed": abs(fixed - count) < 4 * count**0.5, "neighbours": abs(neighbours - 2 * count) < 4 * (2 * count) ** 0.5}
+
+
+@pytest.mark.parametrize("n", [50_000, LARGE, 103_623])
 def test_orders_look_random(n: int) -> None:
-    figures = []
-    for key in range(16):
-        order = KeyedPermutation(n, key).lookup(np.arange(n))
-        correlation = np.corrcoef(order[:-1], order[1:])[0, 1] * n**0.5
-        cells = np.histogram2d(np.arange(n), order, bins=32)[0]
-        expected = n / 32**2
-        chi2 = (((cells - expected) ** 2 / expected).sum() - 31**2) / (2 * 31**2) ** 0.5
-        runs = np.count_nonzero(np.diff(np.sign(np.diff(order)))) + 1
-        runs_z = (runs - (2 * n - 1) / 3) / ((16 * n - 29) / 90) ** 0.5
-        figures.append((correlation, chi2, runs_z))
-        assert np.count_nonzero(order == np.arange(n)) <= 8  # expected 1
-        assert np.count_nonzero(np.abs(np.diff(order)) == 1) <= 12  # expected 2
-    # Each figure has mean 0 and deviation 1 for a fair shuffle; two Feistel rounds give 20 and more.
-    assert (np.sqrt(np.mean(np.square(figures), axis=0)) < 1.6).all()
+    held = looks_random([KeyedPermutation(n, key).lookup(np.arange(n)) for key in range(48)])
+    assert all(held.values()), held
 
 
-def test_all_orders_of_a_few_things_are_equally_likely() -> None:
-    counts = Counter(tuple(KeyedPermutation(4, key).lookup(np.arange(4))) for key in range(4_800))
-    assert len(counts) == 24
-    assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 50  # chi2 of 23 degrees: 49.7 at 0.1 %
+@pytest.mark.parametrize("n", [10**9 + 7, 10**13])
+def test_parts_of_huge_orders_look_random(n: int) -> None:
+    """The ranks of the things in a part of a fair shuffle are a fair shuffle themselves."""
+    parts = [KeyedPermutation(n, key).lookup(key * (n // 60) + np.arange(20_000)) for key in range(48)]
+    held = looks_random([np.argsort(np.argsort(part)) for part in parts])
+    assert all(held.values()), held
+
+
+@pytest.mark.parametrize(("rounds", "failed"), [(2, {"correlation", "cells", "runs", "neighbours"}), (3, {"neighbours"}), (8, set())])
+def test_fewer_rounds_would_be_found(rounds: int, failed: set[str]) -> None:
+    n = 20_011
+    orders = [network(n, key, rounds=rounds).lookup(np.arange(n, dtype=np.uint64)).astype(np.int64) for key in range(160)]
+    held = looks_random(orders)
+    assert {name for name in held if not held[name]} == failed
+
+
+@pytest.mark.parametrize(("things", "keys"), [(2, 4_000), (3, 6_000), (5, 12_000)])
+def test_all_orders_of_a_few_things_are_equally_likely(things: int, keys: int) -> None:
+    counts = Counter(tuple(KeyedPermutation(things, key).lookup(np.arange(things)).tolist()) for key in range(keys))
+    orders = factorial(things)
+    assert len(counts) == orders
+    chi2 = sum((count - keys / orders) ** 2 / (keys / orders) for count in counts.values())
+    assert (chi2 - (orders - 1)) / (2 * (orders - 1)) ** 0.5 < 4
 
 
 def test_positions_outside_are_refused() -> None:
