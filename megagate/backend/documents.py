@@ -25,14 +25,34 @@ class Documents:
 
         Shapes: tokens [b, s].
         """
-        is_first = torch.ones_like(tokens, dtype=torch.bool)
-        is_first[:, 1:] = tokens[:, :-1] == eod_id
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        starts = torch.where(is_first, places, 0).cummax(1).values
+        starts = document_starts(tokens, eod_id=eod_id)
+        is_first = starts == torch.arange(tokens.shape[1], device=tokens.device)
         borders = is_first.flatten().nonzero().squeeze(1)
         return cls(starts, torch.cat([borders, borders.new_tensor([tokens.numel()])]).int())
 
     @property
     def positions(self) -> Tensor:
         """Of each token in its document, counted from 0; [b, s] int64."""
-        return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
+        return _positions(self.starts)
+
+
+def document_starts(tokens: Tensor, *, eod_id: int) -> Tensor:
+    """`Documents.starts` alone, without waiting for the device.
+
+    Shapes: [..., s] -> the same, int64.
+    """
+    is_first = torch.ones_like(tokens, dtype=torch.bool)
+    is_first[..., 1:] = tokens[..., :-1] == eod_id
+    return torch.where(is_first, torch.arange(tokens.shape[-1], device=tokens.device), 0).cummax(-1).values
+
+
+def squared_lengths(tokens: Tensor, *, eod_id: int) -> Tensor:
+    """The sum of the squared lengths of all documents, to which the work of attention within them is proportional; a scalar, int64.
+
+    Shapes: tokens [..., s].
+    """
+    return (2 * _positions(document_starts(tokens, eod_id=eod_id)) + 1).sum()
+
+
+def _positions(starts: Tensor) -> Tensor:
+    return torch.arange(starts.shape[-1], device=starts.device) - starts

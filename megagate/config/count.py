@@ -93,7 +93,8 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     Formula:
         6 N + 6 L s n d, with N the parameters of the matrix products that one token passes through (attention, gate, router,
         its top-k experts, the shared expert or the dense FFN, output projection, also a tied one; not the embedding lookup, not norms),
-        L layers, s tokens per sequence, n query heads of d channels. A product with a weight costs 2 operations per parameter forward
+        L layers, s tokens per sequence (of documents within it: the mean length of the document that a token lies in), n query heads of d
+        channels. A product with a weight costs 2 operations per parameter forward
         and 4 backward. Scores and weighted values cost 4 s n d forward over a whole row, 12 s n d with the backward pass; a
         causal mask needs half of that. Recomputation is not counted, nor the rows that pad the vocabulary, nor projections that switch
         heads compute and do not choose.

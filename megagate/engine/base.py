@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megagate.backend.documents import squared_lengths
 from megagate.checkpoint.reshard import flat_pieces, read_flat
 from megagate.checkpoint.store import Checkpoint, Piece
 from megagate.config.run import RunConfig
@@ -27,6 +28,7 @@ class StepResult(NamedTuple):
     Args:
         loss: Mean cross-entropy over the step's targets, nats.
         targets: Tokens with a target, over all ranks.
+        context: Mean length, over all ranks' tokens, of the text that a token's attention is within: its document, or its whole window.
         grad_norm: Global norm before clipping; inf or nan when a gradient is not finite.
         applied: Whether the parameters were changed.
         aux: The router's losses; None for a dense model.
@@ -34,6 +36,7 @@ class StepResult(NamedTuple):
 
     loss: float
     targets: int
+    context: float
     grad_norm: float
     applied: bool
     aux: AuxLosses | None
@@ -86,7 +89,8 @@ class Engine(ABC):
         Every rank's micro-step loss is CE_sum / T + its share of the auxiliary losses, T the targets of the whole step over all ranks, so
         that the sum over data-parallel ranks and micro-steps is the mean loss of the global batch: no later division by accumulation.
         """
-        targets = max(1, self._count_targets(labels))
+        targets, context = self._measure(tokens, labels)
+        targets = max(1, targets)
         balance = self._balance_loss(tokens)
         ce_sum = torch.zeros((), device=tokens.device)
         last = len(tokens) - 1
@@ -104,7 +108,7 @@ class Engine(ABC):
             aux, counts = balance.close()
             if applied:
                 self.model.follow_counts(counts)
-        return StepResult(loss, targets, grad_norm, applied, aux)
+        return StepResult(loss, targets, context, grad_norm, applied, aux)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -119,6 +123,14 @@ class Engine(ABC):
 
     def _count_targets(self, labels: Tensor) -> int:
         return int(total((labels != IGNORE_INDEX).sum(), self.mesh.dp))
+
+    def _measure(self, tokens: Tensor, labels: Tensor) -> tuple[int, float]:
+        """Targets and `StepResult.context` of a step, by one sum over ranks."""
+        if self.model.eod_id is None:
+            return self._count_targets(labels), float(tokens.shape[-1])
+        own = torch.stack([(labels != IGNORE_INDEX).sum(), squared_lengths(tokens, eod_id=self.model.eod_id)])
+        targets, squares = total(own, self.mesh.dp).tolist()
+        return targets, squares / (tokens.numel() * self.mesh.dp.size)
 
     def _balance_loss(self, tokens: Tensor) -> BalanceLoss | None:
         model = self.config.model

@@ -143,14 +143,22 @@ class Speed:
 
     def __init__(self, config: RunConfig, *, world_size: int, device: torch.device):
         self.step_tokens = config.train.global_batch_size * config.train.seq_len
-        self.tflop_per_device = flops_per_token(config.model, config.train.seq_len) * self.step_tokens / world_size / 1e12
+        self.tokens_per_device = self.step_tokens / world_size
+        self.flops_of_weights = flops_per_token(config.model, 0)
+        self.flops_per_context = flops_per_token(config.model, 1) - self.flops_of_weights
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
         self.device = device
 
-    def fields(self, seconds: float) -> Record:
-        """The speed fields of a record."""
-        tflops = self.tflop_per_device / seconds
+    def fields(self, seconds: float, *, context: float) -> Record:
+        """The speed fields of a record.
+
+        Args:
+            seconds: Of the step.
+            context: See `StepResult`: attention that documents do not need is not counted as work.
+        """
+        of_a_token = self.flops_of_weights + self.flops_per_context * context
+        tflops = of_a_token * self.tokens_per_device / seconds / 1e12
         record = {"step_seconds": seconds, "tokens_per_second": self.step_tokens / seconds, "tflops_per_device": tflops}
         if self.peak is not None:
             record["mfu"] = tflops / self.peak

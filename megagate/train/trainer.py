@@ -128,7 +128,7 @@ class Trainer:
         if not (result.applied and math.isfinite(result.loss)):
             self._not_finite(step, result.loss, result.grad_norm, applied=result.applied)
         tokens = step * self.config.train.global_batch_size * self.config.train.seq_len
-        record = step_fields(step, result, lr=lr, tokens=tokens) | self.speed.fields(seconds)
+        record = step_fields(step, result, lr=lr, tokens=tokens) | self.speed.fields(seconds, context=result.context)
         return replace(position, step=step, val_loss=None), record
 
     def _not_finite(self, step: int, loss: float, grad_norm: float, *, applied: bool) -> None:

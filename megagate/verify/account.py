@@ -79,6 +79,7 @@ def _shape(engine: Engine, tokens: Tensor, *, rows_out: int, rows_in: int) -> St
         rows_out=rows_out,
         rows_in=rows_in,
         norm_over_tp=config.parallel.zero_stage == 0,
+        documents=engine.model.eod_id is not None,
     )
 
 

@@ -33,12 +33,14 @@ class Fault:
         axis: The axis that must have more than one rank for it to matter.
         inject: Puts it into an engine.
         of_experts: It needs a mixture of experts.
+        of_documents: It needs windows that are cut into documents.
     """
 
     text: str
     axis: str
     inject: Callable[[Engine], None]
     of_experts: bool = False
+    of_documents: bool = False
 
 
 def check_fault(name: str, config: RunConfig, *, world_size: int) -> None:
@@ -55,6 +57,8 @@ def check_fault(name: str, config: RunConfig, *, world_size: int) -> None:
         raise ConfigError(f"--fault {name} needs more than one rank on the axis {fault.axis}; choose another layout or fault")
     if fault.of_experts and not config.model.is_moe:
         raise ConfigError(f"--fault {name} needs a mixture of experts, and model.moe.num_experts is 0; choose another fault")
+    if fault.of_documents and config.data.attention != "document":
+        raise ConfigError(f"--fault {name} needs data.attention document, it is {config.data.attention}; set it, or choose another fault")
     if fault.inject is _norm_forgets_experts and _norm_is_by_group(config):
         raise ConfigError(
             f"--fault {name} changes nothing at parallel.zero_stage 3, nor in bf16 with fp32 gradients at stage 1, where DeepSpeed sums "
@@ -126,6 +130,11 @@ def _norm_forgets_experts(engine: Engine) -> None:
 def _gradients_over_dp(engine: Engine) -> None:
     backward = engine._backward
     engine._backward = lambda loss, *, last: backward(loss / engine.mesh.dp.size, last=last)
+
+
+def _borders_missed(engine: Engine) -> None:
+    if engine.mesh.tp.rank == engine.mesh.tp.size - 1:
+        engine.model.eod_id = None
 
 
 def _stale_weights(engine: Engine) -> None:
@@ -215,6 +224,7 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         "in-place-collective": Fault("a collective writes to a tensor that autograd has saved", "tp", _in_place_collective),
         "norm-forgets-experts": Fault("the clip norm counts experts on the first tp rank only", "tp", _norm_forgets_experts, True),
         "gradients-over-dp": Fault("gradients divided by dp once too often", "dp", _gradients_over_dp),
+        "borders-missed": Fault("attention of the last tp rank crosses the borders of documents", "tp", _borders_missed, of_documents=True),
         "stale-weights": Fault("forward passes go on with the first weights of a norm", "world", _stale_weights),
         "hang": Fault("the last rank stops in its first backward pass", "world", _hang),
     }

@@ -30,6 +30,7 @@ class StepShape:
         rows_in: Routed rows that come to this rank's experts from other ranks.
         norm_over_tp: The engine sums the squares of the gradient over tp itself (ZeRO stage 0).
         chunk_tokens: Tokens whose logits exist at the same time.
+        documents: Windows are cut into documents.
     """
 
     world: int
@@ -44,6 +45,7 @@ class StepShape:
     rows_in: int = 0
     norm_over_tp: bool = False
     chunk_tokens: int = CHUNK_TOKENS
+    documents: bool = False
 
     @property
     def tokens(self) -> int:
@@ -99,7 +101,7 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
         counts             all_reduce  M AR(4 L' E) over the world; scope `sequence`: M AR(4 L' b E) over tp
         logged             all_reduce  AR(4 (L' E + 1)) over the world; scope `sequence`: AR(4 L' E) more
     step:
-        targets            all_reduce  AR(8) over dp
+        targets            all_reduce  AR(8) over dp, AR(16) where windows are cut into documents: their squared lengths too
         loss               all_reduce  AR(4) over dp
         norm               all_reduce  AR(4) over tp, at ZeRO stage 0 alone: DeepSpeed's own norm is in `zero_terms`
 
@@ -113,7 +115,7 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
     terms = [*_activations(model, step), *_sums(model, step)]
     if model.is_moe:
         terms += [*_routing(model, step), *_balance(model, step)]
-    terms += [_all_reduce("targets", "dp", [INT64], step), _all_reduce("loss", "dp", [FP32], step)]
+    terms += [_all_reduce("targets", "dp", [INT64 * (1 + step.documents)], step), _all_reduce("loss", "dp", [FP32], step)]
     return [*terms, _all_reduce("norm", "tp", [FP32] * step.norm_over_tp, step)]
 
 

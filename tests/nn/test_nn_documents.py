@@ -10,7 +10,7 @@ from parity.variants import VARIANTS
 from torch import Tensor
 
 from megagate.backend.blockwise import BLOCK, _blocks, causal_attention
-from megagate.backend.documents import Documents
+from megagate.backend.documents import Documents, squared_lengths
 from megagate.backend.native import NativeBackend
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.data.loader import IGNORE_INDEX
@@ -70,6 +70,13 @@ def test_documents_begin_after_each_end():
     assert documents.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
     assert documents.cu_seqlens.tolist() == [0, 3, 5, 6, 7, 12, 18], "the end of a row ends its last document"
     assert documents.cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize("ends", CUTS.values(), ids=list(CUTS))
+def test_squared_lengths_are_those_of_the_documents(ends):
+    tokens = tokens_with(ends, 192)
+    expected = sum((place.stop - place.start) ** 2 for _, place in parts(tokens))
+    assert squared_lengths(tokens, eod_id=EOD) == squared_lengths(tokens.view(2, 1, 192), eod_id=EOD) == expected
 
 
 def test_positions_turn_as_in_a_document_alone():

@@ -209,7 +209,7 @@ def assert_same_training(outcomes: list[Outcome], expected: Outcome, *, to: floa
     first = outcomes[0]
     assert all(one.steps == first.steps and one.val_loss == first.val_loss for one in outcomes), "ranks tell different numbers"
     for number, (step, other) in enumerate(zip(first.steps, expected.steps, strict=True)):
-        assert step.applied and step.targets == other.targets
+        assert step.applied and (step.targets, step.context) == (other.targets, other.context)
         gradients = [piece for one in outcomes for piece in one.gradients[number]]
         _require(worst(gradients, expected.gradients[number]), f"gradient of step {number}", to)
         assert step.loss == pytest.approx(other.loss, rel=to), f"loss of step {number}"

@@ -156,6 +156,11 @@ def test_windows_are_cut_into_documents_where_documents_have_ends(jobs: Jobs, tm
             assert (step["loss"], step["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-5)
         assert metrics(tmp_path / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
     assert abs(metrics(tmp_path / "joined")[0]["loss"] - one[0]["loss"]) > 1e-4
+    work = {name: [step["tflops_per_device"] * step["step_seconds"] for step in metrics(tmp_path / name)] for name in (*layouts, "joined")}
+    assert len(set(work["one"])) == 3, "each step has other documents"
+    for name in ("two", "tp"):
+        assert work[name] == pytest.approx([of_step / 2 for of_step in work["one"]], rel=1e-9)
+    assert all(of_step < whole for of_step, whole in zip(work["one"], work["joined"], strict=True))
     job = jobs.run("--train.output_dir", tmp_path / "one", *data, "--train.steps", 6, expect=2)
     assert "data.attention" in job.text, "it would be another run"
 

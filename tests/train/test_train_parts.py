@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megagate.backend.native import NativeBackend
 from megagate.checkpoint import store
 from megagate.config.cli import parse, to_yaml
+from megagate.config.count import flops_per_token
 from megagate.config.model import GateConfig
 from megagate.config.run import OptimConfig, RunConfig, ScheduleConfig, TrainConfig
 from megagate.engine.base import StepResult
@@ -33,7 +34,7 @@ from megagate.parallel.spawn import RankContext
 from megagate.train.agree import everywhere, on_first
 from megagate.train.folder import RunFolder
 from megagate.train.job import _resolved
-from megagate.train.metrics import MetricsFile
+from megagate.train.metrics import MetricsFile, Speed
 from megagate.train.report import tell_learning
 from megagate.train.saver import Saver
 from megagate.train.schedule import learning_rate
@@ -351,6 +352,20 @@ def test_a_signal_to_one_rank_is_known_to_all() -> None:
     assert ranks.run_ranks(signalled, 2) == [(0, signal.SIGTERM)] * 2
 
 
+# ---- speed
+
+
+def test_work_is_counted_by_the_length_that_attention_needs(nano: RunConfig) -> None:
+    """A step of two ranks in 4 s: whole windows as the count of the model says, documents of half that mean length that much less."""
+    speed, length = Speed(nano, world_size=2, device=torch.device("cpu")), nano.train.seq_len
+    tokens = nano.train.global_batch_size * length
+    for context in (length, length / 2, 10.25):
+        record = speed.fields(4.0, context=context)
+        rest = 6 * nano.model.num_layers * nano.model.attention.num_heads * nano.model.attention.head_dim * (length - context)
+        assert record["tflops_per_device"] * 1e12 * 2 * 4 == pytest.approx((flops_per_token(nano.model, length) - rest) * tokens, rel=1e-12)
+        assert record["tokens_per_second"] == tokens / 4
+
+
 # ---- the loop
 
 
@@ -369,7 +384,7 @@ class Steps:
         self.taken += 1
         if self.taken == self.signal_at:
             signal.raise_signal(signal.SIGTERM)
-        return StepResult(loss=float(tokens[0]), targets=1, grad_norm=1.0, applied=True, aux=None)
+        return StepResult(loss=float(tokens[0]), targets=1, context=8.0, grad_norm=1.0, applied=True, aux=None)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())

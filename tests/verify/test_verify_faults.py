@@ -15,6 +15,7 @@ TP2_EP4, TP1_EP4, TP1_EP2, TP4_EP2, TP2_EP2 = (
     f"--parallel.tp {tp} --parallel.ep {ep}" for tp, ep in ((2, 4), (1, 4), (1, 2), (4, 2), (2, 2))
 )
 DENSE = "--model.moe.num_experts 0 --model.ffn_size 48"
+DOCUMENTS = "--data.attention document"
 AUX = "auxiliary losses"
 ALL = frozenset({"embedding", "norms", "attention", "gate", "router", "experts", "head", AUX})
 
@@ -71,6 +72,9 @@ CASES = {
     ),
     "in place": Case("in-place-collective", TP2_EP4, differ("attention", "layers.1.attention.o.weight"), frozenset({"attention"})),
     "clip norm": Case("norm-forgets-experts", TP2_EP4, (r"gradient norm, step 1: [\d.]+, expected [\d.]+ \(0\.99\d\d x\)",)),
+    "borders": Case(
+        "borders-missed", TP2_EP4, (r"layers\.0\.attention: its output differs by .*",), ALL, "layers.0.attention", DOCUMENTS
+    ),
     "stale": Case("stale-weights", TP2_EP4, (r"weights in use: not its master in layers\.0\.ffn_norm\.weight .*",)),
     "dp": Case("gradients-over-dp", TP1_EP4, factor("0.25", "1/dp", "1/ep", "1/world", of=["all parameters"]), ALL),
     "dp under tp": Case("gradients-over-dp", TP2_EP2, factor("0.50", "1/tp", "1/dp", "1/ep", "1/edp", of=["all parameters"]), ALL),
@@ -86,6 +90,8 @@ OTHERWISE = [
     ("vocabulary", "--parallel.zero_stage 2 --precision.dtype bf16"),
     ("in place", "--parallel.zero_stage 2 --precision.dtype bf16 --train.recompute true"),
     ("clip norm", "--parallel.zero_stage 2"),
+    ("borders", f"{DOCUMENTS} --parallel.zero_stage 3"),
+    ("borders", f"{DOCUMENTS} --precision.dtype bf16 --train.recompute true"),
     ("dp", "--parallel.zero_stage 3 --precision.dtype bf16"),
     ("stale", "--parallel.zero_stage 3"),
 ]
@@ -145,6 +151,11 @@ def test_a_fault_of_experts_needs_experts(name: str) -> None:
     sharded = replace(dense, parallel=replace(dense.parallel, ep=2))  # so that it is not for want of ranks
     with pytest.raises(ConfigError, match=f"--fault {name} needs a mixture of experts"):
         check_fault(name, sharded, world_size=4)
+
+
+def test_a_fault_of_documents_needs_windows_cut_into_them() -> None:
+    with pytest.raises(ConfigError, match="--fault borders-missed needs data.attention document, it is causal; set it"):
+        prepare("nano --parallel.tp 2", 2, fault="borders-missed")
 
 
 def test_an_unknown_fault_lists_the_known_ones() -> None:
