@@ -6,6 +6,7 @@ the length of the run, and nothing is built on one rank for the others.
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -159,15 +160,28 @@ class Blend:
         """sha256 (hex) of all that decides which member gives which sample; that of a single data set is its own."""
         return self.fingerprint_at(None)
 
+    def weights_at(self, samples: int) -> list[dict[str, Any]]:
+        """By which weights the first `samples` samples are drawn, as JSON: from which sample, and each set's name, fingerprint, slots."""
+        return [
+            {
+                "from": first,
+                "sets": [
+                    {"name": self.names[index], "fingerprint": self.members[index].fingerprint, "slots": int(quotas[index])}
+                    for index in np.flatnonzero(quotas)
+                ],
+            }
+            for first, quotas in self.schedule.history(samples)
+        ]
+
     def fingerprint_at(self, samples: int | None) -> str:
         """The fingerprint of the first `samples` samples of a run, which weights that count only from later samples do not change.
 
         A run may therefore go on under new weights, and with new data sets, from where it stands. None: of all samples.
         """
-        parts = []
-        for first, quotas in self.schedule.history(LAST_SAMPLE + 1 if samples is None else samples):
-            there = np.flatnonzero(quotas)
-            parts.append([first, [[self.members[index].fingerprint, int(quotas[index])] for index in there]])
+        parts = [
+            [part["from"], [[one["fingerprint"], one["slots"]] for one in part["sets"]]]
+            for part in self.weights_at(LAST_SAMPLE + 1 if samples is None else samples)
+        ]
         if len(parts) == 1 and len(parts[0][1]) == 1:
             return str(parts[0][1][0][0])
         return canonical_sha256({"blend": BLEND_VERSION, "period": PERIOD, "parts": parts})

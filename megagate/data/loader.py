@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import log
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +99,11 @@ class TrainLoader:
     def fingerprint_at(self, samples: int) -> str:
         """The same of the first `samples` samples; a run may only go on from a counter whose samples have this fingerprint."""
         return self._fingerprint(self._blend.fingerprint_at(samples))
+
+    def order_at(self, samples: int) -> dict[str, Any]:
+        """`fingerprint_at`, and what went into it, as JSON for a checkpoint; `order_differences` tells two of them apart."""
+        what = {"seed": self._seed, "seq_len": self._seq_len, "permutation": PERMUTATION_VERSION}
+        return {"order": self.fingerprint_at(samples), "samples": samples, **what, "weights": self._blend.weights_at(samples)}
 
     def epochs(self, samples: int) -> list[float]:
         """How often each data set has been seen after so many samples of the run."""

@@ -1,6 +1,7 @@
 """One rank's part of a run, from the process group to the closing words."""
 
 import shutil
+import socket
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -70,7 +71,7 @@ class Job:
         try:
             data = self._open_data()
             train, valid = self._loaders(data)
-            saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, order=train.fingerprint_at)
+            saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, order=train.order_at)
             if checkpoint is not None:
                 saver.require_sound(checkpoint)
         except MegagateError:
@@ -117,12 +118,23 @@ class Job:
             if self.env.local_rank == 0:  # one process per machine, so that machines without a shared disk work too
                 prepare_sources(config.data.path, config.data.valid, **place)
 
+        def open_here() -> Sources:
+            try:
+                return open_sources(config.data.path, config.data.valid, **place)
+            except DataError as error:
+                if self.env.world_size == self.env.local_size:
+                    raise
+                raise DataError(f"{error} (on {socket.gethostname()}, rank {self.env.rank})") from None
+
         everywhere(self.mesh.world, prepare_here)
-        data = everywhere(self.mesh.world, lambda: open_sources(config.data.path, config.data.valid, **place))
-        if len(set(gather_objects(data.fingerprint, self.mesh.world))) > 1:
+        data = everywhere(self.mesh.world, open_here)
+        prints = gather_objects(data.fingerprint, self.mesh.world)
+        other = next((rank for rank, found in enumerate(prints) if found != prints[0]), None)
+        if other is not None:
             raise DataError(
-                f"data.path ({config.data.path}) or data.valid holds other tokens on some machines than on others; copy one data set to "
-                "all of them (`embedded` differs between versions of Python)"
+                f"data.path ({config.data.path}) or data.valid holds other tokens on some machines than on others (fingerprint "
+                f"{prints[0][:12]} for rank 0, {prints[other][:12]} for rank {other}); copy one data set to all of them (`embedded` "
+                "differs between versions of Python)"
             )
         logger.info("data: %s", data.describe())
         return data

@@ -9,6 +9,7 @@ from megagate.checkpoint import store
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.keys import to_dict
 from megagate.config.run import RunConfig
+from megagate.data.order import order_differences
 from megagate.engine.base import Engine
 from megagate.errors import CheckpointError, DataError, MegagateError
 from megagate.log import logger
@@ -23,10 +24,10 @@ class Saver:
         root: Folder of the run's checkpoints, on a disk that all ranks share.
         config: The run.
         mesh: Its ranks.
-        order: What identifies so many first samples of the run, in their order.
+        order: What a checkpoint keeps of the order of so many first samples, see `TrainLoader.order_at`.
     """
 
-    def __init__(self, root: Path, *, config: RunConfig, mesh: ParallelMesh, order: Callable[[int], str]):
+    def __init__(self, root: Path, *, config: RunConfig, mesh: ParallelMesh, order: Callable[[int], dict[str, Any]]):
         self.root, self.config, self.world, self.order = root, config, mesh.world, order
         self.micro_step_samples = config.micro_batch(mesh.dp.size) * mesh.dp.size
 
@@ -40,7 +41,7 @@ class Saver:
         metadata = {
             "config": to_dict(self.config),
             "applied_steps": engine.applied_steps,
-            "data": {"order": self.order(samples), "samples": samples},
+            "data": self.order(samples),
             "micro_step_samples": self.micro_step_samples,
             "best_val_loss": best_val_loss,
             "megagate": __version__,
@@ -95,13 +96,14 @@ class Saver:
         everywhere(self.world, lambda: engine.load_state(checkpoint, applied_steps=checkpoint.metadata["applied_steps"]))
 
     def _require_sound(self, checkpoint: Checkpoint) -> None:
-        order, samples = (checkpoint.metadata["data"][name] for name in ("order", "samples"))
-        mine = self.order(samples)
-        if order != mine:
+        there = checkpoint.metadata["data"]
+        samples, here = there["samples"], self.order(there["samples"])
+        if there["order"] != here["order"]:
+            what = "; ".join(order_differences(there, here)) or f"{there['order'][:12]} there, {here['order'][:12]} here"
             raise DataError(
-                f"the checkpoint of step {checkpoint.step} was trained on another data set or sample order ({order[:12]} there, "
-                f"{mine[:12]} here); a resumed run must see the samples it would have seen: use the same data.path (its weights may "
-                "change from a later sample on), train.seed and train.seq_len"
+                f"the checkpoint of step {checkpoint.step} was trained on another data set or sample order ({what}); a resumed run must "
+                "see the samples it would have seen: use the same data.path (its weights may change from a later sample on), train.seed "
+                "and train.seq_len"
             )
         batch = self.config.train.global_batch_size
         if samples != checkpoint.step * batch:

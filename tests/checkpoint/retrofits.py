@@ -56,7 +56,8 @@ def engine_of(config: RunConfig, backend: NativeBackend = BACKEND) -> ReferenceE
 
 
 def save(engine: ReferenceEngine, root: Path, step: int) -> Path:
-    Saver(root, config=engine.config, mesh=ALONE, order=lambda samples: "the order").save(engine, step=step, best_val_loss=1.5)
+    saver = Saver(root, config=engine.config, mesh=ALONE, order=lambda samples: {"order": "the order", "samples": samples})
+    saver.save(engine, step=step, best_val_loss=1.5)
     return root
 
 

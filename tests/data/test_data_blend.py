@@ -1,7 +1,10 @@
 """Blends: Megatron's order, counts near the weights in any window, members that go on counting, weights that change, names of sets."""
 
 import hashlib
+import json
 import random
+import re
+import shutil
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -15,6 +18,7 @@ from megagate.config.blend_text import PERIOD, Weights, quotas_of
 from megagate.data.blend import Blend, BlendSchedule, greedy_order
 from megagate.data.hashing import IntArray
 from megagate.data.loader import TrainLoader
+from megagate.data.order import order_differences
 from megagate.data.sources import Sources, open_sources, prepare_sources
 from megagate.data.synthetic import SyntheticSplit
 from megagate.errors import DataError
@@ -277,6 +281,38 @@ def test_the_fingerprint_knows_data_sets_order_and_weights(places: list[str]) ->
     assert loader(f"1 {a} 1 {b}").fingerprint == loader(f"0.5 {a} 0.5 {b}").fingerprint == loader(f"1 {a} 1 {b} 0 {c}").fingerprint
     assert loader(texts[0]).fingerprint != loader(texts[0], seed=4).fingerprint
     assert sources(a).fingerprint != sources(a, f"x={b}").fingerprint
+
+
+def changes(there: TrainLoader, here: TrainLoader, samples: int = 48) -> list[str]:
+    """By way of a checkpoint's JSON."""
+    return order_differences(json.loads(json.dumps(there.order_at(samples))), here.order_at(samples))
+
+
+def test_what_changed_is_told_by_name(places: list[str], tmp_path: Path) -> None:
+    a, b, c = places
+    both = loader(f"1 {a} 1 {b}")
+    assert changes(both, loader(f"0.5 {a} 0.5 {b} from 48 1 {c}")) == []
+    assert both.order_at(48)["order"] == both.fingerprint_at(48) and both.order_at(48)["samples"] == 48
+    assert changes(both, loader(f"1 {a} 1 {b}", seed=4)) == ["train.seed 3 there, 4 here"]
+    assert changes(both, loader(f"1 {a} 3 {b}")) == [f"weights `0.5 {a} 0.5 {b}` there, `0.25 {a} 0.75 {b}` here"]
+    assert changes(both, loader(f"1 {a} 1 {b} from 9 1 {a}")) == [f"weights `0.5 {a} 0.5 {b}` there, `0.5 {a} 0.5 {b} from 9 1 {a}` here"]
+    assert changes(both, loader(f"1 {b} 1 {a}")) == [f"weights `0.5 {a} 0.5 {b}` there, `0.5 {b} 0.5 {a}` here"]
+    assert changes(both, loader(f"1 {a} 1 {c}")) == [f"{b} only there", f"{c} only here"]
+    assert changes(loader(a), both) == [f"{b} only here"]
+    (tmp_path / "moved").symlink_to(b)
+    assert changes(both, loader(f"1 {a} 1 {tmp_path}/moved")) == [], "the same data set elsewhere"
+
+
+def test_a_data_set_whose_tokens_changed_is_named(places: list[str], make_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    a, b, _ = places
+    before, alone = loader(f"1 {a} 1 {b}"), loader(b)
+    shutil.rmtree(b)
+    make_dataset(train=[[list(range(500, 1_000))]], vocab_size=300_000, name="b")
+    (one,) = changes(before, loader(f"1 {a} 1 {b}"))
+    assert re.fullmatch(rf"{b} holds other tokens, fingerprint [0-9a-f]{{12}} there, [0-9a-f]{{12}} here", one)
+    (one,) = changes(alone, loader(b))
+    assert one.startswith("data.path holds other tokens, fingerprint ")
+    assert order_differences({"order": "a", "samples": 8}, before.order_at(8)) == [], "a checkpoint that says no more than the hash"
 
 
 # ---- what is refused

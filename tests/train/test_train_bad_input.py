@@ -1,6 +1,8 @@
 """Bad input: one clear message, exit code 2, nothing written."""
 
 import os
+import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -134,6 +136,28 @@ def test_bad_data(jobs: Jobs, tmp_path: Path, how: str) -> None:
     job = jobs.run("--train.output_dir", tmp_path / "run", "--data.path", data, world=2, expect=2)
     assert job.text.count("DataError") == 1 and BAD_DATA[how] in job.text, job.text
     assert "Traceback" not in job.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_machines_read_their_own_copies(jobs: Jobs, tmp_path: Path) -> None:
+    """The same relative path on the disks of two machines: equal copies serve as one, others are refused before anything is written."""
+    disks = [tmp_path / name for name in ("first", "second")]
+    for disk in disks:
+        disk.mkdir()
+        make_data(disk / "data")
+    command = ("--data.path", "data", "--data.valid", "own=data", "--train.steps", 2)
+    jobs.run("--train.output_dir", tmp_path / "one", *command, folders=disks[:1])
+    jobs.run("--train.output_dir", tmp_path / "two", *command, "--parallel.ep", 2, world=2, folders=disks)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    shutil.rmtree(disks[1] / "data")
+    make_data(disks[1] / "data", seed=1)
+    job = jobs.run("--train.output_dir", tmp_path / "run", *command, world=2, folders=disks, expect=2)
+    said = r"DataError: data.path \(data\) or data.valid holds other tokens .* \(fingerprint \w{12} for rank 0, \w{12} for rank 1\); copy"
+    assert len(re.findall(said, job.text)) == 1 and "Traceback" not in job.text, job.text
+    shutil.rmtree(disks[1] / "data")
+    job = jobs.run("--train.output_dir", tmp_path / "run", *command, world=2, folders=disks, expect=2)
+    assert len(re.findall(r"DataError: .* no such folder; .* \(on \S+, rank 1\)", job.text)) == 1 and "Traceback" not in job.text, job.text
     assert not (tmp_path / "run").exists()
 
 

@@ -42,7 +42,8 @@ def test_weights_may_change_where_a_run_stands(jobs: Jobs, tmp_path: Path, place
     jobs.run("--train.output_dir", tmp_path / "plain", "--data.path", a, "--train.steps", 4, *saves)
     resume = ("--train.resume", tmp_path / "plain" / "checkpoints" / "step-00000002", "--train.steps", 4)
     early = jobs.run("--train.output_dir", tmp_path / "early", "--data.path", f"1 {a} from 15 1 {a} 1 {b}", *resume, expect=2)
-    assert early.text.count("was trained on another data set or sample order") == 1 and "its weights may change from a later" in early.text
+    assert early.text.count("was trained on another data set or sample order (") == 1 and f"({b} only here); a resumed run" in early.text
+    assert "its weights may change from a later" in early.text
     jobs.run("--train.output_dir", tmp_path / "more", "--data.path", f"1 {a} from 24 1 {a} 1 {b}", *resume)
     plain, more = metrics(tmp_path / "plain"), metrics(tmp_path / "more")
     assert [record["step"] for record in more] == [3, 4]

@@ -310,7 +310,7 @@ def test_a_bug_is_no_error_of_the_users() -> None:
 def failing_save(context: RankContext, root: str, config: RunConfig, what: str, failing: int) -> tuple[str, list[str]]:
     """A save of which a part fails in one rank: what each is told, and what is left on the disk."""
     mesh = ParallelMesh.build(tp=1, ep=1)
-    saver = Saver(Path(root), config=config, mesh=mesh, order=lambda samples: "order")
+    saver = Saver(Path(root), config=config, mesh=mesh, order=lambda samples: {"order": "it", "samples": samples})
     engine = SimpleNamespace(state_pieces=lambda: iter(()), applied_steps=1)
     part = getattr(store, what)
 

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from train_data import make_data
 from train_jobs import Job, Jobs, Record, contents, metrics, numbers, steps_recorded
 
 from megagate.checkpoint.folders import complete_steps, read_pointer
@@ -63,11 +64,14 @@ def test_killed_twice_and_before_the_first_checkpoint(jobs: Jobs, tmp_path: Path
 
 
 def test_resumed_in_another_layout_it_stays_on_the_curve(jobs: Jobs, tmp_path: Path) -> None:
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    jobs.run("--train.output_dir", whole, *LONG, world=2)
-    kill_after(jobs.fork("--train.output_dir", moved, *LONG, world=2), moved, 6)
+    """Over three epochs of the data and a bit, killed in the second."""
+    whole, moved, windows = tmp_path / "whole", tmp_path / "moved", 77
+    command = (*LONG, "--data.path", make_data(tmp_path / "data", tokens=(windows + 1) * 32))
+    jobs.run("--train.output_dir", whole, *command, world=2)
+    kill_after(jobs.fork("--train.output_dir", moved, *command, world=2), moved, 11)
     began = complete_steps(moved / "checkpoints")[-1]
-    jobs.run("--train.output_dir", moved, *LONG, *TP2_EP2, world=2)
+    assert windows < 8 * began < 2 * windows and 3 * windows < 30 * 8, "eight samples a step"
+    jobs.run("--train.output_dir", moved, *command, *TP2_EP2, world=2)
     assert [record["step"] for record in metrics(moved)] == list(range(1, 31))
     assert numbers(metrics(moved))[:began] == numbers(metrics(whole))[:began]
     compare(metrics(moved), metrics(whole))
@@ -176,9 +180,9 @@ def test_one_flipped_byte_is_named(jobs: Jobs, tmp_path: Path, world: int) -> No
 def test_another_order_of_samples_is_refused(jobs: Jobs, tmp_path: Path) -> None:
     jobs.run("--train.output_dir", tmp_path / "old", "--train.steps", 2)
     resume = ("--train.output_dir", tmp_path / "new", "--train.resume", tmp_path / "old" / "checkpoints")
-    for change in (("--train.seed", 7), ("--train.seq_len", 16)):
-        job = jobs.run(*resume, *change, world=2, expect=2)
-        assert job.text.count("trained on another data set or sample order") == 1
+    for key, now, then in (("--train.seed", 7, 1234), ("--train.seq_len", 16, 32)):
+        job = jobs.run(*resume, key, now, world=2, expect=2)
+        assert job.text.count(f"trained on another data set or sample order ({key[2:]} {then} there, {now} here); ") == 1, job.text
         assert not (tmp_path / "new").exists()
     job = jobs.run(*resume, "--train.global_batch_size", 16, expect=2)
     assert job.text.count("has seen 16 samples; with train.global_batch_size 16 it would have seen 32") == 1

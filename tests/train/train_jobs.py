@@ -51,17 +51,22 @@ class Jobs:
         self.folder = folder
         self._started: list[Job] = []
 
-    def fork(self, *argv: object, world: int = 1, config: Path | None = NANO) -> "Job":
-        """Start `main(argv)` on so many ranks; `config` comes before `argv`."""
+    def fork(self, *argv: object, world: int = 1, config: Path | None = NANO, folders: Sequence[Path] = ()) -> "Job":
+        """Start `main(argv)` on so many ranks; `config` comes before `argv`.
+
+        With `folders` each rank is a machine of its own and stands in its own folder, where relative paths lead to other disks.
+        """
         words = [*(["--config", str(config)] if config else []), *map(str, argv)]
         output, port = self._output(), free_port()
-        job = Job(output, forked=[_fork(words, rank, world, port=port, folder=self.folder, output=output) for rank in range(world)])
+        places = folders or [self.folder] * world
+        start = {"machines": bool(folders), "port": port, "output": output}
+        job = Job(output, forked=[_fork(words, rank, world, folder=place, **start) for rank, place in enumerate(places)])
         self._started.append(job)
         return job
 
-    def run(self, *argv: object, world: int = 1, config: Path | None = NANO, expect: int = 0) -> "Job":
+    def run(self, *argv: object, world: int = 1, expect: int = 0, **how: Any) -> "Job":
         """As `fork`, but wait; all ranks must leave with the code `expect`."""
-        job = self.fork(*argv, world=world, config=config)
+        job = self.fork(*argv, world=world, **how)
         assert job.wait() == [expect] * world, job.text
         return job
 
@@ -171,9 +176,10 @@ class Job:
             process.join(10)
 
 
-def _fork(argv: list[str], rank: int, world_size: int, *, port: int, folder: Path, output: Path) -> BaseProcess:
+def _fork(argv: list[str], rank: int, world_size: int, *, port: int, folder: Path, output: Path, machines: bool) -> BaseProcess:
     ranks.start()
-    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size)}
+    local_rank, local_size = (0, 1) if machines else (rank, world_size)
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(local_size)}
     if world_size > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process = get_context("forkserver").Process(target=_rank, args=(argv, ENVIRONMENT | environment, folder, output), daemon=True)

@@ -38,6 +38,8 @@ WELL = {
     "tp1 ep4, balance per sequence": (4, f"{TP1_EP4} --model.moe.balance_scope sequence"),
     "dense tp2 stage 0": (4, f"{TP2} {DENSE} --parallel.zero_stage 0"),
     "one rank": (1, ""),
+    "documents": (4, f"{TP2_EP4} --data.attention document --parallel.zero_stage 3"),
+    "documents, dense, recompute": (2, f"{DENSE} --data.attention document --train.recompute true"),
     "bf16 zero1": (4, f"{TP2_EP4} --precision.dtype bf16"),
     "bf16 zero2": (2, f"{TP2} --precision.dtype bf16 --precision.grad_dtype model --parallel.zero_stage 2"),
     "bf16 zero3": (4, f"{TP1_EP4} --precision.dtype bf16 --parallel.zero_stage 3"),
