@@ -73,6 +73,7 @@ def test_nothing_is_found_where_nothing_is_wrong(world: int, words: str) -> None
     found = diagnose(f"nano {words}", world)
     assert found.causes == [] and wrong(found) == [], render(prepare(f"nano {words}", world), found)
     assert not any(row.factor for row in (*found.gradients, *found.outputs))
+    assert all(row.bytes == row.minimum for row in found.sent if row.sender == "model"), render(prepare(f"nano {words}", world), found)
 
 
 # ---- the numbers
