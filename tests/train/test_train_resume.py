@@ -64,13 +64,16 @@ def test_killed_twice_and_before_the_first_checkpoint(jobs: Jobs, tmp_path: Path
 
 
 def test_resumed_in_another_layout_it_stays_on_the_curve(jobs: Jobs, tmp_path: Path) -> None:
-    """Over three epochs of the data and a bit, killed in the second."""
-    whole, moved, windows = tmp_path / "whole", tmp_path / "moved", 77
-    command = (*LONG, "--data.path", make_data(tmp_path / "data", tokens=(windows + 1) * 32))
-    jobs.run("--train.output_dir", whole, *command, world=2)
+    """On a blend whose weights change at step 15, over three epochs of its first data set and four of its second, killed in the second."""
+    whole, moved, windows = tmp_path / "whole", tmp_path / "moved", 50
+    # With these seeds no token's router is so near a tie that rounding sends it elsewhere, which alone is more than 1e-5.
+    a, b = (make_data(tmp_path / name, tokens=(many + 1) * 32, seed=5 + many) for name, many in (("a", windows), ("b", 20)))
+    command = (*LONG, "--data.path", f"0.8 {a} 0.2 {b} from 120 0.5 {a} 0.5 {b}")
+    job = jobs.run("--train.output_dir", whole, *command, world=2)
+    assert f"blend: 30 steps read {a} 3.12 times, {b} 4.20 times" in job.text
     kill_after(jobs.fork("--train.output_dir", moved, *command, world=2), moved, 11)
     began = complete_steps(moved / "checkpoints")[-1]
-    assert windows < 8 * began < 2 * windows and 3 * windows < 30 * 8, "eight samples a step"
+    assert windows < 0.8 * 8 * began < 2 * windows, "eight samples a step"
     jobs.run("--train.output_dir", moved, *command, *TP2_EP2, world=2)
     assert [record["step"] for record in metrics(moved)] == list(range(1, 31))
     assert numbers(metrics(moved))[:began] == numbers(metrics(whole))[:began]
