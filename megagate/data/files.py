@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,9 @@ from types import TracebackType
 from megagate.errors import DataError
 
 _READ_BLOCK = 1 << 22  # bytes
+_ENDS = 1 << 16  # bytes hashed at both ends of a file
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems without hard links
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -50,13 +52,25 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes, in constant memory."""
+def file_sha256(path: Path, *, report: Callable[[int], None] | None = None) -> str:
+    """sha256 (hex) of a file's bytes, in constant memory; `report` is told how many were read since it was last called."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(_READ_BLOCK):
             digest.update(block)
+            if report is not None:
+                report(len(block))
     return digest.hexdigest()
+
+
+def ends_sha256(path: Path) -> tuple[int, str]:
+    """(size in bytes, sha256 (hex) of the size and of both ends): tells files apart without reading them whole."""
+    with open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.sha256(f"{size}:".encode() + stream.read(_ENDS))
+        stream.seek(max(0, size - _ENDS))
+        digest.update(stream.read(_ENDS))
+    return size, digest.hexdigest()
 
 
 class AtomicFile:
@@ -97,6 +111,21 @@ class AtomicFile:
         self.sync()
         os.replace(self._temporary, self.path)
         sync_folder(self.path.parent)
+
+    def publish_first(self) -> None:
+        """Gives the file its name unless there is one of that name: of several writers at once exactly one has its way."""
+        self.sync()
+        try:
+            os.link(self._temporary, self.path)
+        except FileExistsError:
+            self.discard()
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self.publish()  # nothing tells first and second apart on such a file system
+        else:
+            self.discard()
+            sync_folder(self.path.parent)
 
     def discard(self) -> None:
         """Removes what was written; does nothing after `publish`."""

@@ -13,18 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megagate.data.files import AtomicFile, clean_errors
+from megagate.data.claim import PLAN_NAME, claim_folder
+from megagate.data.files import clean_errors, ends_sha256
 from megagate.data.hashing import canonical_sha256
-from megagate.data.manifest import MANIFEST_NAME, SPLITS, SplitName, TokenizerIdentity
+from megagate.data.manifest import SPLITS, SplitName, TokenizerIdentity
 from megagate.data.preprocess.readers import BY_BYTES, Kind, Part, kind_of, open_dataset_source, open_parquet, suffixes
 from megagate.errors import DataError
 
-PLAN_NAME = "plan.json"
 PLAN_VERSION = 1  # raise it when the same plan would give other tokens
 DATASETS_PREFIX = "datasets:"
 _SMALLEST_UNIT, _LARGEST_UNIT, _UNITS = 4 << 20, 256 << 20, 256
 _ROWS_PER_UNIT = 50_000  # of a saved data set
-_ENDS = 1 << 16  # bytes hashed at both ends of a file
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -159,26 +158,7 @@ def publish_plan(folder: Path, plan: Plan) -> None:
     Raises:
         DataError: The folder holds work of another plan.
     """
-    path = folder / PLAN_NAME
-    body = plan.body()
-    with clean_errors("write", path):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if (folder / MANIFEST_NAME).exists():
-                raise DataError(f"{folder} holds a data set that was not made by this plan; choose another --output")
-            with AtomicFile(path) as file:
-                file.write(json.dumps(body).encode() + b"\n")
-        raw = path.read_bytes()
-    try:
-        stored = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: not JSON ({error}); remove the folder and begin again") from error
-    if stored != body:
-        different = _difference(stored, body)
-        raise DataError(
-            f"{folder} holds the work of another plan: {different}; one folder is for one plan; choose another --output, or the same inputs"
-            " and settings as before"
-        )
+    claim_folder(folder, plan.body(), difference=_difference)
 
 
 def parse_range(text: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -210,14 +190,16 @@ _SLURM = (("ID", ""), ("MIN", "0"), ("STEP", "1"))
 
 def _difference(stored: Any, body: dict[str, Any]) -> str:
     if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
-        return f"{PLAN_NAME} has no settings"
+        return f"{PLAN_NAME} is not one of preprocessing"
     for key, value in body["settings"].items():
         if stored["settings"].get(key) != value:
             return f"{key} was {stored['settings'].get(key)!r}, and is {value!r} now"
     if stored.get("sources") != body["sources"]:
-        before = {json.dumps(source, sort_keys=True) for source in stored.get("sources", ())}
+        sources = stored.get("sources")
+        listed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+        before = {json.dumps(source, sort_keys=True) for source in listed}
         now = {json.dumps(source, sort_keys=True) for source in body["sources"]}
-        names = sorted({json.loads(source)["name"] for source in before ^ now})
+        names = sorted({str(json.loads(source).get("name")) for source in before ^ now})
         return f"{len(names)} inputs were added, removed or changed, the first is {names[0]}" if names else "the inputs' order"
     return "the units or the version of the plan differ"
 
@@ -251,12 +233,9 @@ def _source(name: str, path: str, config: str, kind: Kind) -> Source:
         data = open_dataset_source(path, config, saved=kind == "saved")
         known = getattr(data, "_fingerprint", "") if kind == "saved" else f"{data.num_shards} shards"
         return Source(name=name, kind=kind, bytes=0, identity=str(known))
-    with clean_errors("read", Path(path)), open(path, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        digest = hashlib.sha256(f"{size}:".encode() + stream.read(_ENDS))
-        stream.seek(max(0, size - _ENDS))
-        digest.update(stream.read(_ENDS))
-    return Source(name=name, kind=kind, bytes=size, identity=digest.hexdigest())
+    with clean_errors("read", Path(path)):
+        size, identity = ends_sha256(Path(path))
+    return Source(name=name, kind=kind, bytes=size, identity=identity)
 
 
 def _cut(number: int, source: Source, path: str, config: str, size: int) -> list[Unit]:
