@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
+from megagate.data.concatenate import append_documents, small_runs
 from megagate.data.files import clean_errors, file_sha256
 from megagate.data.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, SplitName, open_shards, read_manifest, write_manifest
 from megagate.data.preprocess.plan import Plan
@@ -15,7 +14,6 @@ from megagate.data.tokenizer import AnyTokenizer
 from megagate.errors import DataError
 
 FULL_SHARD = 1 << 22  # tokens; windows never cross shards, so that many small ones would lose many tokens
-_MERGE_BLOCK = 1 << 16  # documents
 
 
 def place_tokenizer(folder: Path, tokenizer: AnyTokenizer) -> None:
@@ -108,23 +106,18 @@ def _records(folder: Path, plan: Plan) -> list[UnitRecord]:
 
 
 def _shards_of(folder: Path, plan: Plan, records: list[UnitRecord], split: SplitName) -> Iterator[ShardEntry]:
-    group: list[tuple[int, ShardStats]] = []
     number = 0
     parts = [(record.unit, stats) for record in records for stats in [record.stats(split)] if stats is not None]
-    for index, (unit, stats) in enumerate(parts):
-        _check_part(part_prefix(folder, unit, split), stats)
-        group.append((unit, stats))
-        # A full part that follows begins a group of its own, so that it is never copied.
-        full_next = index + 1 < len(parts) and parts[index + 1][1].tokens >= FULL_SHARD
-        if index + 1 < len(parts) and not full_next and sum(one.tokens for _, one in group) < FULL_SHARD:
-            continue
-        if len(group) == 1:
+    for run in small_runs([stats.tokens for _, stats in parts], FULL_SHARD):
+        for unit, stats in parts[run.start : run.stop]:
+            _check_part(part_prefix(folder, unit, split), stats)
+        if len(run) == 1:
+            unit, stats = parts[run.start]
             yield ShardEntry.of(f"{UNITS_FOLDER}/{part_prefix(folder, unit, split).name}", split=split, stats=stats)
         else:
             name = f"{split}-{number:05d}"
-            yield ShardEntry.of(name, split=split, stats=_merge(folder, [one for one, _ in group], split, name, plan))
+            yield ShardEntry.of(name, split=split, stats=_merge(folder, [parts[index][0] for index in run], split, name, plan))
             number += 1
-        group = []
 
 
 def _check_part(prefix: Path, stats: ShardStats) -> None:
@@ -137,15 +130,12 @@ def _check_part(prefix: Path, stats: ShardStats) -> None:
 
 
 def _merge(folder: Path, units: list[int], split: SplitName, name: str, plan: Plan) -> ShardStats:
-    with ShardWriter(folder / name, dtype=token_dtype(plan.settings.tokenizer.vocab_size)) as writer:
+    vocab_size = plan.settings.tokenizer.vocab_size
+    with ShardWriter(folder / name, dtype=token_dtype(vocab_size)) as writer:
         for unit in units:
             shard = Shard(part_prefix(folder, unit, split))
-            begin = 0
-            for first in range(0, shard.documents, _MERGE_BLOCK):
-                lengths = shard.lengths[first : first + _MERGE_BLOCK]
-                end = begin + int(np.sum(lengths, dtype=np.int64))
-                writer.add_many(shard.stream[begin:end], lengths=lengths)
-                begin = end
+            shard.check_index()
+            append_documents(writer, shard, 0, shard.documents, vocab_size=vocab_size)
     return writer.finish()
 
 
