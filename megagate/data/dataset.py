@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megagate.data.embedded import embedded_folder, prepare_embedded
 from megagate.data.manifest import SplitName, TokenizerIdentity, check_vocabulary, open_shards, read_manifest
+from megagate.data.shards import find_prefix
 from megagate.data.split import ShardSplit, Split
 from megagate.data.synthetic import SyntheticSplit
 from megagate.data.tokenizer import AnyTokenizer, load_tokenizer
@@ -75,6 +76,11 @@ def open_dataset(path: str, *, vocab_size: int, directory: Path) -> DataSet:
             raise DataError(f"data.path embedded is not prepared: {folder} does not exist; one process per machine must prepare it first")
         return _open_folder(folder, name=EMBEDDED, vocab_size=vocab_size)
     if not Path(path).is_dir():
+        if (prefix := find_prefix(path)) is not None:
+            raise DataError(
+                f"data.path is {path!r}, a shard without a manifest, which would say who made its ids; make a data set of it with"
+                f" tools/merge_data.py --input {prefix} --tokenizer NAME --output FOLDER, and give that folder (nothing is copied)"
+            )
         raise DataError(
             f"data.path is {path!r}, and there is no such folder; it must be {EMBEDDED}, {SYNTHETIC}, or a folder with a prepared data set;"
             " check the path"

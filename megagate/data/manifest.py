@@ -1,7 +1,7 @@
 """`dataset.json`: what a folder of shards holds, who made the ids, and one fingerprint for all of it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -39,6 +39,11 @@ class TokenizerIdentity:
     vocab_size: int
     eod_id: int
     pad_id: int
+
+    def difference(self, other: "TokenizerIdentity") -> str:
+        """In which values, but for the file's name, another tokenizer differs; empty for the same one."""
+        names = [field.name for field in fields(self) if field.name != "file" and getattr(self, field.name) != getattr(other, field.name)]
+        return ", ".join(f"{name} {str(getattr(self, name))[:12]!r} and {str(getattr(other, name))[:12]!r}" for name in names)
 
 
 @dataclass(frozen=True)
@@ -160,8 +165,12 @@ def open_shards(folder: Path, manifest: Manifest, *, split: SplitName) -> tuple[
     return tuple(_open_shard(folder, manifest, entry) for entry in manifest.of_split(split))
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, *, report: Callable[[int], None] | None = None) -> Manifest:
     """Reads every byte of a data set and compares it with the manifest.
+
+    Args:
+        folder: Of the data set.
+        report: Told the bytes read since it was last called.
 
     Raises:
         DataError: At the first file that differs.
@@ -170,10 +179,10 @@ def verify(folder: Path) -> Manifest:
     for entry in manifest.shards:
         _open_shard(folder, manifest, entry).check_index()
         prefix = folder / entry.prefix
-        _check_sha256(bin_path(prefix), entry.bin_sha256)
-        _check_sha256(idx_path(prefix), entry.idx_sha256)
+        _check_sha256(bin_path(prefix), entry.bin_sha256, report)
+        _check_sha256(idx_path(prefix), entry.idx_sha256, report)
     if manifest.tokenizer.file:
-        _check_sha256(folder / manifest.tokenizer.file, manifest.tokenizer.sha256)
+        _check_sha256(folder / manifest.tokenizer.file, manifest.tokenizer.sha256, report)
     return manifest
 
 
@@ -194,9 +203,9 @@ def _open_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> Shard:
     return shard
 
 
-def _check_sha256(path: Path, expected: str) -> None:
+def _check_sha256(path: Path, expected: str, report: Callable[[int], None] | None) -> None:
     with clean_errors("read", path):
-        found = file_sha256(path)
+        found = file_sha256(path, report=report)
     if found != expected:
         raise DataError(f"{path} is damaged: its sha256 is {found}, and {MANIFEST_NAME} says {expected}; {_AGAIN}")
 
@@ -209,6 +218,17 @@ def _take(value: dict[str, Any], key: str, *, kind: type | tuple[type, ...], whe
         names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{where} is damaged: {key} is {what}; it must be of type {names}; {_AGAIN}")
     return found
+
+
+def check_entry(value: dict[str, Any], where: str) -> ShardEntry:
+    """The entry of a shard from JSON values.
+
+    Raises:
+        DataError: A value is missing or of a wrong type.
+    """
+    entry = _record(ShardEntry, value, where)
+    assert isinstance(entry, ShardEntry)
+    return entry
 
 
 def _record(kind: type, value: dict[str, Any], where: str) -> Any:

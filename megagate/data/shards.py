@@ -47,6 +47,15 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
+def find_prefix(name: str) -> Path | None:
+    """The prefix of the shard that a path names, with or without `.bin` or `.idx`; None where neither file exists."""
+    path = Path(name)
+    for prefix in [path] if path.suffix not in (".bin", ".idx") else [path, path.with_name(path.name[:-4])]:
+        if prefix.name and (bin_path(prefix).is_file() or idx_path(prefix).is_file()):
+            return prefix
+    return None
+
+
 @dataclass(frozen=True)
 class ShardStats:
     """What a writer knows about a finished shard: counts, the largest id (-1 if it has no tokens), bytes and sha256 (hex) of both files."""

@@ -1,7 +1,7 @@
 """`data.path` and `data.valid` to what a run reads: one data set, or a blend, and validation sets by name."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megagate.config.blend_text import parse_blend, parse_valid
@@ -131,10 +131,7 @@ def _own_names(paths: tuple[str, ...], members: list[DataSet]) -> dict[str, Data
 
 
 def _require_same_tokenizer(first: DataSet, other: DataSet) -> None:
-    a, b = (replace(data.identity, file="") for data in (first, other))
-    if a != b:
-        differing = [field for field in asdict(a) if field != "file" and getattr(a, field) != getattr(b, field)]
-        listed = ", ".join(f"{field} {str(getattr(a, field))[:12]!r} and {str(getattr(b, field))[:12]!r}" for field in differing)
+    if listed := first.identity.difference(other.identity):
         raise DataError(
             f"{first.name} and {other.name} were made by different tokenizers ({listed}); one model has one vocabulary; prepare all data"
             " sets of data.path and data.valid with the same tokenizer"
