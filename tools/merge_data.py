@@ -85,9 +85,10 @@ def _split(text: str) -> tuple[float, ...]:
     from megagate.errors import DataError
 
     try:
-        return tuple(float(weight) for weight in text.split(","))
+        weights = tuple(float(weight) for weight in text.split(","))
     except ValueError as error:
         raise DataError(f"--split is {text!r}; it must be three weights, as 949,50,1") from error
+    return weights + (0.0,) * (3 - len(weights))  # as Megatron fills it up
 
 
 if __name__ == "__main__":
