@@ -57,38 +57,6 @@ def test_an_empty_shard_can_be_read(tmp_path: Path) -> None:
     shard.check_index()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_megatron_reads_ours_and_we_read_theirs(tmp_path: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-
-    for vocab_size in (65_499, 65_500):
-        ours, theirs = tmp_path / f"ours{vocab_size}", tmp_path / f"theirs{vocab_size}"
-        write(ours, DOCUMENTS, vocab_size=vocab_size)
-        read = IndexedDataset(str(ours))
-        assert read.index.dtype == token_dtype(vocab_size).type
-        assert [read[i].tolist() for i in range(len(read))] == DOCUMENTS
-        assert read.document_indices.tolist() == [0, 1, 2, 3, 4, 5]
-
-        import torch
-
-        builder = IndexedDatasetBuilder(str(bin_path(theirs)), dtype=token_dtype(vocab_size).type)
-        for document in DOCUMENTS:
-            builder.add_document(torch.tensor(document), [len(document)])
-        # Ours never has documents of several sequences; theirs may.
-        builder.add_document(torch.tensor([1, 2, 3, 4, 5]), [2, 3])
-        builder.finalize(str(idx_path(theirs)))
-        shard = Shard(theirs)
-        assert [shard.document(i).tolist() for i in range(shard.documents)] == [*DOCUMENTS, [1, 2, 3, 4, 5]]
-        shard.check_index()
-        write(tmp_path / "same", DOCUMENTS, vocab_size=vocab_size)
-        builder = IndexedDatasetBuilder(str(tmp_path / "plain.bin"), dtype=token_dtype(vocab_size).type)
-        for document in DOCUMENTS:
-            builder.add_document(torch.tensor(document), [len(document)])
-        builder.finalize(str(tmp_path / "plain.idx"))
-        for suffix in (".bin", ".idx"):
-            assert (tmp_path / f"plain{suffix}").read_bytes() == (tmp_path / f"same{suffix}").read_bytes()
-
-
 @pytest.mark.parametrize("path", [bin_path, idx_path])
 def test_a_truncated_file_is_refused_by_name_and_size(tmp_path: Path, path: object) -> None:
     write(tmp_path / "a", DOCUMENTS)
