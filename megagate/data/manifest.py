@@ -1,6 +1,7 @@
 """`dataset.json`: what a folder of shards holds, who made the ids, and one fingerprint for all of it."""
 
 import json
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,8 @@ FORMAT_VERSION = 1
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 _AGAIN = "prepare the data set again"
+_LARGEST = 2**63 - 1
+_TYPES = {int: "int (64 bits)", str: "str", list: "list", dict: "dict"}
 
 
 @dataclass(frozen=True)
@@ -212,10 +215,10 @@ def _check_sha256(path: Path, expected: str, report: Callable[[int], None] | Non
 
 def _take(value: dict[str, Any], key: str, *, kind: type | tuple[type, ...], where: Path | str) -> Any:
     found = value.get(key)
-    # bool is a kind of int to Python, and not to JSON.
-    if not isinstance(found, kind) or isinstance(found, bool):
-        what = "missing" if key not in value else f"{found!r}"
-        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+    # bool is a kind of int to Python, and not to JSON; sums and products of huge ones could not even be told.
+    if not isinstance(found, kind) or isinstance(found, bool) or (isinstance(found, int) and abs(found) > _LARGEST):
+        what = "missing" if key not in value else reprlib.repr(found)
+        names = " or ".join(_TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{where} is damaged: {key} is {what}; it must be of type {names}; {_AGAIN}")
     return found
 
@@ -240,7 +243,7 @@ def _parse(value: dict[str, Any], path: Path) -> Manifest:
     entries = []
     for index, entry in enumerate(shards):
         if not isinstance(entry, dict):
-            raise DataError(f"{path} is damaged: shards[{index}] is {entry!r}; it must be an object; {_AGAIN}")
+            raise DataError(f"{path} is damaged: shards[{index}] is {reprlib.repr(entry)}; it must be an object; {_AGAIN}")
         entries.append(_record(ShardEntry, entry, f"{path} (shards[{index}])"))
     source = _take(value, "source", kind=dict, where=path)
     for key in source:
@@ -260,9 +263,14 @@ def _check_content(manifest: Manifest, path: Path) -> None:
         raise DataError(f"{path}: dtype is {manifest.dtype!r}; it must be uint16 or int32; {_AGAIN}")
     if not 0 < tokenizer.vocab_size <= int(np.iinfo(manifest.dtype).max) + 1:
         raise DataError(f"{path}: a vocabulary of {tokenizer.vocab_size} does not fit {manifest.dtype}; {_AGAIN}")
+    for name, index in (("eod_id", tokenizer.eod_id), ("pad_id", tokenizer.pad_id)):
+        if not -1 <= index < tokenizer.vocab_size:
+            raise DataError(f"{path}: {name} is {index}; it must be -1 (none) or an id below {tokenizer.vocab_size}; {_AGAIN}")
     if tokenizer.eod_id >= 0 and tokenizer.eod_id == tokenizer.pad_id:
         raise DataError(f"{path}: eod_id and pad_id are both {tokenizer.eod_id}; they must differ, or no end would be learned; {_AGAIN}")
-    for name in [tokenizer.file, *(entry.prefix for entry in manifest.shards)]:
+    for name in [tokenizer.file or "none", *(entry.prefix for entry in manifest.shards)]:
+        if not PurePosixPath(name).name or "\0" in name or not name.isascii() and name != name.encode(errors="replace").decode():
+            raise DataError(f"{path}: {name!r} cannot be the name of a file; {_AGAIN}")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DataError(f"{path}: {name!r} lies outside of the data set; names must be relative to {MANIFEST_NAME}; {_AGAIN}")
     for entry in manifest.shards:

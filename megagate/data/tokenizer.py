@@ -145,7 +145,10 @@ def load_tokenizer(folder: Path, identity: TokenizerIdentity) -> AnyTokenizer | 
     if identity.kind == "none":
         return None
     if identity.kind == BYTES:
-        return ByteTokenizer()
+        own = ByteTokenizer()
+        if listed := identity.difference(own.identity()):
+            raise DataError(f"{folder}: the tokenizer {BYTES} is not the one that is built in ({listed}); prepare the set again")
+        return own
     if identity.kind != "tokenizers":
         raise DataError(f"{folder}: tokenizer kind is {identity.kind!r}; it must be tokenizers, {BYTES} or none; prepare the set again")
     path = folder / identity.file
