@@ -1,5 +1,6 @@
 """`data.path` to a data set: `synthetic`, `embedded`, or a folder with a manifest."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def open_dataset(path: str, *, vocab_size: int, directory: Path) -> DataSet:
         if not folder.exists():
             raise DataError(f"data.path embedded is not prepared: {folder} does not exist; one process per machine must prepare it first")
         return _open_folder(folder, name=EMBEDDED, vocab_size=vocab_size)
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):  # unlike Path's own, takes any text
         if (prefix := find_prefix(path)) is not None:
             raise DataError(
                 f"data.path is {path!r}, a shard without a manifest, which would say who made its ids; make a data set of it with"

@@ -1,5 +1,6 @@
 """Looking at what was tokenized: counts, lengths of documents, documents as text; of data sets and of bare Megatron shards."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def open_input(name: str, *, tokenizer: AnyTokenizer | None = None) -> Opened:
         DataError: It does not exist or is damaged.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if not (folder / MANIFEST_NAME).is_file():
             bare = sorted(path.stem for path in folder.glob("*.idx"))
             raise DataError(
@@ -87,7 +88,7 @@ def open_input(name: str, *, tokenizer: AnyTokenizer | None = None) -> Opened:
 
 def named_tokenizer(name: str, *, eod: str | None = None) -> AnyTokenizer | None:
     """A tokenizer by its name, see `find_tokenizer`, or that of a prepared data set by its folder."""
-    if (Path(name) / MANIFEST_NAME).is_file():
+    if os.path.isfile(Path(name) / MANIFEST_NAME):
         return load_tokenizer(Path(name), read_manifest(Path(name)).tokenizer)
     return find_tokenizer(name, eod=eod)
 

@@ -7,6 +7,7 @@ borders int64[D] in sequences, beginning with 0. Here each document is one seque
 Source: `megatron/core/datasets/indexed_dataset.py` of megatron-core 0.16.1.
 """
 
+import os
 import struct
 from array import array
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ def find_prefix(name: str) -> Path | None:
     """The prefix of the shard that a path names, with or without `.bin` or `.idx`; None where neither file exists."""
     path = Path(name)
     for prefix in [path] if path.suffix not in (".bin", ".idx") else [path, path.with_name(path.name[:-4])]:
-        if prefix.name and (bin_path(prefix).is_file() or idx_path(prefix).is_file()):
+        if prefix.name and (os.path.isfile(bin_path(prefix)) or os.path.isfile(idx_path(prefix))):  # unlike Path's own, takes any text
             return prefix
     return None
 

@@ -5,6 +5,7 @@ neighbours, or where its type differs. A data set's splits are kept; a bare pref
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -143,7 +144,7 @@ def named_maker(name: str | None, *, eod: str | None = None, vocab_size: int = 0
         return Maker(f"--vocab-size {vocab_size}", identity)
     if vocab_size or eod_id != -1:
         raise DataError("--tokenizer knows its vocabulary and its end of document; leave out --vocab-size and --eod-id")
-    if (Path(name) / MANIFEST_NAME).is_file():
+    if os.path.isfile(Path(name) / MANIFEST_NAME):
         return _maker_of_set(Path(name), read_manifest(Path(name)))
     tokenizer = find_tokenizer(name, eod=eod)
     return Maker(f"--tokenizer {name}", tokenizer.identity(), tokenizer=tokenizer)
@@ -170,7 +171,7 @@ def make_merge(
     seen: dict[object, str] = {}
     given, bare = maker is not None, False
     for name, wish in inputs:
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             manifest = read_manifest(Path(name))
             maker = _agree(maker, _maker_of_set(Path(name), manifest))
             _once(seen, manifest.fingerprint, name)

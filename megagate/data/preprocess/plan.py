@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ PLAN_VERSION = 1  # raise it when the same plan would give other tokens
 DATASETS_PREFIX = "datasets:"
 _SMALLEST_UNIT, _LARGEST_UNIT, _UNITS = 4 << 20, 256 << 20, 256
 _ROWS_PER_UNIT = 50_000  # of a saved data set
+_LONG = reprlib.Repr()  # of what a damaged file may hold: cut where it is long or deep
+_LONG.maxdict = _LONG.maxstring = _LONG.maxother = 200
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -193,13 +196,13 @@ def _difference(stored: Any, body: dict[str, Any]) -> str:
         return f"{PLAN_NAME} is not one of preprocessing"
     for key, value in body["settings"].items():
         if stored["settings"].get(key) != value:
-            return f"{key} was {stored['settings'].get(key)!r}, and is {value!r} now"
+            return f"{key} was {_LONG.repr(stored['settings'].get(key))}, and is {value!r} now"
     if stored.get("sources") != body["sources"]:
         sources = stored.get("sources")
         listed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
-        before = {json.dumps(source, sort_keys=True) for source in listed}
-        now = {json.dumps(source, sort_keys=True) for source in body["sources"]}
-        names = sorted({str(json.loads(source).get("name")) for source in before ^ now})
+        before = {source["name"]: source for source in listed if isinstance(source.get("name"), str)}
+        now = {source["name"]: source for source in body["sources"]}
+        names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         return f"{len(names)} inputs were added, removed or changed, the first is {names[0]}" if names else "the inputs' order"
     return "the units or the version of the plan differ"
 
@@ -210,14 +213,14 @@ def _expand(name: str, txt: str) -> list[tuple[str, str, Kind]]:
         dataset, _, config = name.removeprefix(DATASETS_PREFIX).partition(":")
         return [(dataset, config, "datasets")]
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's own, takes any text
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             return [(name, "", "saved")]
         files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) and not file.name.startswith("."))
         if not files:
             raise DataError(f"--input {name}: the folder holds nothing that can be read; names must end in {suffixes()}")
         return [entry for file in files for entry in _expand(str(file), txt)]
-    if path.exists():
+    if os.path.exists(path):
         kind = kind_of(path)
         if kind is None:
             raise DataError(f"--input {name}: unknown kind of file; names must end in {suffixes()}; convert or rename it")

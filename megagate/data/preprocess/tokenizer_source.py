@@ -1,6 +1,7 @@
 """`--tokenizer NAME_OR_PATH` to a tokenizer: `bytes`, a `tokenizer.json`, a folder of the Hugging Face kind, or a name of their hub."""
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,12 @@ def find_tokenizer(name: str, *, eod: str | None = None) -> AnyTokenizer:
 
 def _tokenizer_file(name: str) -> Path:
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's own, takes any text
         path = path / TOKENIZER_NAME
         if not path.is_file():
             raise DataError(f"--tokenizer {name}: the folder has no {TOKENIZER_NAME}; save a fast tokenizer there, or name the file itself")
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     if path.is_absolute() or name.startswith(".") or path.suffix == ".json" or name.count("/") > 1:
         raise DataError(f"--tokenizer {name}: no such file; it must be {BYTES}, a tokenizer.json, a folder with one, or a name of the hub")

@@ -96,14 +96,37 @@ def read_record(folder: Path, plan_sha256: str, unit: int) -> UnitRecord | None:
         raw = path.read_bytes()
     try:
         value = json.loads(raw)
-        record = UnitRecord(**value)
-        for stats in record.shards.values():
-            ShardStats(**stats)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        record = _checked_record(value)
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it, and run again: its unit is then made again") from error
     if record.plan != plan_sha256 or record.unit != unit:
         raise DataError(f"{path} is of another plan or unit; one folder is for one plan; remove it, or choose another --output")
     return record
+
+
+def _checked_record(value: Any) -> UnitRecord:
+    """A record from JSON; `TypeError` or `ValueError` where it is none."""
+    record = UnitRecord(**value)
+    counts = [("unit", record.unit), ("empty", record.empty), *_items(record.skipped)]
+    for split, found in _items(record.shards):
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r}")
+        stats = asdict(ShardStats(**found))
+        counts += [(key, number) for key, number in stats.items() if not key.endswith("sha256")]
+        if not all(isinstance(text, str) for key, text in stats.items() if key.endswith("sha256")):
+            raise TypeError("a sha256 is no text")
+    for key, number in counts:
+        if type(number) is not int or not -1 <= number < 2**63:
+            raise TypeError(f"{key} is no count")
+    if not isinstance(record.messages, list) or not all(isinstance(message, str) for message in record.messages):
+        raise TypeError("messages are no texts")
+    return record
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        raise TypeError("not an object")
+    return list(value.items())
 
 
 def missing_units(folder: Path, plan: Plan, *, part: int = 1, parts: int = 1) -> list[int]:
