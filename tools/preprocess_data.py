@@ -76,6 +76,8 @@ def _run(options: argparse.Namespace) -> int:
         txt=options.txt,
     )
     plan = make_plan(options.input, settings, skip_empty=options.on_error == "skip")
+    if plan.empty:
+        print(f"skipped {len(plan.empty)} empty inputs, the first is {plan.empty[0]}")
     publish_plan(options.output, plan)  # refuses another plan's folder before anything in it changes
     place_tokenizer(options.output, tokenizer)
     if not options.finalize:

@@ -222,7 +222,8 @@ def test_inputs_that_cannot_be_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             make_plan(inputs, BYTES)
-    assert [source.name for source in make_plan([a, f"{tmp_path}/empty.txt"], BYTES, skip_empty=True).sources] == ["a.jsonl"]
+    plan = make_plan([a, f"{tmp_path}/empty.txt"], BYTES, skip_empty=True)
+    assert [source.name for source in plan.sources] == ["a.jsonl"] and plan.empty == ("empty.txt",)
     with pytest.raises(DataError, match="no text to read"):
         make_plan([f"{tmp_path}/empty.txt"], BYTES, skip_empty=True)
     for split in [(0.5, 0.4, 0.0), (1.5, -0.5, 0.0)]:
@@ -348,6 +349,16 @@ def test_skipped_documents_are_counted_and_told_without_their_place_on_this_mach
     record = json.loads((tmp_path / "out/units/part-00000.json").read_text())
     assert len(record["messages"]) == 5 and str(tmp_path) not in str(record)
     assert record["messages"][1].startswith("a.jsonl, byte ")
+
+
+def test_empty_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    (tmp_path / "none.jsonl").touch()
+    plans = [make_plan([str(tmp_path)], BYTES, skip_empty=True), make_plan([str(tmp_path / "a.jsonl")], BYTES)]
+    assert plans[0].sha256 != plans[1].sha256
+    prepare(tmp_path / "out", plans[0], on_error="skip")
+    source = finalize(tmp_path / "out", plans[0]).source
+    assert (source["skipped"], source["skipped, empty file"], source["inputs"]) == (1, 1, 1)
 
 
 def test_a_set_without_documents_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -229,6 +230,23 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(tmp_path: Path, bare: list
     assert not [name for name in tree(tmp_path / "out") if name.endswith((".tmp", ".bin", ".idx", MANIFEST_NAME))]
     run(*command)
     assert tree(tmp_path / "out") == reference
+
+
+def test_what_does_not_fit_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    """16 TB of tokens in a file with holes."""
+    longest = 2**31 - 1
+    count = 4_000
+    with open(tmp_path / "huge.bin", "wb") as stream:
+        stream.truncate(2 * longest * count)
+    starts = np.arange(count, dtype="<i8") * 2 * longest
+    arrays = [np.full(count, longest, "<i4"), starts, np.arange(count + 1, dtype="<i8")]
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, count, count + 1)
+    (tmp_path / "huge.idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    for way in (("--copy",), ("--split", "1,1")):
+        message = run("--input", tmp_path / "huge", *OF_IDS, *way, "--output", tmp_path / "out", expect=2)
+        assert "bytes free, and 17,179,869,176,000 have to be written; choose another disk" in message
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["merged", "plan.json"]
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.fixture

@@ -112,6 +112,12 @@ def spoil(data: Path, how: str) -> None:
             writer.finish()
     elif how == "without its manifest":
         manifest.unlink()
+    elif how == "with a truncated index":
+        os.truncate(data / "train-00000.idx", 40)
+    elif how == "a bare shard":
+        for suffix in (".bin", ".idx"):
+            (data / f"train-00000{suffix}").rename(f"{data}{suffix}")
+        shutil.rmtree(data)
     elif how == "with a broken manifest":
         manifest.write_text(manifest.read_text(encoding="utf-8")[:-40], encoding="utf-8")
 
@@ -119,6 +125,8 @@ def spoil(data: Path, how: str) -> None:
 BAD_DATA = {
     "missing": "there is no such folder",
     "truncated": "train-00000.bin",
+    "with a truncated index": "train-00000.idx is truncated: 40 bytes",
+    "a bare shard": "tools/merge_data.py --input",
     "of the wrong dtype": "int32",
     "without its manifest": "dataset.json",
     "with a broken manifest": "dataset.json",

@@ -333,7 +333,11 @@ def describe(plan: MergePlan, work: Work, *, copy: bool) -> Sequence[str]:
         lines.append(f"{linked} are linked: they share the inputs' files, which must not be changed any more")
     if work.written:
         why = "copied" if copy else "written anew (cut, joined, or of another type)"
-        lines.append(f"{work.written} are {why}: {work.write_bytes / 1e9:,.3f} GB")
+        lines.append(f"{work.written} are {why}: {_size(work.write_bytes)}")
     if work.read_bytes:
-        lines.append(f"{work.read_bytes / 1e9:,.3f} GB have to be read once, for sha256 and the largest id")
+        lines.append(f"{_size(work.read_bytes)} have to be read once, for sha256 and the largest id")
     return lines
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

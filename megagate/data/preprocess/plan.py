@@ -88,12 +88,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings, inputs and units; `places` are the inputs' paths here (path, CONFIG:SPLIT), which are no part of its identity."""
+    """Settings, inputs and units; `places` are the inputs' paths here (path, CONFIG:SPLIT), which are no part of its identity.
+
+    `empty` names the inputs of 0 bytes that were left out.
+    """
 
     settings: Settings
     sources: tuple[Source, ...]
     units: tuple[Unit, ...]
     places: tuple[tuple[str, str], ...]
+    empty: tuple[str, ...] = ()
 
     def body(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -102,6 +106,7 @@ class Plan:
             "settings": asdict(self.settings),
             "sources": [asdict(source) for source in self.sources],
             "units": [[unit.source, unit.begin, unit.end, unit.bytes] for unit in self.units],
+            **({"empty": list(self.empty)} if self.empty else {}),
         }
         return dict(json.loads(json.dumps(value)))
 
@@ -139,9 +144,9 @@ def make_plan(inputs: Sequence[str], settings: Settings, *, skip_empty: bool = F
             raise DataError(f"--input names {name} twice; each document must come once; leave one out")
     sources = [_source(name, path, config, kind) for name, path, config, kind in named]
     files = [(source, row[1]) for source, row in zip(sources, named, strict=True) if source.kind not in ("datasets", "saved")]
-    empty = [path for source, path in files if not source.bytes]
+    empty = {path: source.name for source, path in files if not source.bytes}
     if empty and not skip_empty:
-        raise DataError(f"{empty[0]} is empty (0 bytes); {len(empty)} inputs are; leave them out, or choose --on-error skip")
+        raise DataError(f"{next(iter(empty))} is empty (0 bytes); {len(empty)} inputs are; leave them out, or choose --on-error skip")
     kept = [(source, row) for source, row in zip(sources, named, strict=True) if row[1] not in empty]
     if not kept:
         raise DataError(f"--input {' '.join(inputs)}: no text to read; names must end in {suffixes()}")
@@ -152,6 +157,7 @@ def make_plan(inputs: Sequence[str], settings: Settings, *, skip_empty: bool = F
         sources=tuple(source for source, _ in kept),
         units=tuple(units),
         places=tuple((row[1], row[2]) for _, row in kept),
+        empty=tuple(empty.values()),
     )
 
 

@@ -143,6 +143,8 @@ def _facts(plan: Plan, records: list[UnitRecord]) -> dict[str, str | int]:
     skipped: Counter[str] = Counter()
     for record in records:
         skipped.update(record.skipped)
+    if plan.empty:
+        skipped["empty file"] = len(plan.empty)
     return {
         "name": "preprocessed",
         "plan_sha256": plan.sha256,
