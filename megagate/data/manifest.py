@@ -219,7 +219,7 @@ def _take(value: dict[str, Any], key: str, *, kind: type | tuple[type, ...], whe
     if not isinstance(found, kind) or isinstance(found, bool) or (isinstance(found, int) and abs(found) > _LARGEST):
         what = "missing" if key not in value else reprlib.repr(found)
         names = " or ".join(_TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DataError(f"{where} is damaged: {key} is {what}; it must be of type {names}; {_AGAIN}")
+        raise DataError(f"{where} is damaged: {key if key.isprintable() else ascii(key)} is {what}; it must be of type {names}; {_AGAIN}")
     return found
 
 

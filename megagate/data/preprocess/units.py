@@ -98,7 +98,8 @@ def read_record(folder: Path, plan_sha256: str, unit: int) -> UnitRecord | None:
         value = json.loads(raw)
         record = _checked_record(value)
     except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it, and run again: its unit is then made again") from error
+        told = str(error).encode("ascii", errors="backslashreplace").decode()  # it may quote what no terminal can print
+        raise DataError(f"{path} is damaged ({told}); remove it, and run again: its unit is then made again") from error
     if record.plan != plan_sha256 or record.unit != unit:
         raise DataError(f"{path} is of another plan or unit; one folder is for one plan; remove it, or choose another --output")
     return record
