@@ -45,8 +45,10 @@ class Opened:
 
     @property
     def files(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.stream.nbytes + _idx_bytes(shard) for shards in self.shards.values() for shard in shards)
+        """Bytes that `check_all` reads: of all shards and the tokenizer."""
+        tokenizer = self.folder / self.manifest.tokenizer.file if self.folder and self.manifest and self.manifest.tokenizer.file else None
+        own = tokenizer.stat().st_size if tokenizer is not None else 0
+        return own + sum(shard.stream.nbytes + _idx_bytes(shard) for shards in self.shards.values() for shard in shards)
 
     def select(self, split: str | None) -> list[Shard]:
         """The shards of one split, or of all.
