@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagate.data.embedded import embedded_folder, prepare_embedded
-from megagate.data.manifest import SplitName, TokenizerIdentity, check_vocabulary, open_shards, read_manifest
+from megagate.data.manifest import SplitName, TokenizerIdentity, check_vocabulary, promised_shards, read_manifest
 from megagate.data.shards import find_prefix
 from megagate.data.split import ShardSplit, Split
 from megagate.data.synthetic import SyntheticSplit
@@ -106,7 +106,7 @@ def _open_folder(folder: Path, *, name: str, vocab_size: int) -> DataSet:
     def split(split_name: SplitName) -> ShardSplit:
         return ShardSplit(
             split_name,
-            shards=open_shards(folder, manifest, split=split_name),
+            shards=promised_shards(folder, manifest, split=split_name),
             vocab_size=manifest.tokenizer.vocab_size,
             fingerprint=manifest.fingerprint,
         )

@@ -1,13 +1,16 @@
 """`dataset.json`: what a folder of shards holds, who made the ids, and one fingerprint for all of it."""
 
 import json
+import os
 import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from megagate.data.files import AtomicFile, clean_errors, file_sha256
 from megagate.data.hashing import canonical_sha256
@@ -97,9 +100,17 @@ class Manifest:
             for parts in [self.of_split(split)]
             if parts or split != "test"  # a set without a test split reads as it did before there was one
         }
-        return {"format_version": FORMAT_VERSION, **asdict(self), "shards": [asdict(shard) for shard in self.shards], "totals": totals}
+        # Not `asdict`, which copies field by field: of 1,000 shards that is most of what opening a data set costs.
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": dict(vars(self.tokenizer)),
+            "dtype": self.dtype,
+            "shards": [dict(vars(shard)) for shard in self.shards],
+            "source": dict(self.source),
+            "totals": totals,
+        }
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of everything else: equal fingerprints are equal tokens in equal order."""
         return canonical_sha256(self.body())
@@ -166,6 +177,62 @@ def open_shards(folder: Path, manifest: Manifest, *, split: SplitName) -> tuple[
         DataError: A file is missing, truncated, or is not the one that the manifest describes.
     """
     return tuple(_open_shard(folder, manifest, entry) for entry in manifest.of_split(split))
+
+
+class PromisedShard:
+    """A shard as its manifest describes it: the sizes of its files are checked at once, and it is opened when it is first read.
+
+    A run opens thousands of shards in every process, and reads a few of them in its first steps: what `Shard` costs, a file opened and
+    two mapped, is then paid when it is needed. The headers are compared with the manifest at that time.
+
+    Attributes:
+        prefix: Of its files.
+        tokens: Number of tokens.
+
+    Raises:
+        DataError: A file is missing or has another size than the manifest says.
+    """
+
+    def __init__(self, folder: str, manifest: Manifest, entry: ShardEntry) -> None:
+        self._folder, self._manifest, self._entry = folder, manifest, entry
+        self.tokens = entry.tokens
+        name = f"{folder}/{entry.prefix}"  # joining paths costs as much as asking for a size
+        try:
+            there = (os.stat(name + ".bin").st_size, os.stat(name + ".idx").st_size) == (entry.bin_bytes, entry.idx_bytes)
+        except OSError:
+            there = False
+        if not there:
+            self._refuse()
+
+    @property
+    def prefix(self) -> Path:
+        """Path without `.bin` and `.idx`."""
+        return Path(self._folder) / self._entry.prefix
+
+    @cached_property
+    def stream(self) -> npt.NDArray[Any]:
+        """[tokens] ids of all documents one after another, in the stored type, mapped read-only at the first call.
+
+        Raises:
+            DataError: The files were changed since, or are of another data set of the same size.
+        """
+        return _open_shard(Path(self._folder), self._manifest, self._entry).stream
+
+    def _refuse(self) -> None:
+        _open_shard(Path(self._folder), self._manifest, self._entry)  # which says what is wrong, where it is the files' own fault
+        raise DataError(
+            f"{self.prefix}: its files have other sizes than {MANIFEST_NAME} says ({self._entry.bin_bytes} and {self._entry.idx_bytes}"
+            f" bytes of .bin and .idx); the shard is of another data set; {_AGAIN}"
+        )
+
+
+def promised_shards(folder: Path, manifest: Manifest, *, split: SplitName) -> tuple[PromisedShard, ...]:
+    """The shards of a split for a reader of windows: sizes are checked now, each is opened when it is first read.
+
+    Raises:
+        DataError: A file is missing or has another size than the manifest says.
+    """
+    return tuple(PromisedShard(str(folder), manifest, entry) for entry in manifest.of_split(split))
 
 
 def verify(folder: Path, *, report: Callable[[int], None] | None = None) -> Manifest:
@@ -238,13 +305,22 @@ def _record(kind: type, value: dict[str, Any], where: str) -> Any:
     return kind(**{field.name: _take(value, field.name, kind=field.type, where=where) for field in fields(kind)})  # type: ignore[arg-type]
 
 
+_SHARD_TYPES = {field.name: field.type for field in fields(ShardEntry)}
+
+
+def _shard_entry(value: dict[str, Any], where: str) -> ShardEntry:
+    if {key: type(found) for key, found in value.items()} == _SHARD_TYPES:
+        return ShardEntry(**value)
+    return _record(ShardEntry, value, where)  # which says what is wrong
+
+
 def _parse(value: dict[str, Any], path: Path) -> Manifest:
     shards: Iterable[Any] = _take(value, "shards", kind=list, where=path)
     entries = []
     for index, entry in enumerate(shards):
         if not isinstance(entry, dict):
             raise DataError(f"{path} is damaged: shards[{index}] is {reprlib.repr(entry)}; it must be an object; {_AGAIN}")
-        entries.append(_record(ShardEntry, entry, f"{path} (shards[{index}])"))
+        entries.append(_shard_entry(entry, f"{path} (shards[{index}])"))
     source = _take(value, "source", kind=dict, where=path)
     for key in source:
         _take(source, key, kind=(str, int), where=path)
@@ -269,9 +345,10 @@ def _check_content(manifest: Manifest, path: Path) -> None:
     if tokenizer.eod_id >= 0 and tokenizer.eod_id == tokenizer.pad_id:
         raise DataError(f"{path}: eod_id and pad_id are both {tokenizer.eod_id}; they must differ, or no end would be learned; {_AGAIN}")
     for name in [tokenizer.file or "none", *(entry.prefix for entry in manifest.shards)]:
-        if not PurePosixPath(name).name or "\0" in name or not name.isascii() and name != name.encode(errors="replace").decode():
+        parts = name.split("/")
+        if parts[-1] in ("", ".") or "\0" in name or not name.isascii() and name != name.encode(errors="replace").decode():
             raise DataError(f"{path}: {name!r} cannot be the name of a file; {_AGAIN}")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if name.startswith("/") or ".." in parts:
             raise DataError(f"{path}: {name!r} lies outside of the data set; names must be relative to {MANIFEST_NAME}; {_AGAIN}")
     for entry in manifest.shards:
         if entry.split not in SPLITS:

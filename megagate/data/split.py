@@ -1,12 +1,14 @@
 """What a loader reads: a split is a stream of tokens that is cut into windows, from shards or made up."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from megagate.data.hashing import IntArray
-from megagate.data.shards import Shard, bin_path
+from megagate.data.shards import bin_path
 from megagate.errors import DataError
 
 
@@ -49,17 +51,36 @@ class Split(Protocol):
         ...
 
 
+class TokenStream(Protocol):
+    """What windows need of a shard: a `Shard`, or a `PromisedShard` that is opened when it is first read."""
+
+    @property
+    def prefix(self) -> Path:
+        """Of its files, for messages."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        ...
+
+    @property
+    def stream(self) -> npt.NDArray[Any]:
+        """[tokens] ids, mapped."""
+        ...
+
+
 class ShardSplit:
     """A split over shards, in their order. Windows run over borders of documents and never over borders of shards.
 
     Args:
         name: `train` or `valid`.
-        shards: Opened shards; may be none.
+        shards: May be none.
         vocab_size: Ids must be below this.
         fingerprint: Of the data set.
     """
 
-    def __init__(self, name: str, *, shards: Sequence[Shard], vocab_size: int, fingerprint: str) -> None:
+    def __init__(self, name: str, *, shards: Sequence[TokenStream], vocab_size: int, fingerprint: str) -> None:
         self.name = name
         self.shards = tuple(shards)
         self.tokens = sum(shard.tokens for shard in shards)
@@ -77,7 +98,7 @@ class ShardWindows:
     Nothing is built but one number per shard, whatever the size of the data.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, seq_len: int, movable: bool, vocab_size: int) -> None:
+    def __init__(self, shards: Sequence[TokenStream], *, seq_len: int, movable: bool, vocab_size: int) -> None:
         self._shards = tuple(shards)
         self._seq_len = seq_len
         self._vocab_size = vocab_size
