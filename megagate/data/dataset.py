@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megagate.data.embedded import embedded_folder, prepare_embedded
@@ -9,7 +10,7 @@ from megagate.data.manifest import SplitName, TokenizerIdentity, check_vocabular
 from megagate.data.shards import find_prefix
 from megagate.data.split import ShardSplit, Split
 from megagate.data.synthetic import SyntheticSplit
-from megagate.data.tokenizer import AnyTokenizer, load_tokenizer
+from megagate.data.tokenizer import AnyTokenizer, check_tokenizer, load_tokenizer
 from megagate.errors import DataError
 
 SYNTHETIC = "synthetic"
@@ -24,19 +25,28 @@ class DataSet:
         name: The `data.path` that was opened.
         train: To learn from.
         valid: To measure on; may have no tokens.
-        tokenizer: None where ids have no text.
         identity: Which tokenizer made the ids.
         vocab_size: Ids are below this.
         fingerprint: Equal for equal tokens in equal order (hex).
+        folder: Where its files lie; None where it has none.
     """
 
     name: str
     train: Split
     valid: Split
-    tokenizer: AnyTokenizer | None
     identity: TokenizerIdentity
     vocab_size: int
     fingerprint: str
+    folder: Path | None
+
+    @cached_property
+    def tokenizer(self) -> AnyTokenizer | None:
+        """Loaded when it is first asked for, which training does not need; None where ids have no text.
+
+        Raises:
+            DataError: Its file was changed since the data set was opened.
+        """
+        return None if self.folder is None else load_tokenizer(self.folder, self.identity)
 
     def describe(self) -> str:
         """One line for a log."""
@@ -95,13 +105,14 @@ def _open_synthetic(vocab_size: int) -> DataSet:
     # A kind of its own: nobody else's ids mean the same.
     identity = TokenizerIdentity(kind=SYNTHETIC, file="", sha256="", vocab_size=vocab_size, eod_id=-1, pad_id=-1)
     return DataSet(
-        name=SYNTHETIC, train=train, valid=valid, tokenizer=None, identity=identity, vocab_size=vocab_size, fingerprint=train.fingerprint
+        name=SYNTHETIC, train=train, valid=valid, identity=identity, vocab_size=vocab_size, fingerprint=train.fingerprint, folder=None
     )
 
 
 def _open_folder(folder: Path, *, name: str, vocab_size: int) -> DataSet:
     manifest = read_manifest(folder)
     check_vocabulary(manifest, vocab_size=vocab_size, where=folder)
+    check_tokenizer(folder, manifest.tokenizer)
 
     def split(split_name: SplitName) -> ShardSplit:
         return ShardSplit(
@@ -115,8 +126,8 @@ def _open_folder(folder: Path, *, name: str, vocab_size: int) -> DataSet:
         name=name,
         train=split("train"),
         valid=split("valid"),
-        tokenizer=load_tokenizer(folder, manifest.tokenizer),
         identity=manifest.tokenizer,
         vocab_size=manifest.tokenizer.vocab_size,
         fingerprint=manifest.fingerprint,
+        folder=folder,
     )

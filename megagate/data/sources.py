@@ -23,7 +23,7 @@ class Sources:
         name: The `data.path` that was opened.
         train: To learn from.
         valid: To measure on, by name; only splits with tokens. A data set's own split, where `data.valid` names none, has the name "".
-        tokenizer: The one of all data sets; None where ids have no text.
+        first: The data set named first, whose tokenizer is that of all.
         identity: Of that tokenizer.
         vocab_size: Ids are below this.
         fingerprint: Of all that is read for training and validation (hex).
@@ -32,10 +32,15 @@ class Sources:
     name: str
     train: Blend
     valid: Mapping[str, Split]
-    tokenizer: AnyTokenizer | None
+    first: DataSet
     identity: TokenizerIdentity
     vocab_size: int
     fingerprint: str
+
+    @property
+    def tokenizer(self) -> AnyTokenizer | None:
+        """The one of all data sets, loaded when it is first asked for; None where ids have no text."""
+        return self.first.tokenizer
 
     def document_end(self, attention: AttentionSpan) -> int | None:
         """The id after which windows are cut into documents; None where `data.attention` does not cut them.
@@ -107,7 +112,7 @@ def open_sources(path: str, valid: str, *, vocab_size: int, directory: Path) -> 
         name=path,
         train=train,
         valid={name: data.valid for name, data in valid.items()},
-        tokenizer=first.tokenizer,
+        first=first,
         identity=first.identity,
         vocab_size=first.vocab_size,
         fingerprint=train.fingerprint if alone else canonical_sha256({"train": train.fingerprint, "valid": prints}),

@@ -12,7 +12,7 @@ from megagate.data import embedded
 from megagate.data.corpus import Corpus, divide, library_sha256, read_corpus, shingles_of, without_duplicates
 from megagate.data.dataset import open_dataset
 from megagate.data.embedded import embedded_folder, prepare_embedded
-from megagate.data.manifest import MANIFEST_NAME, read_manifest, verify
+from megagate.data.manifest import MANIFEST_NAME, open_shards, read_manifest, verify
 from megagate.data.tokenizer import Tokenizer
 from megagate.errors import DataError
 
@@ -110,15 +110,15 @@ def test_the_data_set_holds_the_corpus(embedded_directory: Path, embedded_vocabu
     data = open_dataset("embedded", vocab_size=embedded_vocabulary, directory=embedded_directory)
     assert data.tokenizer is not None
     assert data.vocab_size == data.tokenizer.vocab_size == embedded_vocabulary
-    for split, texts in ((data.train, corpus.train), (data.valid, corpus.valid)):
-        (shard,) = split.shards  # type: ignore[attr-defined]
+    manifest = read_manifest(embedded_folder(embedded_directory, embedded_vocabulary))
+    for split, texts in (("train", corpus.train), ("valid", corpus.valid)):
+        (shard,) = open_shards(embedded_folder(embedded_directory, embedded_vocabulary), manifest, split=split)
         documents = [shard.document(index) for index in range(shard.documents)]
         assert all(document[-1] == data.tokenizer.eod_id for document in documents)
         assert all(np.count_nonzero(document == data.tokenizer.eod_id) == 1 for document in documents)
         decoded = [data.tokenizer.decode(document) for document in documents]
         assert sorted(decoded) == sorted(texts)
         assert decoded != list(texts)
-    manifest = read_manifest(embedded_folder(embedded_directory, embedded_vocabulary))
     assert manifest.source["corpus_sha256"] == corpus.sha256
     # The tokenizer has seen the training documents and nothing else, and another process makes the same of them.
     again = Tokenizer.train(corpus.train, vocab_size=embedded_vocabulary).save(tmp_path / "again.json")

@@ -1,6 +1,8 @@
 """Opening a data set of many shards: sizes of all files are checked at once, headers and maps wait for the first read."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,3 +90,16 @@ def test_a_manifest_with_wrong_sizes_of_good_files_is_refused(make_dataset: Call
     write_manifest(folder, replace(manifest, shards=(wrong,)))
     with pytest.raises(DataError, match=r"train-00000: its files have other sizes than dataset.json says \(200 and 63 bytes"):
         opened(folder)
+
+
+def test_training_loads_no_tokenizer(embedded_directory: Path, embedded_vocabulary: int) -> None:
+    program = (
+        "import sys, pathlib; from megagate.data.sources import open_sources\n"
+        "from megagate.data.loader import TrainLoader\n"
+        "data = open_sources('embedded', '', vocab_size=int(sys.argv[2]), directory=pathlib.Path(sys.argv[1]))\n"
+        "TrainLoader(data.train, seq_len=8, global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1, seed=1).step(0)\n"
+        "print('tokenizers' in sys.modules, data.tokenizer.vocab_size, 'tokenizers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, str(embedded_directory), str(embedded_vocabulary)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["False", str(embedded_vocabulary), "True"]
