@@ -138,7 +138,7 @@ class ShardWriter:
         with clean_errors("write", idx_path(self.prefix)):
             index = AtomicFile(idx_path(self.prefix))
             try:
-                for block in _index_blocks(np.frombuffer(self._lengths, dtype=np.intc), code=self._code, itemsize=self.dtype.itemsize):
+                for block in index_blocks(np.frombuffer(self._lengths, dtype=np.intc), code=self._code, itemsize=self.dtype.itemsize):
                     index.write(block)
                 # Both are complete before either gets its name; the index is last, since readers look for it first.
                 index.sync()
@@ -173,7 +173,7 @@ class ShardWriter:
             self.discard()
 
 
-def _index_blocks(lengths: npt.NDArray[np.intc], *, code: int, itemsize: int) -> Iterator[bytes]:
+def index_blocks(lengths: npt.NDArray[np.intc], *, code: int, itemsize: int) -> Iterator[bytes]:
     """The bytes of an `.idx` in which each document is one sequence."""
     count = lengths.size
     yield _HEADER.pack(_MAGIC, _VERSION, code, count, count + 1)
