@@ -1,4 +1,4 @@
-"""Measure megagate: `python tools/benchmark.py step --help`, `gate --help`."""
+"""Measure megagate: `python tools/benchmark.py step --help`, `gate --help`, `data --help`."""
 
 import argparse
 import json
@@ -6,13 +6,16 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megagate.analysis.benchmark.data import Result
     from megagate.analysis.benchmark.gate import Record
     from megagate.analysis.benchmark.paired import Shift
     from megagate.analysis.benchmark.step import Table
@@ -24,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_step(commands)
     _add_gate(commands)
+    _add_data(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -67,6 +71,26 @@ def _add_gate(commands: argparse._SubParsersAction) -> None:
         "--resume", action="store_true", help="go on with FILE where it exists; refused where machine, versions or code differ"
     )
     gate.set_defaults(run=_gate)
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    data = commands.add_parser(
+        "data",
+        help="start-up, samples, preprocessing and orders, beside Megatron's own code",
+        description="Each row beside its peer of megatron-core, in turns, in processes of their own. Files go to a temporary folder: 2 GB "
+        "with the defaults, 4 GB with --documents 50000000.",
+    )
+    data.add_argument("--rows", metavar="A,B", help="some rows, by key; all without this option (an unknown key lists them)")
+    data.add_argument("--documents", type=_positive, default=5_000_000, metavar="N", help="of the made-up data set (default: 5000000)")
+    data.add_argument("--shards", type=_positive, default=1000, metavar="N", help="of 10^10 tokens, of the largest one (default: 1000)")
+    data.add_argument("--text", type=Path, metavar="FILE", help="a .jsonl to preprocess (default: the text files of this Python)")
+    data.add_argument("--megabytes", type=_above_zero, default=64.0, metavar="MB", help="most of the text, 10^6 bytes (default: 64)")
+    data.add_argument("--tokenizer", metavar="T", help="a tokenizer.json or a folder with one (default: 16,384 tokens, trained here)")
+    data.add_argument("--rounds", type=_positive, metavar="N", help="of each row (default: 3 of text, 5 or 9 of the others)")
+    data.add_argument("--seconds", type=_above_zero, default=3600.0, metavar="LIMIT", help="stop after this time with complete rounds")
+    data.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="where the temporary folder is made")
+    data.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers here too")
+    data.set_defaults(run=_data)
 
 
 def _above_zero(text: str) -> float:
@@ -145,6 +169,65 @@ def _gate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _data(options: argparse.Namespace) -> int:
+    from megagate.analysis.benchmark.data import ROWS, Options, bytes_needed, measure
+    from megagate.analysis.benchmark.data_files import require_space
+    from megagate.errors import MegagateError
+
+    keys = options.rows.split(",") if options.rows else list(ROWS)
+    if unknown := [key for key in keys if key not in ROWS]:
+        listed = ", ".join(f"{key} ({row.title})" for key, row in ROWS.items())
+        return _refuse(f"--rows: no row {', '.join(unknown)}; there are {listed}")
+    if not options.folder.is_dir():
+        return _refuse(f"--folder {options.folder}: no such folder; make it, or give another")
+    try:
+        with tempfile.TemporaryDirectory(prefix="megagate-benchmark-", dir=options.folder) as folder:
+            wanted = Options(
+                folder=Path(folder),
+                documents=options.documents,
+                shards=options.shards,
+                rounds=options.rounds,
+                deadline=time.monotonic() + options.seconds,
+                text=options.text,
+                megabytes=options.megabytes,
+                tokenizer=options.tokenizer,
+                gigatoken=_without_gigatoken(),
+            )
+            require_space(options.folder, bytes_needed(keys, wanted))
+            result = measure(keys, wanted, tell=_tell)
+    except MegagateError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    finally:
+        _tell("")
+    if options.json:
+        rows = {key: {name: vars(one) for name, one in series.items()} for key, series in result.series.items()}
+        options.json.write_text(json.dumps({"machine": _machine(1), "rows": rows}, indent=1) + "\n")
+    print(_data_report(result))
+    return 0 if result.lines else 1
+
+
+def _without_gigatoken() -> str:
+    """Why gigatoken cannot be measured, or nothing."""
+    tool = Path(__file__).with_name("preprocess_data.py")
+    if "--tokenizer-backend" not in tool.read_text():
+        return f"{tool.name} has no --tokenizer-backend yet"
+    return "" if find_spec("gigatoken") else "the package is not installed: pip install 'megagate[fast]'"
+
+
+def _data_report(result: "Result") -> str:
+    rows = [
+        f"{_machine(1, ('megatron-core', 'tokenizers', 'transformers', 'numpy'))}; CPU time of all threads.\n",
+        "| row | ours | peer | peer / ours [95 %] | wall, ours / peer | target | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in result.lines:
+        cells = [f"{line.title} (`{line.key}`)", line.ours, line.peer, str(line.times), line.wall, line.target]
+        rows.append(f"| {' | '.join([*cells, 'met' if line.met else 'missed'])} |")
+    remarks = [f"- {remark}" for remark in result.remarks]
+    return "\n".join([*rows, "", *remarks, f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}"])
+
+
 def _refuse(message: str) -> int:
     print(message, file=sys.stderr)
     return 2
@@ -211,12 +294,12 @@ def _record(table: "Table", options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _machine(threads: int) -> str:
+def _machine(threads: int, packages: Sequence[str] = ("torch", "transformers", "deepspeed")) -> str:
     cpuinfo = Path("/proc/cpuinfo").read_text()
     name = next((line.split(": ", 1)[1] for line in cpuinfo.splitlines() if line.startswith("model name")), platform.machine())
     features = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpuinfo]
-    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "deepspeed"))
-    return f"{name} ({', '.join(features) or 'no bf16 instructions'}), {threads} threads; {packages}"
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"{name} ({', '.join(features) or 'no bf16 instructions'}), {threads} threads; {versions}"
 
 
 def _tell(text: str) -> None:
