@@ -8,6 +8,7 @@ from math import log
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megagate.data.blend import Blend
 from megagate.data.hashing import IntArray, canonical_sha256, stable_key
@@ -113,16 +114,17 @@ class TrainLoader:
     def step(self, index: int) -> Batch:
         """The batch of step `index`, counted from 0. Shapes: [accumulation, micro_batch_size, s]."""
         samples = index * self._global_batch_size + self._offsets  # [a, mbs]
-        windows = self._read(samples.reshape(-1)).reshape(*samples.shape, self._seq_len + 1)
-        return _batch(windows, eod_id=self._eod_id)
-
-    def _read(self, samples: IntArray) -> IntArray:
-        owners, own = self._blend.schedule.lookup(samples)
-        out = np.empty((samples.size, self._seq_len + 1), dtype=np.int64)
-        for owner in np.unique(owners).tolist():
-            rows = np.flatnonzero(owners == owner)
-            out[rows] = self._members[owner].read(own[rows])
-        return out
+        tokens, labels = (np.empty((samples.size, self._seq_len), dtype=np.int64) for _ in range(2))
+        owners, own = self._blend.schedule.lookup(samples.reshape(-1))
+        for owner, rows in _groups(owners):
+            for row, window in self._members[owner].rows(own[rows], names=rows.tolist()):
+                # At once to where they belong: fresh memory costs more than all else here, and a copy in between is more of it.
+                tokens[row] = window[:-1]
+                labels[row] = window[1:]
+        if self._eod_id is not None:
+            labels[tokens == self._eod_id] = IGNORE_INDEX
+        shape = (*samples.shape, self._seq_len)
+        return Batch(tokens.reshape(shape), labels.reshape(shape))
 
     def _fingerprint(self, data: str) -> str:
         return canonical_sha256({"data": data, "seed": self._seed, "seq_len": self._seq_len, "permutation": PERMUTATION_VERSION})
@@ -136,23 +138,22 @@ class _Member:
         self._fingerprint = split.fingerprint
         self._seq_len = seq_len
         self._seed = seed
-        self._orders: OrderedDict[int, KeyedPermutation] = OrderedDict()
+        self._orders: OrderedDict[int, tuple[KeyedPermutation, int]] = OrderedDict()
         self.count = self._windows.count
 
-    def read(self, samples: IntArray) -> IntArray:
-        """[rows] samples of this data set -> [rows, s + 1] tokens."""
+    def rows(self, samples: IntArray, *, names: list[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """[rows] samples of this data set -> (name, [s + 1] tokens) of each, in any order."""
         epochs, positions = np.divmod(samples, self.count)
-        out = np.empty((samples.size, self._seq_len + 1), dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            rows = np.flatnonzero(epochs == epoch)
-            shift = stable_key("border", self._seed, epoch) % self._seq_len
-            out[rows] = self._windows.read(self._order(epoch).lookup(positions[rows]), shift=shift)
-        return out
+        for epoch, rows in _groups(epochs):
+            order, shift = self._order(epoch)
+            windows = self._windows.rows(order.lookup(positions[rows]), shift=shift)
+            yield from zip((names[row] for row in rows.tolist()), windows, strict=True)
 
-    def _order(self, epoch: int) -> KeyedPermutation:
+    def _order(self, epoch: int) -> tuple[KeyedPermutation, int]:
+        """The order of an epoch, and by how many tokens its borders move."""
         if epoch not in self._orders:
             key = stable_key("order", self._seed, epoch, self._fingerprint)
-            self._orders[epoch] = KeyedPermutation(self.count, key)
+            self._orders[epoch] = KeyedPermutation(self.count, key), stable_key("border", self._seed, epoch) % self._seq_len
             if len(self._orders) > _KEPT_ORDERS:
                 self._orders.popitem(last=False)
         return self._orders[epoch]
@@ -240,6 +241,15 @@ def unigram_entropy(counts: IntArray) -> float:
         raise ValueError("the entropy of no tokens")
     shares = counts[counts > 0] / total
     return log(total) - float((shares * np.log(counts[counts > 0])).sum())
+
+
+def _groups(values: IntArray) -> Iterator[tuple[int, IntArray]]:
+    """(value, [rows] where it stands) of each value there is; mostly there is one."""
+    if (values == values[0]).all():
+        yield int(values[0]), np.arange(values.size)
+        return
+    for value in np.unique(values).tolist():
+        yield value, np.flatnonzero(values == value)
 
 
 def _batch(windows: IntArray, *, eod_id: int | None) -> Batch:

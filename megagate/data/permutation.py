@@ -4,11 +4,12 @@ from math import isqrt
 
 import numpy as np
 
-from megagate.data.hashing import IntArray, WordArray, mix64, stable_key
+from megagate.data.hashing import IntArray, WordArray, mix64, mix64_of, stable_key
 
 PERMUTATION_VERSION = 1  # part of the loader's fingerprint: raise it when any order or border changes
 MATERIALISED_LIMIT = 65_536  # below, a Feistel network is measurably not uniform, and a table costs nothing
 _ROUNDS = 8
+_FEW = 6  # up to so many lookups are faster one by one than by numpy, whose calls cost the same for any number
 _LARGEST = 1 << 62
 
 
@@ -46,6 +47,8 @@ class KeyedPermutation:
             raise IndexError(f"positions {positions.min()} to {positions.max()} of a permutation of {self.n} things")
         if self._table is not None:
             return self._table[positions]
+        if positions.size <= _FEW:
+            return np.array([self._network.lookup_one(int(position)) for position in positions.flat], dtype=np.int64).reshape(positions.shape)
         return self._network.lookup(positions.astype(np.uint64).reshape(-1)).astype(np.int64).reshape(positions.shape)
 
     def __getitem__(self, position: int) -> int:
@@ -74,29 +77,43 @@ class Feistel:
 
     def __init__(self, n: int, key: int, *, rounds: int = _ROUNDS) -> None:
         rows = isqrt(n - 1) + 1
-        self._n = np.uint64(n)
-        self._rows = np.uint64(rows)
-        self._columns = np.uint64(-(-n // rows))
-        self._round_keys = [np.uint64(stable_key("round", key, index)) for index in range(rounds)]
+        self._n = n
+        self._rows = rows
+        self._columns = -(-n // rows)
+        self._round_keys = [stable_key("round", key, index) for index in range(rounds)]
 
     @property
     def size(self) -> int:
         """a * b."""
-        return int(self._rows) * int(self._columns)
+        return self._rows * self._columns
 
     def lookup(self, values: WordArray) -> WordArray:
         """[rows] values below n -> [rows] values below n."""
         values = self.encrypt(values)
-        while (outside := np.flatnonzero(values >= self._n)).size:
+        while (outside := np.flatnonzero(values >= np.uint64(self._n))).size:
             values[outside] = self.encrypt(values[outside])
         return values
 
     def encrypt(self, values: WordArray) -> WordArray:
         """[rows] values below `size` -> [rows] values below `size`."""
-        left, right = np.divmod(values, self._columns)
+        rows, columns = np.uint64(self._rows), np.uint64(self._columns)
+        left, right = np.divmod(values, columns)
         for index, key in enumerate(self._round_keys):
             if index % 2 == 0:
-                left = (left + mix64(right ^ key) % self._rows) % self._rows
+                left = (left + mix64(right ^ np.uint64(key)) % rows) % rows
             else:
-                right = (right + mix64(left ^ key) % self._columns) % self._columns
-        return left * self._columns + right
+                right = (right + mix64(left ^ np.uint64(key)) % columns) % columns
+        return left * columns + right
+
+    def lookup_one(self, value: int) -> int:
+        """The same as `lookup` of one value, in Python's numbers."""
+        while True:
+            left, right = divmod(value, self._columns)
+            for index, key in enumerate(self._round_keys):
+                if index % 2 == 0:
+                    left = (left + mix64_of(right ^ key) % self._rows) % self._rows
+                else:
+                    right = (right + mix64_of(left ^ key) % self._columns) % self._columns
+            value = left * self._columns + right
+            if value < self._n:
+                return value

@@ -1,6 +1,6 @@
 """What a loader reads: a split is a stream of tokens that is cut into windows, from shards or made up."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,10 @@ class Windows(Protocol):
             index: In [0, count).
             shift: Tokens by which all borders move to the right, in [0, seq_len); 0 unless the windows are movable.
         """
+        ...
+
+    def rows(self, index: IntArray, *, shift: int = 0) -> Iterator[npt.NDArray[Any]]:
+        """The rows of `read` one by one, [seq_len + 1] of any type of integers, without a copy where there need be none."""
         ...
 
 
@@ -119,16 +123,26 @@ class ShardWindows:
             DataError: An id of a shard is not below the vocabulary, as after damage that keeps the size.
         """
         out = np.empty((len(index), self._seq_len + 1), dtype=np.int64)
-        owners = np.searchsorted(self._ends, index, side="right")
-        locals_ = index - self._starts[owners]
-        shifts = shift % (self._room[owners] + 1) if shift else np.zeros_like(index)
-        begins = (locals_ * self._seq_len + shifts).tolist()
-        for row, (owner, begin) in enumerate(zip(owners.tolist(), begins, strict=True)):
-            out[row] = self._shards[owner].stream[begin : begin + self._seq_len + 1]
-        if out.size and (int(out.min()) < 0 or int(out.max()) >= self._vocab_size):
-            wrong = int(np.flatnonzero(((out < 0) | (out >= self._vocab_size)).any(axis=1))[0])
-            raise DataError(
-                f"{bin_path(self._shards[int(owners[wrong])].prefix)} holds ids {int(out[wrong].min())} to {int(out[wrong].max())} near"
-                f" token {begins[wrong]}; ids must be in [0, {self._vocab_size}); the shard is damaged: prepare the data set again"
-            )
+        for row, window in enumerate(self.rows(index, shift=shift)):
+            out[row] = window
         return out
+
+    def rows(self, index: IntArray, *, shift: int = 0) -> Iterator[npt.NDArray[Any]]:
+        """The rows of `read` one by one, [seq_len + 1], views of the maps.
+
+        Raises:
+            DataError: As `read`.
+        """
+        owners = np.searchsorted(self._ends, index, side="right")
+        begins = (index - self._starts[owners]) * self._seq_len
+        if shift:
+            begins += shift % (self._room[owners] + 1)
+        for owner, begin in zip(owners.tolist(), begins.tolist(), strict=True):
+            window = self._shards[owner].stream[begin : begin + self._seq_len + 1]
+            # In the stored type, which has a quarter of the bytes.
+            if window.max() >= self._vocab_size or (window.dtype.kind == "i" and window.min() < 0):
+                raise DataError(
+                    f"{bin_path(self._shards[owner].prefix)} holds ids {int(window.min())} to {int(window.max())} near token {begin}; ids"
+                    f" must be in [0, {self._vocab_size}); the shard is damaged: prepare the data set again"
+                )
+            yield window

@@ -1,5 +1,7 @@
 """The data set `synthetic`: random tokens with structure to learn, made in memory, for any vocabulary."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from megagate.data.hashing import IntArray, canonical_sha256, mix64, stable_key
@@ -71,3 +73,7 @@ class SyntheticWindows:
         steps = np.where(draws < _JUMP_OF_DRAW.size, self._jump_of_draw[np.minimum(draws, _JUMP_OF_DRAW.size - 1)], anywhere)
         steps[:, 0] = anywhere[:, 0]  # the first state is any
         return self._token_of_state[np.cumsum(steps, axis=1) % int(states)]
+
+    def rows(self, index: IntArray, *, shift: int = 0) -> Iterator[IntArray]:
+        """The rows of `read`, [seq_len + 1] each."""
+        return iter(self.read(index, shift=shift))
