@@ -245,7 +245,7 @@ def unigram_entropy(counts: IntArray) -> float:
 
 def _groups(values: IntArray) -> Iterator[tuple[int, IntArray]]:
     """(value, [rows] where it stands) of each value there is; mostly there is one."""
-    if (values == values[0]).all():
+    if values.size == 1 or (values == values[0]).all():
         yield int(values[0]), np.arange(values.size)
         return
     for value in np.unique(values).tolist():

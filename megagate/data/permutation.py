@@ -43,12 +43,13 @@ class KeyedPermutation:
             IndexError: A position is outside [0, n).
         """
         positions = np.asarray(positions, dtype=np.int64)
-        if positions.size and (int(positions.min()) < 0 or int(positions.max()) >= self.n):
-            raise IndexError(f"positions {positions.min()} to {positions.max()} of a permutation of {self.n} things")
+        few = positions.reshape(-1).tolist() if positions.size <= _FEW else [int(positions.min()), int(positions.max())]
+        if few and (min(few) < 0 or max(few) >= self.n):
+            raise IndexError(f"positions {min(few)} to {max(few)} of a permutation of {self.n} things")
         if self._table is not None:
             return self._table[positions]
         if positions.size <= _FEW:
-            return np.array([self._network.lookup_one(int(position)) for position in positions.flat], dtype=np.int64).reshape(positions.shape)
+            return np.array([self._network.lookup_one(position) for position in few], dtype=np.int64).reshape(positions.shape)
         return self._network.lookup(positions.astype(np.uint64).reshape(-1)).astype(np.int64).reshape(positions.shape)
 
     def __getitem__(self, position: int) -> int:

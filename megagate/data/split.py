@@ -133,7 +133,7 @@ class ShardWindows:
         Raises:
             DataError: As `read`.
         """
-        owners = np.searchsorted(self._ends, index, side="right")
+        owners = self._ends.searchsorted(index, side="right")
         begins = (index - self._starts[owners]) * self._seq_len
         if shift:
             begins += shift % (self._room[owners] + 1)

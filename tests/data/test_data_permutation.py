@@ -168,3 +168,24 @@ def test_positions_outside_are_refused() -> None:
                 KeyedPermutation(n, 0)[position]
     with pytest.raises(ValueError, match="n must be in"):
         KeyedPermutation(0, 0)
+
+
+@pytest.mark.parametrize("n", [65_537, 1_000_003, 2_700_000_000, 10**13, 1 << 62])
+def test_a_few_lookups_are_those_of_a_block(n: int) -> None:
+    order = KeyedPermutation(n, key=7)
+    positions = np.unique(np.concatenate([np.arange(40), n - 1 - np.arange(40), np.random.default_rng(1).integers(0, n, size=400)]))
+    block = order.lookup(positions)
+    assert [order[position] for position in positions.tolist()] == block.tolist()
+    for size in (0, 1, 2, 5, 6, 7, 8):
+        assert order.lookup(positions[:size]).tolist() == block[:size].tolist()
+    assert order.lookup(positions[:6].reshape(2, 3)).tolist() == block[:6].reshape(2, 3).tolist()
+    for wrong in (-1, n):
+        with pytest.raises(IndexError, match=f"positions 0 to {n} of" if wrong == n else "positions -1 to 0 of"):
+            order.lookup(np.array([0, wrong]))
+
+
+def test_cycle_walking_is_the_same_one_by_one() -> None:
+    order = KeyedPermutation(66_050, key=3)  # 258 x 257 cells: 256 of them are beyond
+    things = [order[position] for position in range(66_050)]
+    assert things == order.lookup(np.arange(66_050)).tolist()
+    assert sorted(things) == list(range(66_050))
