@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _LENGTHS = (20, 421)
 _CODE_UINT16, _UINT16 = 8, 2
 _BLOCK = 1 << 16  # documents
 _NO_HASH = "0" * 64  # of files whose bytes nobody reads
+_PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 _SUFFIXES = (".py", ".md", ".rst", ".txt")
 _LONGEST = 1_000_000  # bytes of a file of the default text; longer ones are tables
 _TRAINED_BYTES = 8_000_000
@@ -136,7 +138,7 @@ def real_text(folder: Path, *, text: Path | None, most_bytes: float, tokenizer: 
     folder.mkdir()
     place = folder / "tokenizer"
     place.mkdir()
-    source = _lines(text) if text else installed_text()
+    source = _lines(text) if text else text_of(installed_folders())
     first: list[str] = []
     if tokenizer is None:
         size = 0
@@ -181,14 +183,24 @@ def _lines(path: Path) -> Iterator[str]:
                 yield document
 
 
-def installed_text() -> Iterator[str]:
-    """The .py, .md, .rst and .txt files of this Python and its packages, each text once, in the order of a hash of their names."""
-    roots = dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
+def installed_folders() -> list[Path]:
+    """Of this Python: its standard library and its packages."""
+    return list(dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
+
+
+def text_of(folders: Sequence[Path]) -> Iterator[str]:
+    """The .py, .md, .rst and .txt files below these folders, each text once, mixed: in the order of a hash of their names.
+
+    Packages are taken where they are named as a folder of their own, and not below a standard library.
+    """
     found = {}
-    for root in roots:
-        for path in root.rglob("*"):
-            if path.suffix in _SUFFIXES and not (root == Path(sysconfig.get_path("stdlib")) and "site-packages" in path.parts):
-                found[hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest()] = path
+    for root in folders:
+        for place, names, files in os.walk(root):
+            names[:] = [name for name in names if name not in _PACKAGE_FOLDERS]
+            for name in files:
+                if name.endswith(_SUFFIXES):
+                    path = Path(place, name)
+                    found[hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest()] = path
     seen = set()
     for _, path in sorted(found.items()):
         try:

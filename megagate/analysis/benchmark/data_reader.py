@@ -38,9 +38,10 @@ def start(bench: Bench) -> None:
         for note in [series[name].notes[0]]
     ]
     bench.remark(
-        f"from the files to the first sample of {SEQ_LEN} tokens, in a process that has imported what it needs; not counted, the imports:"
-        f" {' and '.join(costs)}. Megatron: a GPTDataset of one epoch, its indices kept in memory and not written. Memory: growth of the"
-        " resident set at its peak, mapped pages of files included, the largest of all rounds. Indices lie in the page cache."
+        f"from the files to the first sample of {SEQ_LEN} tokens, in a process that has imported what it needs; the worst round decides."
+        f" Not counted, the imports: {' and '.join(costs)}. Megatron: a GPTDataset of one epoch, its indices kept in memory and not"
+        " written. Memory: growth of the resident set at its peak, mapped pages of files included, the largest of all rounds. Indices"
+        " lie in the page cache."
     )
 
 
@@ -48,7 +49,8 @@ def _start_lines(bench: Bench, title: str, own: Series, base: Series) -> None:
     cpu, peer_cpu = (statistics.median(series.cpu_seconds) for series in (own, base))
     wall = _walls(own, base, 1)
     times = paired_ratio(base.cpu_seconds, own.cpu_seconds)
-    bench.line(f"{title}: CPU", _ms(cpu), _ms(peer_cpu), times, wall=wall, target="< 50 ms", met=cpu < 0.05)
+    ours, worst = f"{_ms(cpu)} (first {_ms(own.cpu_seconds[0])})", max(own.cpu_seconds)  # a run starts once
+    bench.line(f"{title}: CPU", ours, _ms(peer_cpu), times, wall=wall, target="< 50 ms", met=worst < 0.05)
     peak, peers = (max(note["peak"] for note in series.notes) for series in (own, base))
     private = max(note["private"] for note in own.notes)
     ours = f"{peak / 1e6:.1f} MB ({private / 1e6:.1f} private)"
