@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from megagate.analysis.benchmark.data_files import SHARD_TOKENS, installed_folders, many_shards, same_ids, text_of
+from megagate.analysis.benchmark.data_ours import preprocess
+from megagate.analysis.benchmark.data_text import _steady_rate
 from megagate.data.manifest import Manifest, ShardEntry, TokenizerIdentity, open_shards, read_manifest, write_manifest
 from megagate.data.shards import ShardWriter
+from megagate.errors import RunError
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "benchmark.py"
@@ -136,5 +139,29 @@ def test_the_text_of_folders_is_the_same_each_time_and_has_no_doubles(tmp_path: 
     (library / "table.txt").write_text("x" * 1_000_001)
     found = list(text_of([library, packages]))
     assert sorted(found) == sorted([f"p{number} {number}" for number in range(30)] + [f"q{number} {number}" for number in range(30)])
-    assert found != sorted(found) and list(text_of([library, packages])) == found
+    assert {text[0] for text in found[:15]} == {"p", "q"}, "mixed"
+    assert list(text_of([library, packages])) == found
     assert next(text_of(installed_folders()))
+
+
+def test_the_steady_rate_leaves_out_the_start_and_the_end(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": "x" * 99}) + "\n" for _ in range(60)))
+    out = tmp_path / "out"
+    wanted = ["--input", str(text), "--tokenizer", "bytes", "--split", "1,0,0", "--workers", "1", "--unit-bytes", "672"]
+    notes = preprocess(wanted, str(out))()
+    assert notes["cpu"] > 0.05 and 10e6 < notes["peak"] < 300e6
+    records = sorted((out / "units").glob("part-*.json"))
+    assert len(records) == 10
+    tokens = [json.loads(record.read_text())["shards"]["train"]["tokens"] for record in records]
+    assert tokens == [600] * 10  # 99 bytes and an end, six times
+    times = [100, 101, 103, 104, 106, 107, 109, 110, 112, 150]  # the last worker alone, and slow
+    for record, seconds in zip(records, times, strict=True):
+        os.utime(record, (seconds, seconds))
+    assert _steady_rate(out, 1) == pytest.approx(9 * 600 / 50)
+    assert _steady_rate(out, 2) == pytest.approx(7 * 600 / 11)
+
+
+def test_a_command_that_fails_is_told_with_the_end_of_its_output(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"(?s)preprocess_data.py --input nowhere.jsonl .*exit code 2:.*nowhere.jsonl"):
+        preprocess(["--input", "nowhere.jsonl", "--tokenizer", "bytes"], str(tmp_path / "out"))()
