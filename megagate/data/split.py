@@ -32,7 +32,7 @@ class Windows(Protocol):
 
     def rows(self, index: IntArray, *, shift: int = 0) -> Iterator[npt.NDArray[Any]]:
         """The rows of `read` one by one, [seq_len + 1] of any type of integers, without a copy where there need be none."""
-        ...
+        return iter(self.read(index, shift=shift))
 
 
 class Split(Protocol):

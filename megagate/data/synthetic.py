@@ -1,12 +1,11 @@
 """The data set `synthetic`: random tokens with structure to learn, made in memory, for any vocabulary."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from megagate.data.hashing import IntArray, canonical_sha256, mix64, stable_key
 from megagate.data.manifest import SplitName
 from megagate.data.permutation import KeyedPermutation
+from megagate.data.split import Windows
 from megagate.errors import DataError
 
 _VERSION = 1  # raise it when any token changes
@@ -53,7 +52,7 @@ class SyntheticSplit:
         return SyntheticWindows(seq_len, token_of_state=self._token_of_state, jumps=self._jumps, key=self._key)
 
 
-class SyntheticWindows:
+class SyntheticWindows(Windows):
     """Windows made on demand; see `SyntheticSplit`."""
 
     def __init__(self, seq_len: int, *, token_of_state: IntArray, jumps: IntArray, key: int) -> None:
@@ -73,7 +72,3 @@ class SyntheticWindows:
         steps = np.where(draws < _JUMP_OF_DRAW.size, self._jump_of_draw[np.minimum(draws, _JUMP_OF_DRAW.size - 1)], anywhere)
         steps[:, 0] = anywhere[:, 0]  # the first state is any
         return self._token_of_state[np.cumsum(steps, axis=1) % int(states)]
-
-    def rows(self, index: IntArray, *, shift: int = 0) -> Iterator[IntArray]:
-        """The rows of `read`, [seq_len + 1] each."""
-        return iter(self.read(index, shift=shift))

@@ -22,9 +22,7 @@ def preprocess(bench: Bench) -> None:
     folder, without = bench.options.folder / "preprocess", bench.options.gigatoken
     text = _text(bench, folder)
     backends = [name for name in _WANTED if name != "gigatoken" or not without]
-    own = [
-        _command(name, text, folder / name, "--workers", "1", *([] if without else ["--tokenizer-backend", name])) for name in backends
-    ]
+    own = [_command(name, text, folder / name, "--workers", "1", *_backend(bench, name)) for name in backends]
     peer = entrant("megatron", "data_megatron:preprocess", text=str(text.path), tokenizer=str(text.tokenizer), output=str(folder / "peer"))
     series = bench.run([*own, peer])
     if without:
@@ -76,14 +74,15 @@ def workers(bench: Bench) -> None:
             rates[count].append(_steady_rate(place, count))
         return False
 
-    entrants = [_command(str(count), text, place, "--workers", str(count), "--unit-bytes", size) for count, place in places.items()]
+    more = ("--unit-bytes", size, *_backend(bench, "tokenizers"))
+    entrants = [_command(str(count), text, place, "--workers", str(count), *more) for count, place in places.items()]
     series = bench.run(entrants, after_round=take_rates)
     if series is None:
         return
     times = paired_ratio(rates[2], rates[1])
     ours, peer = (f"{statistics.median(rates[count]) / 1e3:.0f} k tokens/s" for count in (2, 1))
     wall = " / ".join(f"{statistics.median(series[name].seconds):.1f} s" for name in ("2", "1"))
-    title = "preprocessing by 2 workers, beside 1 as peer, in steady state (ours / peer): clock"
+    title = "preprocessing with tokenizers by 2 workers, beside 1 as peer, in steady state (ours / peer): clock"
     bench.line(title, ours, peer, times, wall=wall, target="1.6 times", met=times.median >= 1.6)
     spent = paired_ratio(*([note["cpu"] for note in series[name].notes] for name in ("2", "1")))
     bench.remark(f"time on the clock, which needs two idle cores; CPU-seconds of two workers over those of one: {spent}.")
@@ -103,6 +102,10 @@ def _steady_rate(folder: Path, workers: int) -> float:
 
 def _tokens(record: UnitRecord) -> int:
     return sum(stats["tokens"] for stats in record.shards.values())
+
+
+def _backend(bench: Bench, name: str) -> list[str]:
+    return [] if bench.options.gigatoken else ["--tokenizer-backend", name]
 
 
 def _command(name: str, text: Text, output: Path, *more: str) -> Entrant:
