@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -180,6 +181,7 @@ def _data(options: argparse.Namespace) -> int:
         return _refuse(f"--rows: no row {', '.join(unknown)}; there are {listed}")
     if not options.folder.is_dir():
         return _refuse(f"--folder {options.folder}: no such folder; make it, or give another")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its files may be large: they go away then, too
     try:
         with tempfile.TemporaryDirectory(prefix="megagate-benchmark-", dir=options.folder) as folder:
             wanted = Options(

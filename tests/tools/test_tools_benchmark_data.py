@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +91,20 @@ def test_bad_options_are_told(tmp_path: Path, arguments: tuple[str, ...], messag
     result = run(*arguments, *([] if "--folder" in arguments else ["--folder", tmp_path]))
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_removes_its_files(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, str(TOOL), "data", "--rows", "start", "--documents", "1000", "--rounds", "100000", "--folder", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + LIMIT_S
+        while not list(tmp_path.glob("*/many/dataset.json")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.wait(timeout=LIMIT_S)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
     assert list(tmp_path.iterdir()) == []
 
 
