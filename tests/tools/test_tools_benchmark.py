@@ -124,7 +124,7 @@ def test_the_limit_ends_a_stuck_entrant_and_its_children(tmp_path: Path) -> None
 
 def test_help_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    for command in (["--help"], ["gate", "--help"], ["step", "--help"]):
+    for command in (["--help"], ["gate", "--help"], ["data", "--help"], ["step", "--help"]):
         start = time.monotonic()
         result = run(*command, PYTHONPATH=str(tmp_path))
         assert result.returncode == 0, result.stderr
