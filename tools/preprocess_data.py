@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         " folder of save_to_disk, or a data set of the datasets package: NAME, or datasets:NAME:CONFIG:SPLIT")  # fmt: skip
     add("--tokenizer", required=True, metavar="T", help="bytes, a tokenizer.json, a folder with one, or a name of the hub")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the data set; one plan each")
+    add("--tokenizer-backend", choices=("auto", "tokenizers", "gigatoken"), default="auto", help="package that makes the ids;"
+        " ids are the same, gigatoken is faster; auto takes it where it is installed and passes a check (default: auto)")  # fmt: skip
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: one per CPU)")
     add("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     add("--eod-token", metavar="TOKEN", help="token that ends documents (default: the tokenizer's eos_token, else <|endoftext|>)")
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from megagate.data.preprocess.backends import choose_backend
     from megagate.data.preprocess.plan import Settings, make_plan, parse_range, publish_plan
     from megagate.data.preprocess.publish import finalize, place_tokenizer
     from megagate.data.preprocess.tokenizer_source import find_tokenizer
@@ -84,7 +87,10 @@ def _run(options: argparse.Namespace) -> int:
         todo = missing_units(options.output, plan, part=part, parts=parts)
         mine = len(range(part - 1, len(plan.units), parts))
         print(f"{len(plan.sources)} inputs, {len(plan.units)} units; {mine} are of share {part}/{parts}, {mine - len(todo)} of them done")
-        job = Job(plan=plan, folder=options.output, tokenizer=options.tokenizer, eod=options.eod_token, on_error=options.on_error)
+        backend, reason = choose_backend(options.tokenizer_backend, tokenizer, plan) if todo else ("tokenizers", "")
+        if reason:
+            print(f"the ids are made by tokenizers: {reason}")
+        job = Job(plan=plan, folder=options.output, backend=backend, on_error=options.on_error)
         with _Bar(plan, todo) as bar:
             records = run_units(job, todo, workers=options.workers, report=bar.add)
         _tell_skipped(records)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megagate.data.hashing import IntArray
 from megagate.data.manifest import TokenizerIdentity
@@ -39,9 +40,13 @@ class ByteTokenizer:
         """Bytes of a text, without an end of document."""
         return list(text.encode())
 
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
+        """For each text its bytes, without an end of document."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
     def encode_documents(self, texts: Sequence[str]) -> list[IntArray]:
         """For each text its ids [bytes + 1], the last of which is the end of document."""
-        return [np.append(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64), _EOD_ID) for text in texts]
+        return [np.append(ids.astype(np.int64), _EOD_ID) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int] | IntArray) -> str:
         """The text of ids; ends and padding are left out, and bytes that are not UTF-8 become U+FFFD."""

@@ -44,6 +44,11 @@ class Tokenizer:
         self._model = model
         # Text that spells a special token must not become one: a document could end itself.
         self._model.encode_special_tokens = True
+        # What a tokenizer.json may hold for another use: documents are neither cut nor filled, and their ids are not drawn.
+        self._model.no_truncation()
+        self._model.no_padding()
+        if getattr(self._model.model, "dropout", None):
+            self._model.model.dropout = None
         # Not the number of tokens: ids may have holes, and all must be below this.
         self.vocab_size: int = max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         ids = {token: token if isinstance(token, int) else model.token_to_id(token) for token in (eod, pad) if token is not None}
@@ -108,6 +113,14 @@ class Tokenizer:
     def _content(self) -> bytes:
         return self._model.to_str(pretty=True).encode()
 
+    def to_json(self) -> str:
+        """As a `tokenizer.json`."""
+        return str(self._model.to_str())
+
+    def special_tokens(self) -> list[str]:
+        """The spellings of its special tokens, by id."""
+        return [token.content for _, token in sorted(self._model.get_added_tokens_decoder().items()) if token.special]
+
     def identity(self, name: str = TOKENIZER_NAME) -> TokenizerIdentity:
         """Of this tokenizer in a file that `save` writes under this name."""
         return TokenizerIdentity(
@@ -123,10 +136,14 @@ class Tokenizer:
         """Ids of a text, without an end of document."""
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
+        """For each text its ids [tokens], without an end of document."""
+        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.fromiter(ids, dtype=np.int64, count=len(ids)) for ids in (encoding.ids for encoding in encodings)]
+
     def encode_documents(self, texts: Sequence[str]) -> list[IntArray]:
         """For each text its ids [tokens + 1], the last of which is the end of document."""
-        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([*encoding.ids, self.eod_id], dtype=np.int64) for encoding in encodings]
+        return [np.append(ids, self.eod_id) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int] | IntArray) -> str:
         """The text of ids; special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""

@@ -46,7 +46,7 @@ def prepare(folder: Path, plan: Plan, *, on_error: OnError = "stop", order: Sequ
     publish_plan(folder, plan)
     (folder / "units").mkdir(exist_ok=True)
     for unit in range(len(plan.units)) if order is None else order:
-        write_unit(plan, unit, folder=folder, tokenizer=ByteTokenizer(), on_error=on_error, report=lambda _: None)
+        write_unit(plan, unit, folder=folder, encoder=ByteTokenizer(), on_error=on_error, report=lambda _: None)
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_reports_sum_to_the_unit(tmp_path: Path) -> None:
     (tmp_path / "units").mkdir()
     reports: list[Progress] = []
     records = [
-        UnitWriter(plan, unit, folder=tmp_path, tokenizer=ByteTokenizer(), on_error="stop", report=reports.append).run()
+        UnitWriter(plan, unit, folder=tmp_path, encoder=ByteTokenizer(), on_error="stop", report=reports.append).run()
         for unit in range(len(plan.units))
     ]
     assert len(reports) > 2 * len(plan.units)
@@ -405,7 +405,7 @@ def test_a_writer_that_is_overtaken_takes_the_other_ones_unit(tmp_path: Path) ->
 
     publish_plan(tmp_path / "out", plan)
     (tmp_path / "out/units").mkdir()
-    record = write_unit(plan, 0, folder=tmp_path / "out", tokenizer=ByteTokenizer(), on_error="stop", report=overtake)
+    record = write_unit(plan, 0, folder=tmp_path / "out", encoder=ByteTokenizer(), on_error="stop", report=overtake)
     assert overtaken and record.shards["train"]["documents"] == 1_500
     assert verify(tmp_path / "out") == finalize(tmp_path / "out", plan)
     assert sorted(os.listdir(tmp_path / "out/units")) == ["part-00000-train.bin", "part-00000-train.idx", "part-00000.json"]

@@ -23,11 +23,11 @@ import numpy as np
 
 from megagate.data.files import AtomicFile, clean_errors
 from megagate.data.manifest import SPLITS, SplitName
+from megagate.data.preprocess.backends import Backend, Encoder, make_encoder
 from megagate.data.preprocess.plan import Plan
 from megagate.data.preprocess.readers import BadDocument, Document, read_part
-from megagate.data.preprocess.tokenizer_source import find_tokenizer
 from megagate.data.shards import ShardStats, ShardWriter, token_dtype
-from megagate.data.tokenizer import AnyTokenizer
+from megagate.data.tokenizer import load_tokenizer
 from megagate.errors import DataError
 
 UNITS_FOLDER = "units"
@@ -143,17 +143,17 @@ class UnitWriter:
         plan: Whose unit it is.
         unit: Its index.
         folder: The output; its folder of units exists.
-        tokenizer: Makes the ids; those of the plan's tokenizer.
+        encoder: Makes the ids; those of the plan's tokenizer.
         on_error: `stop` raises at the first bad document, `skip` counts it.
         report: Called after each batch; may raise to stop.
     """
 
     def __init__(
-        self, plan: Plan, unit: int, *, folder: Path, tokenizer: AnyTokenizer, on_error: OnError, report: Callable[[Progress], None]
+        self, plan: Plan, unit: int, *, folder: Path, encoder: Encoder, on_error: OnError, report: Callable[[Progress], None]
     ) -> None:
         self._plan, self._unit, self._folder = plan, unit, folder
         self._part = plan.part(unit)
-        self._tokenizer, self._on_error, self._report = tokenizer, on_error, report
+        self._encoder, self._on_error, self._report = encoder, on_error, report
         self._dtype = token_dtype(plan.settings.tokenizer.vocab_size)
         self._writers: dict[SplitName, ShardWriter] = {}
         self._stack = ExitStack()
@@ -197,18 +197,17 @@ class UnitWriter:
 
     def _write(self, batch: list[Document]) -> None:
         settings = self._plan.settings
-        arrays = self._tokenizer.encode_documents([document.text for document in batch])
-        if not settings.append_eod:
-            arrays = [ids[:-1] for ids in arrays]
+        arrays = self._encoder.encode_batch([document.text for document in batch])
+        end = [np.array([settings.tokenizer.eod_id], dtype=np.uint32)] if settings.append_eod else []
         splits = [settings.split_of(document.data) for document in batch]
         tokens = 0
         for split in SPLITS:
-            chosen = [ids for ids, own in zip(arrays, splits, strict=True) if own == split and ids.size]
+            chosen = [ids for ids, own in zip(arrays, splits, strict=True) if own == split and ids.size + len(end)]
             if not chosen:
                 continue
-            ids = np.concatenate(chosen)
+            ids = np.concatenate([part for one in chosen for part in (one, *end)])
             self._check_ids(int(ids.min()), int(ids.max()))
-            self._writer(split).add_many(ids, lengths=[one.size for one in chosen])
+            self._writer(split).add_many(ids, lengths=[one.size + len(end) for one in chosen])
             tokens += ids.size
         self._documents += len(batch)
         # At most the unit's own bytes: its last line may end in the next one's.
@@ -247,11 +246,11 @@ class UnitWriter:
 
 
 def write_unit(
-    plan: Plan, unit: int, *, folder: Path, tokenizer: AnyTokenizer, on_error: OnError, report: Callable[[Progress], None]
+    plan: Plan, unit: int, *, folder: Path, encoder: Encoder, on_error: OnError, report: Callable[[Progress], None]
 ) -> UnitRecord:
     """Makes one unit, see `UnitWriter`; another process may make the same one at the same time."""
     try:
-        return UnitWriter(plan, unit, folder=folder, tokenizer=tokenizer, on_error=on_error, report=report).run()
+        return UnitWriter(plan, unit, folder=folder, encoder=encoder, on_error=on_error, report=report).run()
     except DataError:
         # Another process may have finished everything meanwhile, and swept our temporary files away: its bytes are ours.
         record = read_record(folder, plan.sha256, unit)
@@ -269,12 +268,11 @@ def sweep(folder: Path, pattern: str) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs to know."""
+    """What every worker needs to know; the plan's tokenizer lies in `folder`."""
 
     plan: Plan
     folder: Path
-    tokenizer: str
-    eod: str | None
+    backend: Backend
     on_error: OnError
 
 
@@ -376,11 +374,11 @@ def _work(job: Job, end: Connection) -> None:
     # Both ways fail once the other end is closed, or its process dead: an unfinished unit is then discarded, after its batch at most.
     with suppress(EOFError, OSError):
         try:
-            tokenizer = find_tokenizer(job.tokenizer, eod=job.eod)
-            if tokenizer.identity() != job.plan.settings.tokenizer:
-                raise DataError(f"--tokenizer {job.tokenizer} is not the plan's any more; it changed since the start; begin again")
+            tokenizer = load_tokenizer(job.folder, job.plan.settings.tokenizer)
+            assert tokenizer is not None, "a plan always has a tokenizer"
+            encoder = make_encoder(tokenizer, job.backend)
             while True:
                 unit = end.recv()
-                end.send(write_unit(job.plan, unit, folder=job.folder, tokenizer=tokenizer, on_error=job.on_error, report=end.send))
+                end.send(write_unit(job.plan, unit, folder=job.folder, encoder=encoder, on_error=job.on_error, report=end.send))
         except DataError as error:
             end.send(error)
