@@ -1,7 +1,9 @@
 """Byte-level BPE: training, encoding of documents, decoding, identity. The `tokenizers` package is imported only where it is used."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,11 @@ TOKENIZER_NAME = "tokenizer.json"
 EOD = "<|endoftext|>"
 PAD = "<|pad|>"  # not EOD: who masks padding must not mask the ends of documents
 _SMALLEST_VOCABULARY = 256 + 2  # every byte, EOD and PAD
+# A text takes about 100 times its size while it is encoded, and the longer it is the slower: long ones are encoded in pieces.
+_PIECE = 1 << 16  # characters
+_MARGIN = 512  # characters looked at on both sides of a cut
+_CUTS = 32  # places tried, before the rest is encoded as a whole
+_CUT = re.compile(r"(?<=\S)\n(?=[^\W_])|(?<=\S)(?= [^\W_])|(?<=[.!?;,。！？；，、])(?=[^\W_])")
 
 
 class Tokenizer:
@@ -137,9 +144,34 @@ class Tokenizer:
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
-        """For each text its ids [tokens], without an end of document."""
+        """For each text its ids [tokens], without an end of document.
+
+        A long text is encoded in pieces, cut where the ids of what is around the cut are those of its two sides.
+        """
+        if max(map(len, texts), default=0) > _PIECE:
+            return [np.concatenate([self._encode([piece])[0] for piece in self._pieces(text)]) for text in texts]
+        return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[IntArray]:
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.fromiter(ids, dtype=np.int64, count=len(ids)) for ids in (encoding.ids for encoding in encodings)]
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        begin = 0
+        while len(text) - begin > _PIECE and (end := self._cut_after(text, begin + _PIECE)):
+            yield text[begin:end]
+            begin = end
+        yield text[begin:]
+
+    def _cut_after(self, text: str, start: int) -> int:
+        """The first place from `start` on at which a text may be cut; 0 if none is found."""
+        for match in islice(_CUT.finditer(text, start), _CUTS):
+            place = match.end()
+            left, right = text[max(0, place - _MARGIN) : place], text[place : place + _MARGIN]
+            both, *sides = self._encode([left + right, left, right])
+            if np.array_equal(both, np.concatenate(sides)):
+                return place
+        return 0
 
     def encode_documents(self, texts: Sequence[str]) -> list[IntArray]:
         """For each text its ids [tokens + 1], the last of which is the end of document."""

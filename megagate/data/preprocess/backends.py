@@ -72,10 +72,13 @@ class Gigatoken:
         except ImportError as error:
             raise DataError("gigatoken is not installed; pip install gigatoken, or choose --tokenizer-backend tokenizers") from error
         self._reference, self._package = reference, Package
-        value = json.loads(reference.to_json())
-        value["added_tokens"] = [token for token in value["added_tokens"] if not token["special"]]
-        self._added = [str(token["content"]) for token in value["added_tokens"]]
-        self._json = json.dumps(value)
+        # Only this list is parsed: Python objects of a whole vocabulary take 100 MB.
+        text = reference.to_json()
+        begin = text.index('"added_tokens":') + len('"added_tokens":')
+        tokens, end = json.JSONDecoder().raw_decode(text, begin)
+        tokens = [token for token in tokens if not token["special"]]
+        self._added = [str(token["content"]) for token in tokens]
+        self._json = f"{text[:begin]}{json.dumps(tokens)}{text[end:]}".encode()
         self._tried: set[str] = set()
         self._different: set[str] = set()
         self._seen = 0

@@ -28,7 +28,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".txt": "txt",
 }
 _BLOCK = 1 << 16  # bytes
-_ROWS = 256  # of a batch of Parquet or `datasets`
+_ROWS = 64  # of a batch of Parquet or `datasets`
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -105,7 +105,7 @@ def read_part(part: Part, *, text_key: str, longest: int) -> Iterator[Document |
         else:
             with open(path, "rb") as raw:
                 stream = gzip.GzipFile(fileobj=raw) if part.kind == "jsonl.gz" else io.BufferedReader(_ZstdStream(raw), _BLOCK)
-                yield from _read_compressed(stream, path, parse=_parse_json(text_key), longest=longest)
+                yield from _read_compressed(stream, raw, path, parse=_parse_json(text_key), longest=longest)
 
 
 Parse = Callable[[bytes], str]
@@ -202,8 +202,9 @@ def _read_range(stream: BinaryIO, part: Part, *, parse: Parse, longest: int) -> 
         position += size
 
 
-def _read_compressed(stream: BinaryIO, path: Path, *, parse: Parse, longest: int) -> Iterator[Document | BadDocument]:
-    number = 0
+def _read_compressed(stream: BinaryIO, raw: BinaryIO, path: Path, *, parse: Parse, longest: int) -> Iterator[Document | BadDocument]:
+    """`consumed` is of the compressed bytes in `raw`, as they are read."""
+    number = told = 0
     lines = _lines(stream, longest=longest)
     while True:
         try:
@@ -215,10 +216,11 @@ def _read_compressed(stream: BinaryIO, path: Path, *, parse: Parse, longest: int
             return
         number += 1
         where = f"{path}, line {number}"
+        consumed, told = raw.tell() - told, raw.tell()
         if line is None:
-            yield _too_long(where, size, longest)
+            yield _too_long(where, size, longest)._replace(consumed=consumed)
         elif content := (line.removeprefix(_BOM) if number == 1 else line).strip():
-            yield _document(parse, content, 0, where)
+            yield _document(parse, content, consumed, where)
 
 
 def _whole_file(path: Path, longest: int) -> Document | BadDocument:
@@ -228,23 +230,26 @@ def _whole_file(path: Path, longest: int) -> Document | BadDocument:
     return _document(_parse_text, path.read_bytes().removeprefix(_BOM), size, str(path))
 
 
-def _read_rows(rows: Iterator[tuple[Any, str]], path: str, *, longest: int) -> Iterator[Document | BadDocument]:
-    for value, place in rows:
+def _read_rows(rows: Iterator[tuple[Any, str, int]], path: str, *, longest: int) -> Iterator[Document | BadDocument]:
+    for value, place, consumed in rows:
         where = f"{path}, {place}"
         if not isinstance(value, str):
-            yield BadDocument("missing key", f"{where}: the text is {value!r:.40}, not a string", 0)
+            yield BadDocument("missing key", f"{where}: the text is {value!r:.40}, not a string", consumed)
             continue
-        found = _document(lambda _, value=value: value, b"", 0, where)
-        yield _too_long(where, len(found.data), longest) if isinstance(found, Document) and len(found.data) > longest else found
+        found = _document(lambda _, value=value: value, b"", consumed, where)
+        if isinstance(found, Document) and len(found.data) > longest:
+            found = _too_long(where, len(found.data), longest)._replace(consumed=consumed)
+        yield found
 
 
-def _parquet_rows(part: Part, column: str) -> Iterator[tuple[Any, str]]:
+def _parquet_rows(part: Part, column: str) -> Iterator[tuple[Any, str, int]]:
     file = open_parquet(Path(part.path))
     names = file.schema_arrow.names
     if column not in names:
         raise DataError(f"{part.path}: no column {column!r}, only {', '.join(map(repr, names[:8]))}; choose another --text-key")
     for group in range(part.begin, part.end):
-        row = 0
+        found = file.metadata.row_group(group)
+        row, about = 0, found.total_byte_size // max(found.num_rows, 1)  # bytes of the plan per row
         batches = file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[column])
         while True:
             try:
@@ -255,7 +260,7 @@ def _parquet_rows(part: Part, column: str) -> Iterator[tuple[Any, str]]:
             if batch is None:
                 break
             for offset, value in enumerate(values):
-                yield value, f"row group {group}, row {row + offset}"
+                yield value, f"row group {group}, row {row + offset}", about
             row += len(values)
 
 
@@ -268,7 +273,8 @@ def open_parquet(path: Path) -> Any:
     import pyarrow.parquet as parquet  # noqa: PLC0415  heavy, and only needed here
 
     try:
-        return parquet.ParquetFile(path)
+        # Read through a buffer: the default holds a whole row group.
+        return parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: not a whole Parquet file ({error}); copy it again") from error
 
@@ -300,7 +306,7 @@ def open_dataset_source(name: str, config: str, *, saved: bool) -> Any:
         ) from error
 
 
-def _dataset_rows(part: Part, column: str) -> Iterator[tuple[Any, str]]:
+def _dataset_rows(part: Part, column: str) -> Iterator[tuple[Any, str, int]]:
     data = open_dataset_source(part.path, part.config, saved=part.kind == "saved")
     names = data.column_names
     if names is not None and column not in names:
@@ -312,7 +318,7 @@ def _dataset_rows(part: Part, column: str) -> Iterator[tuple[Any, str]]:
     for rows, what, row in parts:
         for batch in rows.select_columns([column]).iter(batch_size=_ROWS):
             for value in batch[column]:
-                yield value, f"{what} {row}"
+                yield value, f"{what} {row}", 0
                 row += 1
 
 

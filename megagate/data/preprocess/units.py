@@ -32,7 +32,7 @@ from megagate.errors import DataError
 
 UNITS_FOLDER = "units"
 OnError = Literal["skip", "stop"]
-_BATCH_BYTES = 1 << 20  # of text tokenized at once: a tokenizer takes some 30 times as much memory
+_BATCH_BYTES = 1 << 18  # of text tokenized at once: a tokenizer takes some 100 times as much memory
 _BATCH_DOCUMENTS = 512
 _TOLD = 5  # messages of skipped documents kept by each unit
 _GRACE = 20.0  # seconds in which workers remove what they have not finished
@@ -370,6 +370,7 @@ def _leave(end: Connection, member: _Member) -> None:
 def _work(job: Job, end: Connection) -> None:
     """A worker's life: takes units until the other end closes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each worker; the package reads it here only
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # the others keep 50 MB more of what was freed
 
     # Both ways fail once the other end is closed, or its process dead: an unfinished unit is then discarded, after its batch at most.
     with suppress(EOFError, OSError):
