@@ -29,7 +29,8 @@ IdArray = npt.NDArray[np.uint32]
 _ASCII = bytes(range(128))
 _EVERY = 256  # documents: a comparison takes some 30 times as long as gigatoken itself
 _TRIED_AT_ONCE = 512  # characters
-_CACHE = 48 << 20  # bytes by which a process may grow through gigatoken's memory of words
+# Bytes by which a process may grow through gigatoken's memory of words, which doubles at once; and where it is large already.
+_GROWTH, _GROWTH_OF_LARGE, _LARGE = 48 << 20, 20 << 20, 224 << 20
 _SOURCES, _DOCUMENTS, _CHARACTERS = 8, 32, 1 << 15  # of the input: files looked at, and of each documents and characters
 # Letter, digit, mark, space or sign: which one a character is decides where words around it begin and end.
 _TRIAL = "@ @the the@ing @'s @'ll '@' ...@... --@-- 12@34 @5\n@\n\n@  @@ the@@ .@the 1@a"
@@ -142,7 +143,7 @@ class Gigatoken:
     def _bound_memory(self) -> None:
         resident = _resident_bytes()
         self._resident = self._resident or resident
-        if resident - self._resident > _CACHE:
+        if resident - self._resident > (_GROWTH_OF_LARGE if resident > _LARGE else _GROWTH):
             self._renew()
 
 

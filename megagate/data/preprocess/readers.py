@@ -250,7 +250,7 @@ def _parquet_rows(part: Part, column: str) -> Iterator[tuple[Any, str, int]]:
     for group in range(part.begin, part.end):
         found = file.metadata.row_group(group)
         row, about = 0, found.total_byte_size // max(found.num_rows, 1)  # bytes of the plan per row
-        batches = file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[column])
+        batches = file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[column], use_threads=False)
         while True:
             try:
                 batch = next(batches, None)
