@@ -71,7 +71,7 @@ class Gigatoken:
         try:
             from gigatoken import Tokenizer as Package  # noqa: PLC0415  optional
         except ImportError as error:
-            raise DataError("gigatoken is not installed; pip install gigatoken, or choose --tokenizer-backend tokenizers") from error
+            raise DataError("gigatoken is not installed; choose --tokenizer-backend tokenizers, or pip install gigatoken") from error
         self._reference, self._package = reference, Package
         # Only this list is parsed: Python objects of a whole vocabulary take 100 MB.
         text = reference.to_json()
@@ -101,9 +101,7 @@ class Gigatoken:
         Raises:
             DataError: The package made other ids than the reference.
         """
-        found, different = self._raw(texts), self._different_in(texts)
-        for index in [index for index, text in enumerate(texts) if different and not different.isdisjoint(text)]:
-            (found[index],) = self._reference.encode_batch([texts[index]])
+        found = self._ids(texts)
         for index in range(-self._seen % _EVERY, len(texts), _EVERY):
             _compare(texts[index], found[index], self._reference, "a document of the input")
         self._seen += len(texts)
@@ -120,8 +118,14 @@ class Gigatoken:
         spelled = [f"{token} x{token}x {token}{token} .{token}.\n{token}\n {token[:-1]} {token[1:]} {token.lower()}" for token in tokens]
         for texts, what in ((_PROBES, "a probe"), (spelled, "a spelled token"), (documents, "a document of the input")):
             for text in texts:
-                (ids,) = self.encode_batch([text])
+                (ids,) = self._ids([text])
                 _compare(text, ids, self._reference, what)
+
+    def _ids(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        found, different = self._raw(texts), self._different_in(texts)
+        for index in [index for index, text in enumerate(texts) if different and not different.isdisjoint(text)]:
+            (found[index],) = self._reference.encode_batch([texts[index]])
+        return found
 
     def _raw(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         return [self._backend.encode(text.encode()) for text in texts]
