@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megagate.data.byte_tokenizer import ByteTokenizer
 from megagate.data.manifest import open_shards, read_manifest, verify
-from megagate.data.preprocess.plan import Plan, Settings, make_plan, parse_range, publish_plan
+from megagate.data.preprocess.plan import Plan, Settings, make_plan, parse_range, publish_plan, unit_size
 from megagate.data.preprocess.publish import FULL_SHARD, finalize, ranges
 from megagate.data.preprocess.readers import BadDocument, Document, Kind, Part, read_part
 from megagate.data.preprocess.tokenizer_source import find_tokenizer
@@ -202,6 +202,28 @@ def test_a_plan_is_the_same_wherever_the_inputs_lie_and_however_they_are_named(t
     size = len(lines_of(TEXTS))
     assert [(unit.begin, unit.end) for unit in plans[0].units if unit.source == 0] == [(b, min(b + 300, size)) for b in range(0, size, 300)]
     assert make_plan([str(tmp_path / "here")], replace(BYTES, unit_bytes=301)).sha256 != plans[0].sha256
+
+
+def test_units_grow_with_the_inputs_so_that_they_stay_few() -> None:
+    sizes = [unit_size(total) for total in (1, 1 << 30, 10 << 30, 64 << 30, 1 << 40, 4 << 40, 40 * 10**12, 10**15)]
+    assert sizes == [4 << 20, 4 << 20, 40 << 20, 256 << 20, 256 << 20, 1 << 30, 2 << 30, 2 << 30]
+
+
+def test_progress_moves_within_a_compressed_file_and_a_row_group(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+    import zstandard
+
+    texts = [os.urandom(500).hex() for _ in range(1_000)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines_of(texts)))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines_of(texts)))
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "a.parquet")
+    for name in ("jsonl.gz", "jsonl.zst", "parquet"):
+        found = read(tmp_path / f"a.{name}", name, 0, 1)  # type: ignore[arg-type]
+        whole = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).total_byte_size
+        whole = whole if name == "parquet" else (tmp_path / f"a.{name}").stat().st_size
+        half = sum(item.consumed for item in found[:500])
+        assert 0.3 * whole < half < 0.7 * whole and half < sum(item.consumed for item in found) <= whole
 
 
 def test_inputs_that_cannot_be_are_refused(tmp_path: Path) -> None:

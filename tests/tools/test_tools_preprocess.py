@@ -230,9 +230,37 @@ def test_a_trained_tokenizer_gives_its_own_ids(tmp_path: Path, text: Path) -> No
     assert sorted(documents) == sorted(tuple(ids.tolist()) for ids in tokenizer.encode_documents(texts))
 
 
+def test_both_packages_leave_the_same_bytes(tmp_path: Path, text: Path) -> None:
+    odd = tmp_path / "odd.jsonl"
+    lines = [json.dumps({"text": f"{word} \U000330d6'll<|endoftext|> {word}"}) for word in ("gate", "größe")]
+    odd.write_text(text.read_text() + "\n".join(lines))
+    Tokenizer.train(["gate sink größe head expert we'll " * 20], vocab_size=300).save(tmp_path / "tokenizer.json")
+    trees = []
+    for backend in ("tokenizers", "gigatoken", "auto"):
+        output = tmp_path / backend
+        code, out, err = run("--tokenizer-backend", backend, output=output, text=odd, tokenizer=tmp_path / "tokenizer.json")
+        assert code == 0 and "by tokenizers" not in out, err
+        trees.append(tree(output))
+    assert trees[0] == trees[1] == trees[2]
+
+
+def test_a_tokenizer_that_gigatoken_gets_wrong_is_refused_or_left_to_the_other(tmp_path: Path, text: Path) -> None:
+    Tokenizer.train(["gate sink größe head expert " * 20], vocab_size=300).save(tmp_path / "tokenizer.json")
+    value = json.loads((tmp_path / "tokenizer.json").read_text())
+    flags = {"single_word": True, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    value["added_tokens"].append({"id": 300, "content": "sin", **flags})  # gigatoken 0.10 takes it out of words, too
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    names = {"output": tmp_path / "out", "text": text, "tokenizer": tmp_path / "tokenizer.json"}
+    code, _, err = run("--tokenizer-backend", "gigatoken", **names)
+    assert code == 2 and err.startswith("DataError: gigatoken makes other ids than tokenizers: ") and units_done(tmp_path / "out") == 0
+    code, out, err = run(**names)
+    assert code == 0 and "the ids are made by tokenizers: gigatoken makes other ids than tokenizers: " in out, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--tokenizer-backend", "gigatoken"), "gigatoken has no tokenizer `bytes`; leave --tokenizer-backend out"),
         (("--split", "0.9,0.1"), "--split is '0.9,0.1'; it must be three shares"),
         (("--unit-range", "4/3"), "--unit-range is '4/3'"),
         (("--workers", "0"), "--workers is 0; it must be at least 1"),
