@@ -174,7 +174,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = make_plan([str(place / "a.jsonl")], Settings(tokenizer=ByteTokenizer().identity()))
     publish_plan(place / "set", plan)
     (place / "set/units").mkdir()
-    write_unit(plan, 0, folder=place / "set", tokenizer=ByteTokenizer(), on_error="stop", report=lambda _: None)
+    write_unit(plan, 0, folder=place / "set", encoder=ByteTokenizer(), on_error="stop", report=lambda _: None)
     finalize(place / "set", plan)
     merge = make_merge([(str(place / "bare"), None), (str(place / "set"), None)], maker=named_maker("bytes"))
     publish_merge(place / "merged", merge)
