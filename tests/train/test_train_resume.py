@@ -66,7 +66,7 @@ def test_killed_twice_and_before_the_first_checkpoint(jobs: Jobs, tmp_path: Path
 def test_resumed_in_another_layout_it_stays_on_the_curve(jobs: Jobs, tmp_path: Path) -> None:
     """On a blend whose weights change at step 15, over three epochs of its first data set and four of its second, killed in the second."""
     whole, moved, windows = tmp_path / "whole", tmp_path / "moved", 50
-    # With these seeds no token's router is so near a tie that rounding sends it elsewhere, which alone is more than 1e-5.
+    # Of six seeds tried, two moved the auxiliary loss by 4e-5, as one token routed elsewhere by rounding does; this one stays below 1e-6.
     a, b = (make_data(tmp_path / name, tokens=(many + 1) * 32, seed=5 + many) for name, many in (("a", windows), ("b", 20)))
     command = (*LONG, "--data.path", f"0.8 {a} 0.2 {b} from 120 0.5 {a} 0.5 {b}")
     job = jobs.run("--train.output_dir", whole, *command, world=2)
