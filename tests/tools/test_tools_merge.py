@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 
 from megagate.data.manifest import MANIFEST_NAME, open_shards, read_manifest, verify
-from megagate.data.merge.plan import cuts
+from megagate.data.merge.plan import cuts, make_merge, named_maker, publish_merge
+from megagate.data.merge.run import run_merge
 from megagate.data.shards import Shard, ShardWriter
 from megagate.data.tokenizer import Tokenizer
+from megagate.errors import DataError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 Tree = dict[str, bytes]
@@ -189,6 +191,38 @@ def test_two_at_once_do_no_harm(tmp_path: Path, bare: list[Path], reference: Tre
     assert tree(tmp_path / "out") == reference
 
 
+@pytest.mark.parametrize("copy", [True, False])
+def test_one_that_is_overtaken_takes_the_other_ones_data_set(tmp_path: Path, bare: list[Path], copy: bool) -> None:
+    plan = make_merge([(str(prefix), None) for prefix in bare[:3]], maker=named_maker(None, vocab_size=EOD + 1, eod_id=EOD))
+    output = tmp_path / "out"
+    publish_merge(output, plan)
+    overtaken: list[int] = []
+
+    def overtake(count: int) -> None:
+        if not overtaken:
+            overtaken.append(count)
+            run_merge(output, plan, copy=copy)  # which removes the other one's temporary files
+
+    manifest = run_merge(output, plan, copy=copy, report=overtake)
+    assert overtaken and verify(output) == manifest and view(output, "train") == joined(range(3))
+    names = {f"train-0000{number}" for number in range(3)}
+    expected = {f"{name}{suffix}" for name in names for suffix in (".bin", ".idx")} | {f"merged/{name}.json" for name in names}
+    assert set(tree(output)) == expected | {"plan.json", MANIFEST_NAME}
+
+
+def test_an_input_that_is_replaced_meanwhile_is_noticed(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", documents(1))
+    plan = make_merge([(str(prefix), None)], maker=named_maker(None, vocab_size=EOD + 1))
+    publish_merge(tmp_path / "out", plan)
+
+    def replace(count: int) -> None:
+        write(prefix, documents(2))
+
+    with pytest.raises(DataError, match=f"{prefix}.bin was replaced while it was read; run the same command again"):
+        run_merge(tmp_path / "out", plan, report=replace)
+    assert sorted(tree(tmp_path / "out")) == ["plan.json"]
+
+
 def test_of_two_merges_into_one_folder_one_has_its_way(tmp_path: Path, bare: list[Path]) -> None:
     for attempt in range(3):
         output = tmp_path / f"out{attempt}"
@@ -328,7 +362,8 @@ def test_ids_above_the_vocabulary_are_named_by_their_place(tmp_path: Path, bare:
     for words in (("--input", prefix, *OF_IDS), ("--input", bare[0], prefix, *OF_IDS, "--workers", 1)):
         message = run(*words, *way, "--output", tmp_path / f"out{len(words)}", expect=2)
         assert f"{prefix}.bin holds id 1234 at token {token} (byte {2 * token}); ids must be in [0, 1000)" in message
-        assert not (tmp_path / f"out{len(words)}" / MANIFEST_NAME).exists()
+        left = tree(tmp_path / f"out{len(words)}")
+        assert MANIFEST_NAME not in left and not [name for name in left if name.endswith(".tmp")]
 
 
 def test_a_damaged_data_set_is_not_copied(tmp_path: Path, bare: list[Path]) -> None:
