@@ -51,6 +51,11 @@ def test_embedded(embedded_directory: Path, embedded_vocabulary: int, tmp_path: 
 def test_what_cannot_be_opened_is_refused(counted: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data.path is 'nowhere', and there is no such folder; it must be embedded, synthetic, or a folder"):
         open_dataset("nowhere", vocab_size=100, directory=tmp_path)
+    with pytest.raises(DataError, match="there is no such folder"):
+        open_dataset("x" * 5_000, vocab_size=100, directory=tmp_path)
+    for name in ("train-00000", "train-00000.bin", "train-00000.idx"):
+        with pytest.raises(DataError, match=f"a shard without a manifest, .*tools/merge_data.py --input {counted}/train-00000 --tokenizer"):
+            open_dataset(f"{counted}/{name}", vocab_size=100, directory=tmp_path)
     with pytest.raises(DataError, match="it has no dataset.json"):
         open_dataset(str(tmp_path), vocab_size=100, directory=tmp_path)
     with pytest.raises(DataError, match="was made for a vocabulary of 5000; model.vocab_size is 4999"):
@@ -115,6 +120,8 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(value))
     with pytest.raises(DataError, match=r"tokenizer.json has no <\|pad\|>; megagate needs both"):
         Tokenizer.load(path)
+    with pytest.raises(DataError, match="the tokenizer bytes is not the one that is built in .vocab_size '9' and '258'"):
+        load_tokenizer(tmp_path, TokenizerIdentity(kind="bytes", file="", sha256="", vocab_size=9, eod_id=256, pad_id=257))
     other = TokenizerIdentity(kind="other", file="", sha256="", vocab_size=9, eod_id=0, pad_id=1)
     with pytest.raises(DataError, match="tokenizer kind is 'other'; it must be tokenizers, bytes or none"):
         load_tokenizer(tmp_path, other)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megagate.data.blend import BlendSchedule
@@ -92,6 +92,9 @@ def test_any_counts_and_numbers_in_an_index(
     place=st.tuples(st.integers(0, 2), st.integers(0, 6)),
     value=st.none() | WORDS,
 )
+@example(lengths=[2, 3], cuts=[1], place=(2, 0), value=1)  # tokens before the first document
+@example(lengths=[2, 3], cuts=[1], place=(2, 1), value=2**62)
+@example(lengths=[2, 3], cuts=[1], place=(0, 0), value=-1)
 def test_an_index_with_one_wrong_number(
     tmp_path: Path, lengths: list[int], cuts: list[int], place: tuple[int, int], value: int | None
 ) -> None:
@@ -106,6 +109,18 @@ def test_an_index_with_one_wrong_number(
     if value is None:
         Shard(tmp_path / "a").check_index()
     look(tmp_path / "a")
+
+
+@pytest.mark.parametrize("counts", [(2**62, 1), (2**61, 2**60 + 1), (0, 2**61 + 1), (2**64 - 2, 4)])
+def test_counts_whose_bytes_overflow_64_bits(tmp_path: Path, counts: tuple[int, int]) -> None:
+    """Their size modulo 2**64 is that of the file."""
+    promised = 12 * counts[0] + 8 * counts[1]
+    size = promised % 2**64
+    assert size < 100 < promised
+    idx_path(tmp_path / "a").write_bytes(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, *counts) + bytes(size))
+    bin_path(tmp_path / "a").write_bytes(b"")
+    with pytest.raises(DataError, match=f"a.idx is truncated: {34 + size} bytes, and its header promises {34 + promised}"):
+        Shard(tmp_path / "a")
 
 
 NAMES = st.text(max_size=6) | st.sampled_from(["\0", "\ud800", "..", ".", "", "/", "x" * 5000, "train-00000", "tokenizer.json"])
@@ -279,6 +294,9 @@ BLEND_WORDS = st.sampled_from(["from", "/a", "/b", "'", '"x y"', *NUMBERS])
 
 @FUZZ
 @given(text=st.text(max_size=30) | st.lists(BLEND_WORDS | NAMES, max_size=9).map(" ".join))
+@example(text="9" * 5000 + " /a 1 /b")
+@example(text="1 /a from " + "9" * 5000 + " 1 /b")
+@example(text="9" * 400 + " /a 1e-99 /b")
 def test_any_text_as_a_blend(text: str) -> None:
     try:
         found = parse_blend(text)
