@@ -487,3 +487,14 @@ def test_a_manifest_tells_the_three_splits(tmp_path: Path) -> None:
     totals = read_manifest(tmp_path / "out").body()["totals"]
     assert list(totals) == ["train", "valid", "test"] and sum(split["documents"] for split in totals.values()) == 100
     assert all(split["shards"] == 1 for split in totals.values())
+
+
+def test_publishing_again_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    plan = make_plan([str(tmp_path / "a.jsonl")], BYTES)
+    prepare(tmp_path / "out", plan)
+    manifest = finalize(tmp_path / "out", plan)
+    for name in (".train-00000.bin.0123456789ab.tmp", "units/.part-00000-train.idx.0123456789ab.tmp"):
+        (tmp_path / "out" / name).touch()
+    assert finalize(tmp_path / "out", plan) == manifest
+    assert not list((tmp_path / "out").rglob("*.tmp"))

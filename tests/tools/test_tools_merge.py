@@ -181,6 +181,23 @@ def test_killed_in_a_loop_it_leaves_the_same_bytes(tmp_path: Path, bare: list[Pa
     assert tree(output) == tree(tmp_path / "reference") and tree(bare[0].parent) == before
 
 
+def test_finished_shards_are_not_made_again(tmp_path: Path, bare: list[Path]) -> None:
+    command = ("--input", *bare, *OF_IDS, "--output", tmp_path / "out", "--copy")
+    assert "8 shards of uint16; 0 of them done" in run(*command)
+    before = tree(tmp_path / "out")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("train-*")}
+    for name in (".train-00000.bin.0123456789ab.tmp", "merged/.train-00000.json.0123456789ab.tmp"):
+        (tmp_path / "out" / name).write_text("left by one that was killed between the manifest and the sweeping")
+    run(*command)
+    assert tree(tmp_path / "out") == before
+    for name in (MANIFEST_NAME, "merged/train-00003.json"):
+        (tmp_path / "out" / name).unlink()
+    assert "8 shards of uint16; 7 of them done" in run(*command)
+    assert tree(tmp_path / "out") == before
+    again = {path.name for path in (tmp_path / "out").glob("train-*") if path.stat().st_mtime_ns != times[path.name]}
+    assert again == {"train-00003.bin", "train-00003.idx"}
+
+
 def test_two_at_once_do_no_harm(tmp_path: Path, bare: list[Path], reference: Tree) -> None:
     command = ("--input", *bare, *OF_IDS, "--split", "9,1", "--output", tmp_path / "out")
     writers = [start(*command) for _ in range(3)]

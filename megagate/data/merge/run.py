@@ -80,7 +80,9 @@ def run_merge(folder: Path, plan: MergePlan, *, copy: bool = False, workers: int
         DataError: An input is damaged or holds ids above the vocabulary, a link cannot be made, the disk is full.
     """
     if (folder / MANIFEST_NAME).exists():
-        return _standing(folder, plan)
+        manifest = _standing(folder, plan)
+        _sweep(folder)  # whoever made it may have been killed before it did so
+        return manifest
     try:
         _place_tokenizer(folder, plan)
         _make_all(folder, plan, copy=copy, workers=workers, report=report)
@@ -90,9 +92,13 @@ def run_merge(folder: Path, plan: MergePlan, *, copy: bool = False, workers: int
         if not (folder / MANIFEST_NAME).exists():
             raise
         return _standing(folder, plan)  # another process was faster, and has swept our temporary files away
+    _sweep(folder)
+    return manifest
+
+
+def _sweep(folder: Path) -> None:
     for place in (folder, folder / RECORDS):
         sweep(place, ".*.tmp")
-    return manifest
 
 
 def _standing(folder: Path, plan: MergePlan) -> Manifest:

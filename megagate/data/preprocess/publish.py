@@ -45,7 +45,9 @@ def finalize(folder: Path, plan: Plan) -> Manifest:
         DataError: Units are missing or damaged, there are no documents, or the folder cannot be written.
     """
     if (folder / MANIFEST_NAME).exists():
-        return _standing(folder, plan)
+        manifest = _standing(folder, plan)
+        _sweep(folder)  # whoever made it may have been killed before it did so
+        return manifest
     try:
         records = _records(folder, plan)
         manifest = _assemble(folder, plan, records)
@@ -54,9 +56,13 @@ def finalize(folder: Path, plan: Plan) -> Manifest:
         if not (folder / MANIFEST_NAME).exists():
             raise
         return _standing(folder, plan)  # another process was faster, and has swept our temporary files away
+    _sweep(folder)
+    return manifest
+
+
+def _sweep(folder: Path) -> None:
     for place in (folder, folder / UNITS_FOLDER):
         sweep(place, ".*.tmp")
-    return manifest
 
 
 def _standing(folder: Path, plan: Plan) -> Manifest:
