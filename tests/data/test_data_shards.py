@@ -203,3 +203,12 @@ def test_a_full_disk_is_one_clean_message_and_leaves_nothing(tmp_path: Path) -> 
     assert f"cannot write {tmp_path / 'a.bin'}: File too large; free some space" in done.stderr
     assert done.returncode == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_document_longer_than_an_index_can_tell_is_refused(tmp_path: Path) -> None:
+    ids = np.broadcast_to(np.uint16(1), 2**31)  # takes no memory
+    message = f"document 1 of {tmp_path}/a has 2147483648 tokens; at most 2147483647 fit; split it"
+    with pytest.raises(DataError, match=message), ShardWriter(tmp_path / "a", dtype=token_dtype(100)) as writer:
+        writer.add([1])
+        writer.add(ids)
+    assert list(tmp_path.iterdir()) == []
