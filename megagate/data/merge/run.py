@@ -144,8 +144,8 @@ def _make_all(folder: Path, plan: MergePlan, *, copy: bool, workers: int, report
             report(count)
 
     with ThreadPoolExecutor(workers) as pool:
-        tasks = [pool.submit(_make, folder, plan, target, copy=copy, report=told) for target in work.targets]
         try:
+            tasks = [pool.submit(_make, folder, plan, target, copy=copy, report=told) for target in work.targets]
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
             failed = next((task.exception() for task in tasks if task in done and task.exception()), None)
             if failed is not None:
