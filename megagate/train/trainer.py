@@ -107,21 +107,22 @@ class Trainer:
     def validate(self) -> Record:
         """`val_loss`, the mean loss over all validation targets in nats, and `val_loss/NAME` of each set that has a name. Collective."""
         assert self.valid, "a data set without validation tokens is never validated"
-        losses = {
-            name: self.engine.evaluate((self._tensor(b.tokens), self._tensor(b.labels)) for b in loader)
-            for name, loader in self.valid.items()
-        }
+        losses = {}
+        for name, loader in self.valid.items():
+            batches = everywhere(self.world, lambda loader=loader: list(loader))
+            losses[name] = self.engine.evaluate((self._tensor(b.tokens), self._tensor(b.labels)) for b in batches)
         (whole,) = losses.values() if len(losses) == 1 else (self._mean(losses),)
         return {"val_loss": whole} | {f"val_loss/{name}": loss for name, loss in losses.items() if name}
 
     def _mean(self, losses: Mapping[str, float]) -> float:
         """Of the losses of validation sets, each weighted by its targets."""
-        targets = {name: loader.targets for name, loader in self.valid.items()}
+        targets = everywhere(self.world, lambda: {name: loader.targets for name, loader in self.valid.items()})
         return math.fsum(loss * targets[name] for name, loss in losses.items()) / sum(targets.values())
 
     def _step(self, position: Position) -> tuple[Position, Record]:
         began, step = time.perf_counter(), position.step + 1
-        batch = self.train.step(position.step)
+        # Damage, or a disk that fails, is met by one rank alone; the others would wait for it in the step's first collective.
+        batch = everywhere(self.world, lambda: self.train.step(position.step))
         lr = learning_rate(self.config, step)
         result = self.engine.train_step(self._tensor(batch.tokens), self._tensor(batch.labels), lr=lr)
         seconds = time.perf_counter() - began

@@ -147,6 +147,19 @@ def test_bad_data(jobs: Jobs, tmp_path: Path, how: str) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_damage_that_one_rank_meets_ends_all(jobs: Jobs, tmp_path: Path, split: str) -> None:
+    """A single id above the vocabulary, in one window: the files have their sizes, so that only who reads it can tell."""
+    data = make_data(tmp_path / "data")
+    with open(data / f"{split}-00000.bin", "r+b") as stream:
+        stream.seek(2 * 900)
+        stream.write(b"\xff\xff")
+    steps = ("--train.steps", 40, "--eval.every", 4, "--eval.batches", 8)
+    job = jobs.run("--train.output_dir", tmp_path / "run", "--data.path", data, *steps, world=2, expect=2)
+    assert job.text.count("DataError") == 1 and f"{split}-00000.bin holds ids" in job.text and "to 65535 near token" in job.text, job.text
+    assert "Traceback" not in job.text
+
+
 def test_machines_read_their_own_copies(jobs: Jobs, tmp_path: Path) -> None:
     """The same relative path on the disks of two machines: equal copies serve as one, others are refused before anything is written."""
     disks = [tmp_path / name for name in ("first", "second")]
