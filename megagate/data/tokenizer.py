@@ -23,8 +23,8 @@ EOD = "<|endoftext|>"
 PAD = "<|pad|>"  # not EOD: who masks padding must not mask the ends of documents
 _SMALLEST_VOCABULARY = 256 + 2  # every byte, EOD and PAD
 # A text takes about 100 times its size while it is encoded, and the longer it is the slower: long ones are encoded in pieces.
-_PIECE = 1 << 16  # characters
-_MARGIN = 512  # characters looked at on both sides of a cut
+_PIECE = 1 << 14  # characters
+_MARGIN = 128  # characters looked at on both sides of a cut
 _CUTS = 32  # places tried, before the rest is encoded as a whole
 _CUT = re.compile(r"(?<=\S)\n(?=[^\W_])|(?<=\S)(?= [^\W_])|(?<=[.!?;,。！？；，、])(?=[^\W_])")
 

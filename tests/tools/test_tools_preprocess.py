@@ -244,6 +244,22 @@ def test_both_packages_leave_the_same_bytes(tmp_path: Path, text: Path) -> None:
     assert trees[0] == trees[1] == trees[2]
 
 
+def test_a_document_of_8_mib_needs_less_than_300_mb(tmp_path: Path, text: Path) -> None:
+    words = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    long = (" ".join(words) * 8).encode()[: (8 << 20) - 100].decode(errors="ignore")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": long}, ensure_ascii=False) + "\n")
+    Tokenizer.train(words[:100], vocab_size=2_000).save(tmp_path / "tokenizer.json")
+    for backend in ("tokenizers", "gigatoken"):
+        names = {"output": tmp_path / backend, "text": tmp_path / "long.jsonl", "tokenizer": tmp_path / "tokenizer.json"}
+        process = start("--tokenizer-backend", backend, "--split", "1,0,0", **names)
+        assert process.stdout and process.stderr
+        said = process.stdout.read() + process.stderr.read()
+        _, status, used = os.wait4(process.pid, 0)  # the largest process of this command and of its workers
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0 and used.ru_maxrss * 1024 < 300e6, (said, used.ru_maxrss)
+    assert tree(tmp_path / "tokenizers") == tree(tmp_path / "gigatoken")
+
+
 def test_a_tokenizer_that_gigatoken_gets_wrong_is_refused_or_left_to_the_other(tmp_path: Path, text: Path) -> None:
     Tokenizer.train(["gate sink größe head expert " * 20], vocab_size=300).save(tmp_path / "tokenizer.json")
     value = json.loads((tmp_path / "tokenizer.json").read_text())
