@@ -90,6 +90,8 @@ def _run(options: argparse.Namespace) -> int:
         backend, reason = choose_backend(options.tokenizer_backend, tokenizer, plan) if todo else ("tokenizers", "")
         if reason:
             print(f"the ids are made by tokenizers: {reason}")
+        elif backend == "gigatoken":
+            print("the ids are made by gigatoken, whose ids of probes and of the first documents are those of tokenizers")
         job = Job(plan=plan, folder=options.output, backend=backend, on_error=options.on_error)
         with _Bar(plan, todo) as bar:
             records = run_units(job, todo, workers=options.workers, report=bar.add)

@@ -186,6 +186,19 @@ def test_memory_does_not_grow_with_a_line(tmp_path: Path) -> None:
     assert peak < 2 << 20
 
 
+def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    texts = [os.urandom(5_000).hex() for _ in range(4_000)]  # 40 MB
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=len(texts))
+    before, peak, found = arrow.total_allocated_bytes(), 0, 0
+    for item in read_part(Part(str(tmp_path / "a.parquet"), "parquet", 0, 1), text_key="text", longest=1 << 20):
+        assert isinstance(item, Document) and item.text == texts[found]
+        peak, found = max(peak, arrow.total_allocated_bytes() - before), found + 1
+    assert found == len(texts) and peak < 30 << 20  # two pages of 10 MB; 61 MB with the default reader
+
+
 def test_a_plan_is_the_same_wherever_the_inputs_lie_and_however_they_are_named(tmp_path: Path) -> None:
     plans = []
     for place in ("here", "there/deep"):
