@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megagate.data.corpus import Corpus
 from megagate.data.preprocess import backends
 from megagate.data.preprocess.backends import Gigatoken, choose_backend, first_documents
 from megagate.data.preprocess.plan import Plan, Settings, make_plan
+from megagate.data.preprocess.units import write_unit
 from megagate.data.tokenizer import EOD, Tokenizer
 from megagate.errors import DataError
 
@@ -83,6 +85,21 @@ def test_ids_of_any_text_are_equal(pair: tuple[Gigatoken, Tokenizer], monkeypatc
     monkeypatch.setattr(backends, "_EVERY", 1 << 40)  # the comparison is this test's
     fast, reference = pair
     assert lists(fast.encode_batch(documents)) == whole(reference, documents)
+
+
+def test_marks_that_only_one_package_puts_in_order_are_found(tokenizer: Tokenizer) -> None:
+    normalized = changed(tokenizer, normalizer={"type": "NFC"})
+    documents = ["\U0001d169\U0001183a", "a\u0345\U0001183a b", "cafe\u0301 \u212b"]
+    assert lists(Gigatoken(normalized).encode_batch(documents[::-1])) == whole(normalized, documents[::-1])
+
+
+def test_a_document_without_tokens_is_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    stripped = changed(tokenizer, normalizer={"type": "Strip", "strip_left": True, "strip_right": True})
+    plan = plan_of(tmp_path, stripped, ["  ", "word", " "])
+    plan = replace(plan, settings=replace(plan.settings, append_eod=False, split=(1, 0, 0)))
+    (tmp_path / "units").mkdir()
+    record = write_unit(plan, 0, folder=tmp_path, encoder=stripped, on_error="stop", report=lambda _: None)
+    assert record.shards["train"]["documents"] == 1 and record.shards["train"]["tokens"] == len(stripped.encode("word"))
 
 
 def test_text_that_spells_a_special_token_does_not_become_it(tokenizer: Tokenizer) -> None:

@@ -32,8 +32,9 @@ _TRIED_AT_ONCE = 512  # characters
 # Bytes by which a process may grow through gigatoken's memory of words, which doubles at once; and where it is large already.
 _GROWTH, _GROWTH_OF_LARGE, _LARGE = 48 << 20, 20 << 20, 224 << 20
 _SOURCES, _DOCUMENTS, _CHARACTERS = 8, 32, 1 << 15  # of the input: files looked at, and of each documents and characters
-# Letter, digit, mark, space or sign: which one a character is decides where words around it begin and end.
-_TRIAL = "@ @the the@ing @'s @'ll '@' ...@... --@-- 12@34 @5\n@\n\n@  @@ the@@ .@the 1@a"
+# Letter, digit, mark, space or sign: which one a character is decides where words around it begin and end; and marks change places with
+# others under a normalizer, here with one that belongs behind nearly all (U+0345) and one that belongs before (U+0334).
+_TRIAL = "e\u0345@ @\u0334 @ @the the@ing @'s @'ll '@' ...@... --@-- 12@34 @5\n@\n\n@  @@ the@@ .@the 1@a"
 _PROBES = (
     "Hello, world! It's what they'd've said: DON'T, we'll, I'M. camelCase snake_case __init__ kebab-case x=y+1;\n",
     "a  b   c    d\te\t\tf \n g\n\nh\n\n\ni \r\n\r\nj\rk\x0b\x0cl \n\n  m\n   ",
