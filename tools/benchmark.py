@@ -224,8 +224,8 @@ def _data_report(result: "Result") -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for line in result.lines:
-        cells = [f"{line.title} (`{line.key}`)", line.ours, line.peer, str(line.times), line.wall, line.target]
-        rows.append(f"| {' | '.join([*cells, 'met' if line.met else 'missed'])} |")
+        cells = [f"{line.title} (`{line.key}`)", line.ours, line.peer, str(line.times or "-"), line.wall, line.target]
+        rows.append(f"| {' | '.join([*cells, {True: 'met', False: 'missed', None: 'open'}[line.met]])} |")
     remarks = [f"- {remark}" for remark in result.remarks]
     return "\n".join([*rows, "", *remarks, f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}"])
 

@@ -15,7 +15,7 @@ CPU_ROW_MULTIPLE = 32
 GPU_ROW_MULTIPLE = 16
 """What FP8 grouped GEMMs need."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-FLASH_WIDTH_MULTIPLE = 8
+FLASH_WIDTH_MULTIPLE, FLASH_WIDEST = 8, 256
 """Head widths that PyTorch's flash kernel takes as they are."""
 
 
@@ -42,12 +42,14 @@ class NativeBackend:
     def attention_core(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """PyTorch's scaled dot product attention; of documents its flash kernel of variable length; on a CPU, blocks.
 
-        That kernel has no fp32: documents in fp32 on a GPU, a case of tests, go in blocks too.
+        That kernel has neither fp32 nor widths of heads that are above 256 or no multiple of 8: documents then go in blocks on a GPU too,
+        exact and slow.
         """
         if q.device.type == "cpu":
             return causal_attention(q, k, v, documents)
         if documents is not None:
-            flash = q.dtype in FLASH_DTYPES and q.shape[-1] % FLASH_WIDTH_MULTIPLE == 0
+            width = q.shape[-1]
+            flash = q.dtype in FLASH_DTYPES and width % FLASH_WIDTH_MULTIPLE == 0 and width <= FLASH_WIDEST
             return _varlen_attention(q, k, v, documents) if flash else causal_attention(q, k, v, documents)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [b, heads, s, d]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

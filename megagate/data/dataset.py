@@ -27,7 +27,7 @@ class DataSet:
         valid: To measure on; may have no tokens.
         identity: Which tokenizer made the ids.
         vocab_size: Ids are below this.
-        fingerprint: Equal for equal tokens in equal order (hex).
+        fingerprint: Equal ones are of equal tokens in equal order (hex).
         folder: Where its files lie; None where it has none.
     """
 
@@ -93,8 +93,8 @@ def open_dataset(path: str, *, vocab_size: int, directory: Path) -> DataSet:
                 f" tools/merge_data.py --input {prefix} --tokenizer NAME --output FOLDER, and give that folder (nothing is copied)"
             )
         raise DataError(
-            f"data.path is {path!r}, and there is no such folder; it must be {EMBEDDED}, {SYNTHETIC}, or a folder with a prepared data set;"
-            " check the path"
+            f"data.path is {path!r}, and there is no such folder; it must be {EMBEDDED}, {SYNTHETIC}, a folder with a prepared data set, or"
+            ' a blend, as in "0.7 /data/a 0.3 /data/b"; check the path'
         )
     return _open_folder(Path(path), name=path, vocab_size=vocab_size)
 

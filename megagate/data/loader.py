@@ -111,6 +111,10 @@ class TrainLoader:
         counts = self._blend.schedule.counts(samples).tolist()
         return [count / member.count for count, member in zip(counts, self._members, strict=True)]
 
+    def unread(self) -> list[float]:
+        """The share of each data set's tokens that no window of an epoch holds: what is left at the ends of its shards."""
+        return [1 - member.count * self._seq_len / split.tokens for member, split in zip(self._members, self._blend.members, strict=True)]
+
     def step(self, index: int) -> Batch:
         """The batch of step `index`, counted from 0. Shapes: [accumulation, micro_batch_size, s]."""
         samples = index * self._global_batch_size + self._offsets  # [a, mbs]

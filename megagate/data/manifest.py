@@ -209,9 +209,9 @@ class PromisedShard:
         """Path without `.bin` and `.idx`."""
         return Path(self._folder) / self._entry.prefix
 
-    @cached_property
+    @property
     def stream(self) -> npt.NDArray[Any]:
-        """[tokens] ids of all documents one after another, in the stored type, mapped read-only at the first call.
+        """[tokens] ids of all documents one after another, in the stored type, mapped read-only anew at each call.
 
         Raises:
             DataError: The files were changed since, or are of another data set of the same size.

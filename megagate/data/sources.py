@@ -46,7 +46,7 @@ class Sources:
         """The id after which windows are cut into documents; None where `data.attention` does not cut them.
 
         Raises:
-            DataError: They are to be cut, but documents have no end.
+            DataError: They are to be cut, but documents have no end, or were written without it.
         """
         if attention == "causal":
             return None
@@ -55,6 +55,13 @@ class Sources:
                 f"data.attention is {attention}, but data.path ({self.name}) has no token that ends a document (eod_id), at which to cut;"
                 " set data.attention to causal, or give another data set"
             )
+        for name, split in (*zip(self.train.names, self.train.members, strict=True), *self.valid.items()):
+            if split.tokens and not split.ends_with(self.identity.eod_id):
+                raise DataError(
+                    f"data.attention is {attention}, but the {split.name} split of {name or self.name} does not end with the end of a"
+                    f" document (eod_id {self.identity.eod_id}): documents written without ends cannot be told apart; set data.attention to"
+                    " causal, or prepare the data again with ends"
+                )
         return self.identity.eod_id
 
     def describe(self) -> str:

@@ -1,5 +1,6 @@
 """What a loader reads: a split is a stream of tokens that is cut into windows, from shards or made up."""
 
+import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,9 +51,17 @@ class Split(Protocol):
     vocab_size: int
     fingerprint: str
 
+    def ends_with(self, token: int) -> bool:
+        """Whether this is the last token of the first shard that has any, and therefore of its last document; reads that one."""
+        ...
+
     def windows(self, seq_len: int, *, movable: bool) -> Windows:
         """The windows of a length; movable ones leave room at the end, so that their number is the same for every shift."""
         ...
+
+
+_MOST_STREAMS, _FEWEST_STREAMS = 4096, 16
+_STREAM_SHARE = 32  # one part in so many of a process's files for the shards of one split: a blend has several
 
 
 class TokenStream(Protocol):
@@ -70,7 +79,7 @@ class TokenStream(Protocol):
 
     @property
     def stream(self) -> npt.NDArray[Any]:
-        """[tokens] ids, mapped."""
+        """[tokens] ids, mapped; each map holds a file open."""
         ...
 
 
@@ -91,6 +100,11 @@ class ShardSplit:
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
 
+    def ends_with(self, token: int) -> bool:
+        """Whether this is the last token of the first shard that has any."""
+        first = next((shard for shard in self.shards if shard.tokens), None)
+        return first is not None and int(first.stream[-1]) == token
+
     def windows(self, seq_len: int, *, movable: bool) -> "ShardWindows":
         """The windows of a length."""
         return ShardWindows(self.shards, seq_len=seq_len, movable=movable, vocab_size=self.vocab_size)
@@ -99,7 +113,8 @@ class ShardSplit:
 class ShardWindows:
     """Windows over shards: number i of a shard is its tokens [shift + i * seq_len, + seq_len + 1).
 
-    Nothing is built but one number per shard, whatever the size of the data.
+    Nothing is built but one number per shard, whatever the size of the data. Shards stay mapped, the longest mapped go first where a
+    process may not have so many files open.
     """
 
     def __init__(self, shards: Sequence[TokenStream], *, seq_len: int, movable: bool, vocab_size: int) -> None:
@@ -111,6 +126,8 @@ class ShardWindows:
         if movable:
             # The largest shift is seq_len - 1. A shard of a single window keeps it and moves it as far as there is room.
             counts = np.maximum((tokens - seq_len) // seq_len, np.minimum(counts, 1))
+        self._streams: dict[int, npt.NDArray[Any]] = {}
+        self._most_streams = min(_MOST_STREAMS, max(_FEWEST_STREAMS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _STREAM_SHARE))
         self._ends: IntArray = np.cumsum(counts)
         self._starts: IntArray = self._ends - counts
         self._room: IntArray = tokens - 1 - counts * seq_len
@@ -138,7 +155,7 @@ class ShardWindows:
         if shift:
             begins += shift % (self._room[owners] + 1)
         for owner, begin in zip(owners.tolist(), begins.tolist(), strict=True):
-            window = self._shards[owner].stream[begin : begin + self._seq_len + 1]
+            window = self._stream(owner)[begin : begin + self._seq_len + 1]
             # In the stored type, which has a quarter of the bytes.
             if window.max() >= self._vocab_size or (window.dtype.kind == "i" and window.min() < 0):
                 raise DataError(
@@ -146,3 +163,11 @@ class ShardWindows:
                     f" must be in [0, {self._vocab_size}); the shard is damaged: prepare the data set again"
                 )
             yield window
+
+    def _stream(self, owner: int) -> npt.NDArray[Any]:
+        found = self._streams.get(owner)
+        if found is None:
+            if len(self._streams) >= self._most_streams:
+                self._streams.pop(next(iter(self._streams)))
+            found = self._streams[owner] = self._shards[owner].stream
+        return found

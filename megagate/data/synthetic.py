@@ -47,6 +47,10 @@ class SyntheticSplit:
         self._jumps = KeyedPermutation(states.size, stable_key("jumps", seed)).lookup(states[: int(_JUMP_OF_DRAW.max()) + 1])
         self._key = stable_key("windows", seed, name)
 
+    def ends_with(self, token: int) -> bool:
+        """Never: there are no documents."""
+        return False
+
     def windows(self, seq_len: int, *, movable: bool) -> "SyntheticWindows":
         """The windows of a length; their number does not depend on `movable`."""
         return SyntheticWindows(seq_len, token_of_state=self._token_of_state, jumps=self._jumps, key=self._key)

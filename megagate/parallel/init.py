@@ -1,6 +1,7 @@
 """Start-up of one rank: the launcher's environment, the device, and the process group."""
 
 import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,6 +47,12 @@ def pick_device(local_rank: int, *, local_size: int = 1) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def allow_open_files() -> None:
+    """Raises this process's limit of open files as far as it may: each mapped shard holds one, and the usual 1,024 are soon taken."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def init_process_group(env: LaunchEnv, *, device: torch.device, init_method: str | None = None, timeout: timedelta | None = None) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megagate.backend.native import NativeBackend
 from megagate.checkpoint.store import Checkpoint, clean_leftovers
+from megagate.config.keys import to_dict
 from megagate.config.rules import check
 from megagate.config.run import RunConfig
 from megagate.data.loader import TrainLoader, ValidLoader
@@ -21,7 +22,7 @@ from megagate.errors import ConfigError, DataError, MegagateError
 from megagate.log import logger
 from megagate.model.lm import LanguageModel
 from megagate.parallel.comm import barrier, gather_objects
-from megagate.parallel.init import LaunchEnv, init_process_group, pick_device
+from megagate.parallel.init import LaunchEnv, allow_open_files, init_process_group, pick_device
 from megagate.parallel.mesh import ParallelMesh
 from megagate.train.agree import everywhere, on_first
 from megagate.train.folder import RunFolder, require_same_model
@@ -32,12 +33,14 @@ from megagate.train.trainer import Position, Trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_TOLD_UNREAD = 0.01
 
 
 class Job:
     """Sets up a run on this rank and carries it through. Collective: every rank makes one."""
 
     def __init__(self, config: RunConfig):
+        allow_open_files()
         self.env = LaunchEnv.read()
         self.device = pick_device(self.env.local_rank, local_size=self.env.local_size)
         self.config = config = _resolved(config, self.device)
@@ -70,7 +73,8 @@ class Job:
         made_here = not self.folder.path.exists()
         try:
             data = self._open_data()
-            train, valid = self._loaders(data)
+            eod_id = everywhere(world, lambda: data.document_end(config.data.attention))
+            train, valid = self._loaders(data, eod_id=eod_id)
             saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, order=train.order_at)
             if checkpoint is not None:
                 saver.require_sound(checkpoint)
@@ -79,7 +83,7 @@ class Job:
                 shutil.rmtree(self.folder.path, ignore_errors=True)
             raise
         on_first(world, self._claim_folder)
-        engine = self._build_engine(eod_id=data.document_end(config.data.attention))
+        engine = self._build_engine(eod_id=eod_id)
         position = self._resume(saver, engine, checkpoint)
         sinks = everywhere(world, lambda: self._sinks(position.step))
         trainer = Trainer(config, engine=engine, train=train, valid=valid, saver=saver, folder=self.folder, sinks=sinks)
@@ -139,11 +143,10 @@ class Job:
         logger.info("data: %s", data.describe())
         return data
 
-    def _loaders(self, data: Sources) -> tuple[TrainLoader, dict[str, ValidLoader]]:
+    def _loaders(self, data: Sources, *, eod_id: int | None) -> tuple[TrainLoader, dict[str, ValidLoader]]:
         train, wanted, dp = self.config.train, self.config.eval, self.mesh.dp
         micro = self.config.micro_batch(dp.size)
-        shared = {"seq_len": train.seq_len, "micro_batch_size": micro, "dp_rank": dp.rank, "dp_size": dp.size}
-        shared["eod_id"] = data.document_end(self.config.data.attention)
+        shared = {"seq_len": train.seq_len, "micro_batch_size": micro, "dp_rank": dp.rank, "dp_size": dp.size, "eod_id": eod_id}
         if not data.valid and (wanted.every or wanted.min_gain_nats):
             raise DataError(
                 f"data.path ({self.config.data.path}) has no validation tokens, but eval.every is {wanted.every} and eval.min_gain_nats "
@@ -157,6 +160,13 @@ class Job:
             return loader, {name: ValidLoader(split, **shared, batches=batches) for name, split in data.valid.items()}
 
         loader, valid = everywhere(self.mesh.world, make)
+        for name, share in zip(data.train.names, loader.unread(), strict=True):
+            if share > _TOLD_UNREAD:
+                logger.info(
+                    "data: %.1f %% of %s is in shards too short for whole windows of %d tokens, and never read; tools/merge_data.py "
+                    "--shard-tokens joins them",
+                    *(100 * share, name or data.name, train.seq_len),
+                )
         if len(data.train.members) > 1:
             epochs = zip(data.train.names, loader.epochs(train.steps * train.global_batch_size), strict=True)
             logger.info("blend: %d steps read %s", train.steps, ", ".join(f"{name} {times:.2f} times" for name, times in epochs))
@@ -184,7 +194,10 @@ class Job:
         checkpoint.close()  # its files are mapped: pruned later, they would keep their space
         logger.info("resumed from the checkpoint of step %d", checkpoint.step)
         saver.tell_changed_micro_steps(checkpoint)
-        return Position(checkpoint.step, checkpoint.metadata["best_val_loss"])
+        there, here = checkpoint.metadata["config"]["data"], to_dict(self.config)["data"]
+        # A loss on other text is no measure of this one.
+        same = all(there.get(key, "") == here[key] for key in ("path", "valid", "attention"))
+        return Position(checkpoint.step, checkpoint.metadata["best_val_loss"] if same else None)
 
     def _sinks(self, step: int) -> list[Sink]:
         if self.mesh.world.rank:

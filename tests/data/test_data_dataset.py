@@ -49,7 +49,7 @@ def test_embedded(embedded_directory: Path, embedded_vocabulary: int, tmp_path: 
 
 
 def test_what_cannot_be_opened_is_refused(counted: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="data.path is 'nowhere', and there is no such folder; it must be embedded, synthetic, or a folder"):
+    with pytest.raises(DataError, match="data.path is 'nowhere', and there is no such folder; .* or a blend"):
         open_dataset("nowhere", vocab_size=100, directory=tmp_path)
     with pytest.raises(DataError, match="there is no such folder"):
         open_dataset("x" * 5_000, vocab_size=100, directory=tmp_path)

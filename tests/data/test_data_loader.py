@@ -219,9 +219,19 @@ def test_target_counts_leave_out_what_follows_an_end(ended: DataSet) -> None:
     assert loader.targets == (labels != IGNORE_INDEX).sum() < labels.size
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_documents_that_were_written_without_ends_cannot_be_cut(make_dataset: Callable[..., Path], split: str) -> None:
+    """As by --no-append-eod: the tokenizer has an end of document, the tokens have not."""
+    ended, open_ended = [[*range(50), EOD]], [range(50)]
+    folder = make_dataset([open_ended if split == "train" else ended], [open_ended if split == "valid" else ended], eod_id=EOD)
+    sources = open_sources(str(folder), "", vocab_size=60_000, directory=folder)
+    with pytest.raises(DataError, match=rf"the {split} split of .* does not end with the end of a document \(eod_id 7\): .*; set "):
+        sources.document_end("document")
+
+
 @pytest.mark.parametrize("eod_id", [EOD, -1])
 def test_documents_are_cut_at_their_end_if_they_have_one(make_dataset: Callable[..., Path], eod_id: int) -> None:
-    folder = make_dataset([[range(50)]], eod_id=eod_id)
+    folder = make_dataset([[[*range(50), EOD]]], eod_id=eod_id)
     sources = open_sources(str(folder), "", vocab_size=60_000, directory=folder)
     assert sources.document_end("causal") is None
     if eod_id == EOD:
@@ -229,6 +239,14 @@ def test_documents_are_cut_at_their_end_if_they_have_one(make_dataset: Callable[
         return
     with pytest.raises(DataError, match=r"data.attention is document, but data.path \(.*\) has no token that ends a document .*; set "):
         sources.document_end("document")
+
+
+def test_tokens_that_no_window_holds_are_known(make_dataset: Callable[..., Path]) -> None:
+    """Shards of 5 windows and of less than one."""
+    folder = make_dataset([[range(5 * S + 1)], [range(S)]])
+    loader = train_loader(open_dataset(str(folder), vocab_size=60_000, directory=folder))
+    assert loader.unread() == [pytest.approx(1 - loader.windows_per_epoch * S / (6 * S + 1))]
+    assert loader.windows_per_epoch == 4, "one of five is room for borders to move"
 
 
 def test_unigram_entropy() -> None:

@@ -53,6 +53,27 @@ def test_a_shard_is_mapped_when_it_is_first_read(make_dataset: Callable[..., Pat
     assert {int(tokens[0, 0, 0]) // 100 for tokens in seen} == set(range(20))
 
 
+def test_more_shards_than_a_process_may_have_files_open(make_dataset: Callable[..., Path]) -> None:
+    folder = make_dataset(train=[[list(range(n, n + 30))] for n in range(200)], vocab_size=5_000)
+    code = f"""
+import resource
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from megagate.data.dataset import open_dataset
+from megagate.data.loader import TrainLoader
+data = open_dataset({str(folder)!r}, vocab_size=6_000, directory=Path({str(folder)!r}))
+train = TrainLoader(data.train, seq_len={SEQ_LEN}, global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1, seed=1)
+seen = set()
+for step in range(train.windows_per_epoch):
+    tokens = train.step(step).tokens[0, 0].tolist()
+    assert tokens == list(range(tokens[0], tokens[0] + {SEQ_LEN}))
+    seen.add(tokens[0])
+print(len(seen))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and int(done.stdout) > 200, done.stderr
+
+
 @pytest.mark.parametrize("split", ["train-00001", "valid-00000"])
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 @pytest.mark.parametrize(("change", "message"), [(-1, "is truncated"), (3, "(is too long|is damaged)"), (None, "cannot read")])

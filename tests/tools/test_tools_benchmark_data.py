@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megagate.analysis.benchmark.data import Bench, Options, Result, reaches
 from megagate.analysis.benchmark.data_files import SHARD_TOKENS, installed_folders, many_shards, same_ids, text_of
 from megagate.analysis.benchmark.data_ours import preprocess
+from megagate.analysis.benchmark.data_reader import _start_lines
 from megagate.analysis.benchmark.data_text import _steady_rate
+from megagate.analysis.benchmark.interleave import Series
+from megagate.analysis.benchmark.paired import Ratio
 from megagate.data.manifest import Manifest, ShardEntry, TokenizerIdentity, open_shards, read_manifest, write_manifest
 from megagate.data.shards import ShardWriter
 from megagate.errors import RunError
@@ -27,6 +31,32 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), "data", *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+@pytest.mark.parametrize(
+    ("times", "met"),
+    [((4.1, 4.0, 4.2), True), ((4.1, 3.9, 4.2), None), ((3.9, 3.8, 4.0), None), ((3.9, 3.8, 3.99), False), ((4.0, None, None), True)],
+)
+def test_a_target_within_the_interval_is_open(times: tuple[float, float | None, float | None], met: bool | None) -> None:
+    assert reaches(Ratio(*times), 4) is met
+
+
+def made_up(cpu: list[float], peak: float = 4e6) -> Series:
+    notes = [{"peak": peak, "private": peak / 2}] * len(cpu)
+    return Series(seconds=cpu, cpu_seconds=cpu, notes=notes)
+
+
+@pytest.mark.parametrize(
+    ("worst", "peak", "verdicts"), [(0.049, 4.9e6, [True, True]), (0.051, 4.9e6, [False, True]), (0.04, 5.1e6, [True, False])]
+)
+def test_the_worst_start_decides(tmp_path: Path, worst: float, peak: float, verdicts: list[bool]) -> None:
+    sizes = {"documents": 1, "shards": 1, "rounds": 3, "megabytes": 1.0}
+    options = Options(tmp_path, **sizes, deadline=0.0, text=None, tokenizer=None, gigatoken="")
+    bench = Bench("start", options, 3, lambda text: None, Result())
+    _start_lines(bench, "start-up", made_up([0.01, worst, 0.01], peak), made_up([4.0, 4.0, 4.0], 1e9))
+    _start_lines(bench, "start-up", made_up([0.01, worst, 0.01], peak), None)
+    assert [line.met for line in bench.result.lines] == 2 * verdicts
+    assert [line.times is None for line in bench.result.lines] == [False, False, True, True]
 
 
 # ---- the command
@@ -46,8 +76,10 @@ def test_rows_that_read_end_with_a_table(tmp_path: Path) -> None:
     assert table[0] == ["row", "ours", "peer", "peer / ours [95 %]", "wall, ours / peer", "target", "verdict"]
     rows = table[1:]
     assert [row[0].split("`")[1] for row in rows] == ["start"] * 4 + ["sample"] * 3 + ["permutation"]
-    assert all(float(row[3].split()[0]) > 0 and row[6] in ("met", "missed") for row in rows)
-    assert all("[" in row[3] for row in rows if row[0].split(":")[1].startswith(" CPU")), "three rounds have an interval"
+    assert [row[3] for row in rows[2:4]] == ["-", "-"], "Megatron did not open as much"
+    compared = rows[:2] + rows[4:]
+    assert all(float(row[3].split()[0]) > 0 for row in compared) and all(row[6] in ("met", "missed", "open") for row in rows)
+    assert all("[" in row[3] for row in compared if row[0].split(":")[1].startswith(" CPU")), "three rounds have an interval"
     assert "3 shards, 3e+10 tokens" in rows[2][0]
     assert lines[-1].strip() == f"python tools/benchmark.py data {' '.join(map(str, command))}"
     held = json.loads(record.read_text())["rows"]
@@ -166,7 +198,7 @@ def test_the_steady_rate_leaves_out_the_start_and_the_end(tmp_path: Path) -> Non
     out = tmp_path / "out"
     wanted = ["--input", str(text), "--tokenizer", "bytes", "--split", "1,0,0", "--workers", "1", "--unit-bytes", "672"]
     notes = preprocess(wanted, str(out))()
-    assert notes["cpu"] > 0.05 and 10e6 < notes["peak"] < 300e6
+    assert notes["cpu"] > 0.05 and notes["peak"] > 10e6  # no upper bound: Linux counts what this process held when it forked
     records = sorted((out / "units").glob("part-*.json"))
     assert len(records) == 10
     tokens = [json.loads(record.read_text())["shards"]["train"]["tokens"] for record in records]

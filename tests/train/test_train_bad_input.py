@@ -170,7 +170,7 @@ def test_machines_read_their_own_copies(jobs: Jobs, tmp_path: Path) -> None:
     jobs.run("--train.output_dir", tmp_path / "one", *command, folders=disks[:1])
     jobs.run("--train.output_dir", tmp_path / "two", *command, "--parallel.ep", 2, world=2, folders=disks)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-6)
     shutil.rmtree(disks[1] / "data")
     make_data(disks[1] / "data", seed=1)
     job = jobs.run("--train.output_dir", tmp_path / "run", *command, world=2, folders=disks, expect=2)
@@ -190,16 +190,17 @@ def test_good_data_of_the_same_writer_is_trained_on(jobs: Jobs, tmp_path: Path) 
 def test_windows_are_cut_into_documents_where_documents_have_ends(jobs: Jobs, tmp_path: Path) -> None:
     data = ("--data.path", make_data(tmp_path / "data", eod_id=7), "--train.steps", 3, "--eval.every", 3)
     cut = (*data, "--data.attention", "document")
-    layouts = {"one": {}, "two": {"world": 2}, "tp": {"world": 2}}
-    for name, how in layouts.items():
-        tp = 2 if name == "tp" else 1
-        jobs.run("--train.output_dir", tmp_path / name, *cut, "--parallel.tp", tp, "--train.micro_batch_size", 2 * tp, **how)
+    # (ranks, tp, micro-batch): four samples to a micro-step in each, on which the balance loss depends
+    layouts = {"one": (1, 1, 4), "two": (2, 1, 2), "tp": (2, 2, 4)}
+    for name, (world, tp, micro) in layouts.items():
+        layout = ("--parallel.tp", tp, "--train.micro_batch_size", micro)
+        jobs.run("--train.output_dir", tmp_path / name, *cut, *layout, world=world)
     jobs.run("--train.output_dir", tmp_path / "joined", *data)
     one = metrics(tmp_path / "one")
     for name in ("two", "tp"):
         for step, other in zip(metrics(tmp_path / name), one, strict=True):
-            assert (step["loss"], step["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-5)
-        assert metrics(tmp_path / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
+            assert (step["loss"], step["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=2e-6)
+        assert metrics(tmp_path / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=2e-6)
     assert abs(metrics(tmp_path / "joined")[0]["loss"] - one[0]["loss"]) > 1e-4
     work = {name: [step["tflops_per_device"] * step["step_seconds"] for step in metrics(tmp_path / name)] for name in (*layouts, "joined")}
     assert len(set(work["one"])) == 3, "each step has other documents"

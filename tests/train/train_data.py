@@ -22,6 +22,7 @@ def make_data(
     ids = np.random.default_rng(seed).integers(0, vocab_size, tokens)
     if eod_id >= 0:
         ids[np.random.default_rng(seed + 1).random(tokens) < 0.1] = eod_id
+        ids[[999, -1]] = eod_id  # both splits end with a document
     entries = []
     for split in splits:
         part = ids if split == "train" else ids[:1_000]

@@ -55,17 +55,18 @@ class Options:
 class Line:
     """A line of the table: figures of both sides as text, how many times ours the peer's is, and whether the target is met, all of it.
 
-    `wall` is the time on the clock of both, where it is not what `ours` and `peer` say.
+    `times` is None where the peer did not do the same, `met` where the interval holds the target. `wall` is the time on the clock of both,
+    where it is not what `ours` and `peer` say.
     """
 
     key: str
     title: str
     ours: str
     peer: str
-    times: Ratio
+    times: Ratio | None
     wall: str
     target: str
-    met: bool
+    met: bool | None
 
 
 @dataclass
@@ -98,8 +99,8 @@ class Bench:
         self.result.series[self.key] = series
         return series if done else None
 
-    def line(self, title: str, ours: str, peer: str, times: Ratio, *, wall: str = "-", target: str, met: bool) -> None:
-        """Adds a line to the table."""
+    def line(self, title: str, ours: str, peer: str, times: Ratio | None, *, wall: str = "-", target: str, met: bool | None) -> None:
+        """Adds a line to the table; `times` is None where there is no peer, `met` where the interval holds the target."""
         self.result.lines.append(Line(self.key, title, ours, peer, times, wall, target, met))
 
     def remark(self, text: str) -> None:
@@ -127,8 +128,8 @@ class Row:
 ROWS: dict[str, Row] = {
     "start": Row("from files to the first sample", "data_reader:start", 5, lambda o: 25.0 * o.documents + 40_000 * o.shards),
     "sample": Row("one sample, warm", "data_reader:sample", 9, lambda o: 500.0 * o.sampled_documents),
-    "preprocess": Row("text to shards", "data_text:preprocess", 3, lambda o: 6e6 * o.megabytes),
-    "workers": Row("text to shards by two workers, beside one", "data_text:workers", 3, lambda o: 5e6 * o.megabytes),
+    "preprocess": Row("text to shards", "data_text:preprocess", 5, lambda o: 6e6 * o.megabytes),
+    "workers": Row("text to shards by two workers, beside one", "data_text:workers", 5, lambda o: 5e6 * o.megabytes),
     "permutation": Row("a place in an epoch's order", "data_reader:permutation", 9, lambda o: 0.0),
 }
 """In the order of the table."""
@@ -163,6 +164,13 @@ def measure(keys: Sequence[str], options: Options, *, tell: Callable[[str], None
 def entrant(name: str, target: str, *, warmup: int = 0, **arguments: Any) -> Entrant:
     """A process of `target`, `module:function` of this package."""
     return Entrant(name, f"{_PACKAGE}.{target}", arguments, _QUIET, warmup)
+
+
+def reaches(times: Ratio, wanted: float) -> bool | None:
+    """Whether a ratio is at least what is wanted; None where its interval holds both answers."""
+    if times.low is None or times.high is None:
+        return times.median >= wanted
+    return None if times.low < wanted <= times.high else times.low >= wanted
 
 
 def single(numerator: float, denominator: float) -> Ratio:

@@ -2,7 +2,7 @@
 
 import statistics
 
-from megagate.analysis.benchmark.data import Bench, entrant, single
+from megagate.analysis.benchmark.data import Bench, entrant, reaches, single
 from megagate.analysis.benchmark.data_files import SHARD_TOKENS, SPARSE_VOCAB, many_shards, random_set, sparse_set
 from megagate.analysis.benchmark.interleave import Series
 from megagate.analysis.benchmark.paired import paired_ratio
@@ -30,8 +30,8 @@ def start(bench: Bench) -> None:
         return
     tokens = prefix.with_suffix(".bin").stat().st_size // 2
     _start_lines(bench, f"start-up, {options.documents:,} documents, {tokens:.2g} tokens, 1 shard", series["one"], series["megatron"])
-    title = f"start-up, {options.shards:,} shards, {options.shards * SHARD_TOKENS:.2g} tokens (peer: as above)"
-    _start_lines(bench, title, series["many"], series["megatron"])
+    title = f"start-up, {options.shards:,} shards, {options.shards * SHARD_TOKENS:.2g} tokens"
+    _start_lines(bench, title, series["many"], None)
     costs = [
         f"{note['import_cpu']:.2f} CPU-s and {note['import_bytes'] / 1e6:.0f} MB ({package})"
         for name, package in (("one", "megagate"), ("megatron", "megatron-core"))
@@ -45,16 +45,21 @@ def start(bench: Bench) -> None:
     )
 
 
-def _start_lines(bench: Bench, title: str, own: Series, base: Series) -> None:
-    cpu, peer_cpu = (statistics.median(series.cpu_seconds) for series in (own, base))
-    wall = _walls(own, base, 1)
-    times = paired_ratio(base.cpu_seconds, own.cpu_seconds)
-    ours, worst = f"{_ms(cpu)} (first {_ms(own.cpu_seconds[0])})", max(own.cpu_seconds)  # a run starts once
-    bench.line(f"{title}: CPU", ours, _ms(peer_cpu), times, wall=wall, target="< 50 ms", met=worst < 0.05)
-    peak, peers = (max(note["peak"] for note in series.notes) for series in (own, base))
-    private = max(note["private"] for note in own.notes)
+def _start_lines(bench: Bench, title: str, own: Series, base: Series | None) -> None:
+    """Without a base where Megatron did not open as much."""
+    ours = f"{_ms(statistics.median(own.cpu_seconds))} (first {_ms(own.cpu_seconds[0])})"
+    met = max(own.cpu_seconds) < 0.05  # a run starts once
+    if base is None:
+        wall = _ms(statistics.median(own.seconds))
+        bench.line(f"{title}: CPU", ours, "-", None, wall=wall, target="< 50 ms", met=met)
+    else:
+        times, peer = paired_ratio(base.cpu_seconds, own.cpu_seconds), _ms(statistics.median(base.cpu_seconds))
+        bench.line(f"{title}: CPU", ours, peer, times, wall=_walls(own, base, 1), target="< 50 ms", met=met)
+    peak, private = (max(note[what] for note in own.notes) for what in ("peak", "private"))
+    peers = 0 if base is None else max(note["peak"] for note in base.notes)
     ours = f"{peak / 1e6:.1f} MB ({private / 1e6:.1f} private)"
-    bench.line(f"{title}: memory added", ours, f"{peers / 1e6:.0f} MB", single(peers, peak), target="< 5 MB", met=peak < 5e6)
+    times = single(peers, peak) if peers else None
+    bench.line(f"{title}: memory added", ours, f"{peers / 1e6:.0f} MB" if peers else "-", times, target="< 5 MB", met=peak < 5e6)
 
 
 def sample(bench: Bench) -> None:
@@ -79,7 +84,7 @@ def sample(bench: Bench) -> None:
         cpu, peer_cpu = (statistics.median(one.cpu_seconds) / samples for one in (own, base))
         times = paired_ratio(base.cpu_seconds, own.cpu_seconds)
         form = "alone" if rows * steps == 1 else f"in steps of {steps} micro-batches of {rows}"
-        met = cpu <= 1e-4 and times.median >= 4
+        met = cpu <= 1e-4 and reaches(times, 4)
         wall = _walls(own, base, samples)
         bench.line(f"a sample of {SEQ_LEN}, {form}: CPU", _ms(cpu), _ms(peer_cpu), times, wall=wall, target="<= 0.1 ms, 4 times", met=met)
     bench.remark(
