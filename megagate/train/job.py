@@ -2,9 +2,11 @@
 
 import shutil
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -194,10 +196,7 @@ class Job:
         checkpoint.close()  # its files are mapped: pruned later, they would keep their space
         logger.info("resumed from the checkpoint of step %d", checkpoint.step)
         saver.tell_changed_micro_steps(checkpoint)
-        there, here = checkpoint.metadata["config"]["data"], to_dict(self.config)["data"]
-        # A loss on other text is no measure of this one.
-        same = all(there.get(key, "") == here[key] for key in ("path", "valid", "attention"))
-        return Position(checkpoint.step, checkpoint.metadata["best_val_loss"] if same else None)
+        return Position(checkpoint.step, _best_so_far(checkpoint.metadata, self.config))
 
     def _sinks(self, step: int) -> list[Sink]:
         if self.mesh.world.rank:
@@ -212,6 +211,13 @@ class Job:
         learnt = not valid or position.val_loss is None or tell_learning(self.config, val_loss=position.val_loss, valid=valid)
         tell_next(self.config, self.folder, world_size=self.mesh.world.size)
         return 0 if learnt else 1
+
+
+def _best_so_far(metadata: Mapping[str, Any], config: RunConfig) -> float | None:
+    """The lowest validation loss of a checkpoint; None where the run measures other text, with which it cannot be compared."""
+    there, here = metadata["config"]["data"], to_dict(config)["data"]
+    same = all(there.get(key, default) == here[key] for key, default in (("path", ""), ("valid", ""), ("attention", "causal")))
+    return metadata["best_val_loss"] if same else None
 
 
 def _resolved(config: RunConfig, device: torch.device) -> RunConfig:

@@ -23,6 +23,7 @@ from megagate.backend.native import NativeBackend
 from megagate.checkpoint import store
 from megagate.config.cli import parse, to_yaml
 from megagate.config.count import flops_per_token
+from megagate.config.keys import to_dict
 from megagate.config.model import GateConfig
 from megagate.config.run import OptimConfig, RunConfig, ScheduleConfig, TrainConfig
 from megagate.engine.base import StepResult
@@ -33,7 +34,7 @@ from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.spawn import RankContext
 from megagate.train.agree import everywhere, on_first
 from megagate.train.folder import RunFolder
-from megagate.train.job import _resolved
+from megagate.train.job import _best_so_far, _resolved
 from megagate.train.metrics import MetricsFile, Speed
 from megagate.train.report import tell_learning
 from megagate.train.saver import Saver
@@ -282,6 +283,16 @@ def test_an_error_of_one_ranks_disk_is_known_to_all() -> None:
 def test_precision_is_decided_once(given: str, device: str, numbers: str, nano: RunConfig) -> None:
     config = replace(nano, precision=replace(nano.precision, dtype=given))
     assert _resolved(config, torch.device(device)) == replace(nano, precision=replace(nano.precision, dtype=numbers))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("path", "/other"), ("valid", "other=/other"), ("attention", "document"), ("cache_dir", "/disk")]
+)
+def test_the_lowest_loss_is_of_the_same_text(key: str, value: str, nano: RunConfig) -> None:
+    metadata = {"config": to_dict(nano), "best_val_loss": 2.5}
+    assert _best_so_far(metadata, nano) == 2.5
+    other = replace(nano, data=replace(nano.data, **{key: value}))
+    assert _best_so_far(metadata, other) == (2.5 if key == "cache_dir" else None)
 
 
 def only_the_first(context: RankContext) -> tuple[str | None, str]:
