@@ -60,13 +60,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from megagate.data.manifest import MANIFEST_NAME
     from megagate.data.preprocess.backends import choose_backend
     from megagate.data.preprocess.plan import Settings, make_plan, parse_range, publish_plan
     from megagate.data.preprocess.publish import finalize, place_tokenizer
+    from megagate.data.preprocess.team import Job, run_units
     from megagate.data.preprocess.tokenizer_source import find_tokenizer
-    from megagate.data.preprocess.units import Job, missing_units, run_units
+    from megagate.data.preprocess.units import missing_units
 
-    part, parts = parse_range(options.unit_range, os.environ)
+    part, parts = parse_range(options.unit_range, {} if options.finalize else os.environ)
     split = _split(options.split)
     tokenizer = find_tokenizer(options.tokenizer, eod=options.eod_token)
     settings = Settings(
@@ -81,9 +83,16 @@ def _run(options: argparse.Namespace) -> int:
     plan = make_plan(options.input, settings, skip_empty=options.on_error == "skip")
     if plan.empty:
         print(f"skipped {len(plan.empty)} empty inputs, the first is {plan.empty[0]}")
+    if plan.left_out:
+        left_out = ", ".join(f"{count} {ending}" for ending, count in plan.left_out)
+        print(f"left out {sum(count for _, count in plan.left_out)} files of folders, by ending: {left_out}")
     publish_plan(options.output, plan)  # refuses another plan's folder before anything in it changes
     place_tokenizer(options.output, tokenizer)
-    if not options.finalize:
+    if newer := plan.newer_inputs(options.output):
+        print(f"{len(newer)} inputs were written after the plan was made, the first is {newer[0]}; samples of them are the same as then: if"
+            " the rest may not be, begin again with an empty --output", file=sys.stderr)  # fmt: skip
+    # Once the set is there its small parts, and the records of units, may be gone.
+    if not options.finalize and not (options.output / MANIFEST_NAME).exists():
         todo = missing_units(options.output, plan, part=part, parts=parts)
         mine = len(range(part - 1, len(plan.units), parts))
         print(f"{len(plan.sources)} inputs, {len(plan.units)} units; {mine} are of share {part}/{parts}, {mine - len(todo)} of them done")

@@ -44,5 +44,5 @@ def claim_folder(folder: Path, body: dict[str, Any], *, difference: Callable[[An
     if stored != body:
         raise DataError(
             f"{folder} holds the work of another plan: {difference(stored, body)}; one folder is for one plan; choose another --output, or"
-            " the same inputs and settings as before"
+            " the same inputs and settings as before, or remove the folder if nothing in it is needed"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from megagate.data.claim import PLAN_NAME, claim_folder
 from megagate.data.concatenate import small_runs
-from megagate.data.files import clean_errors, ends_sha256, file_sha256
+from megagate.data.files import clean_errors, file_sha256, sampled_sha256
 from megagate.data.hashing import canonical_sha256
 from megagate.data.manifest import (
     MANIFEST_NAME,
@@ -269,7 +269,7 @@ def _ends(prefix: Path) -> dict[str, list[Any]]:
     found = {}
     for key, path in (("bin", bin_path(prefix)), ("idx", idx_path(prefix))):
         with clean_errors("read", path):
-            found[key] = list(ends_sha256(path))
+            found[key] = list(sampled_sha256(path))
     return found
 
 

@@ -199,7 +199,7 @@ def choose_backend(choice: BackendChoice, tokenizer: AnyTokenizer, plan: Plan) -
 
 def first_documents(plan: Plan) -> Iterator[str]:
     """The beginnings of the first documents of some of a plan's inputs, spread over all."""
-    firsts = {unit.source: index for index, unit in reversed(list(enumerate(plan.units)))}
+    firsts = {piece.source: piece for unit in reversed(plan.units) for piece in reversed(unit.pieces)}
     sources = sorted(firsts)
     for source in sources[:: -(-len(sources) // _SOURCES)]:
         left, documents = _CHARACTERS, 0

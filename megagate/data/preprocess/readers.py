@@ -1,7 +1,7 @@
 """Text documents out of files: lines of JSON, Parquet, plain text, and data sets of the `datasets` package.
 
-A unit of work is a part of one input: bytes of a file of lines, row groups of a Parquet file, rows or shards of a data set, or a whole
-file. Units are read independently; a line belongs to the unit in which its first byte lies, so that any cutting gives every line once.
+A part is what is read in one go: bytes of a file of lines, row groups of a Parquet file, rows or shards of a data set, or a whole
+file. Parts are read independently; a line belongs to the part in which its first byte lies, so that any cutting gives every line once.
 """
 
 import gzip
@@ -18,7 +18,6 @@ from megagate.errors import DataError
 
 Kind = Literal["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt", "lines", "saved", "datasets"]
 BadReason = Literal["malformed JSON", "missing key", "invalid UTF-8", "too long", "damaged"]
-WHOLE: tuple[Kind, ...] = ("jsonl.gz", "jsonl.zst", "txt")  # kinds that cannot be cut
 BY_BYTES: tuple[Kind, ...] = ("jsonl", "lines")  # kinds that are cut at any byte
 _SUFFIXES: dict[str, Kind] = {
     ".jsonl": "jsonl",
@@ -29,6 +28,7 @@ _SUFFIXES: dict[str, Kind] = {
 }
 _BLOCK = 1 << 16  # bytes
 _ROWS = 64  # of a batch of Parquet or `datasets`
+_WINDOW = 1 << 31  # bytes: the largest of `zstd --long`; the package's own limit is 1/16 of it
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -50,7 +50,7 @@ class BadDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What one unit reads.
+    """A part of an input.
 
     Args:
         path: File, folder, or name of a data set.
@@ -78,7 +78,7 @@ def suffixes() -> str:
 
 
 def read_part(part: Part, *, text_key: str, longest: int) -> Iterator[Document | BadDocument]:
-    """The documents of a unit, in constant memory.
+    """The documents of a part, in constant memory.
 
     Args:
         part: What to read.
@@ -137,7 +137,11 @@ def _parse_text(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise _BadError("invalid UTF-8", f"invalid UTF-8 ({error.reason} at its byte {error.start})") from error
+        raise _BadError("invalid UTF-8", _spoiled(error)) from error
+
+
+def _spoiled(error: UnicodeDecodeError) -> str:
+    return f"invalid UTF-8 ({error.reason} at its byte {error.start})"
 
 
 def _text_of(value: Any, key: str, *, present: bool, keys: list[str]) -> str:
@@ -233,6 +237,9 @@ def _whole_file(path: Path, longest: int) -> Document | BadDocument:
 def _read_rows(rows: Iterator[tuple[Any, str, int]], path: str, *, longest: int) -> Iterator[Document | BadDocument]:
     for value, place, consumed in rows:
         where = f"{path}, {place}"
+        if isinstance(value, UnicodeDecodeError):
+            yield BadDocument("invalid UTF-8", f"{where}: {_spoiled(value)}", consumed)
+            continue
         if not isinstance(value, str):
             yield BadDocument("missing key", f"{where}: the text is {value!r:.40}, not a string", consumed)
             continue
@@ -254,7 +261,7 @@ def _parquet_rows(part: Part, column: str) -> Iterator[tuple[Any, str, int]]:
         while True:
             try:
                 batch = next(batches, None)
-                values = [] if batch is None else batch.column(0).to_pylist()
+                values = [] if batch is None else _values(batch.column(0))
             except (OSError, ValueError) as error:  # errors of pyarrow are of both kinds
                 raise DataError(f"{part.path}, row group {group}, after row {row}: damaged ({error}); copy it again") from error
             if batch is None:
@@ -262,6 +269,21 @@ def _parquet_rows(part: Part, column: str) -> Iterator[tuple[Any, str, int]]:
             for offset, value in enumerate(values):
                 yield value, f"row group {group}, row {row + offset}", about
             row += len(values)
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an arrow column; in place of a text that is not UTF-8 (arrow does not check it) the error."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def open_parquet(path: Path) -> Any:
@@ -301,8 +323,8 @@ def open_dataset_source(name: str, config: str, *, saved: bool) -> Any:
     except Exception as error:  # the package raises errors of many others
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"--input {name}: neither a file here nor a data set that the datasets package opens ({reason}); check the spelling; data sets"
-            " are written datasets:NAME:CONFIG:SPLIT"
+            f"--input {name}: neither a file here nor a data set that the datasets package opens ({reason}); check spelling and network;"
+            " data sets are written datasets:NAME:CONFIG:SPLIT"
         ) from error
 
 
@@ -316,10 +338,23 @@ def _dataset_rows(part: Part, column: str) -> Iterator[tuple[Any, str, int]]:
     else:
         parts = [(data.shard(num_shards=data.num_shards, index=index), f"shard {index}, row", 0) for index in range(part.begin, part.end)]
     for rows, what, row in parts:
-        for batch in rows.select_columns([column]).iter(batch_size=_ROWS):
-            for value in batch[column]:
+        for batch in _batches(rows, column, f"{part.path}, {what}", row):
+            for value in _values(batch[column]):
                 yield value, f"{what} {row}", 0
                 row += 1
+
+
+def _batches(rows: Any, column: str, where: str, row: int) -> Iterator[Any]:
+    """Arrow tables; as Python objects one row that is not UTF-8 would spoil its batch."""
+    try:
+        for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS):
+            yield batch
+            row += batch.num_rows
+    except Exception as error:  # the package raises errors of many others
+        raise DataError(
+            f"{where} {row} and following: the datasets package cannot read them ({type(error).__name__}: {error}); copy a damaged file"
+            " again; after an error of the network run the same command again"
+        ) from error
 
 
 class _ZstdError(Exception):
@@ -349,7 +384,7 @@ class _ZstdStream(io.RawIOBase):
                 return 0
             elif not self._input:
                 self._input = chunk
-            self._frame = self._frame or self._module.ZstdDecompressor().decompressobj()
+            self._frame = self._frame or self._module.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()
             try:
                 self._output = memoryview(self._frame.decompress(self._input))
             except self._module.ZstdError as error:

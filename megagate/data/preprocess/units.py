@@ -1,22 +1,15 @@
-"""Text to token shards, one unit of the plan at a time, by several processes; a unit appears whole, with a record of it, or not at all.
+"""Text to token shards, one unit of the plan at a time; a unit appears whole, with a record of it, or not at all.
 
 `OUT/plan.json`, then for each unit `OUT/units/part-00012-train.bin` and `.idx` (and of the other splits, where it has documents), and last
 `OUT/units/part-00012.json`. Each file is written under a temporary name, flushed and renamed, and its bytes depend on the plan alone:
 whoever is killed is run again, and two that write the same unit write the same bytes. `publish.finalize` makes the data set of them.
 """
 
-import ctypes
 import json
-import multiprocessing
-import os
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,20 +17,17 @@ import numpy as np
 
 from megagate.data.files import AtomicFile, clean_errors
 from megagate.data.manifest import SPLITS, SplitName
-from megagate.data.preprocess.backends import Backend, Encoder, make_encoder
+from megagate.data.preprocess.backends import Encoder
 from megagate.data.preprocess.plan import Plan
 from megagate.data.preprocess.readers import BadDocument, Document, read_part
 from megagate.data.shards import ShardStats, ShardWriter, token_dtype
-from megagate.data.tokenizer import load_tokenizer
 from megagate.errors import DataError
 
 UNITS_FOLDER = "units"
 OnError = Literal["skip", "stop"]
 _BATCH_BYTES = 1 << 18  # of text tokenized at once: a tokenizer takes some 100 times as much memory
-_BATCH_DOCUMENTS = 512
+_BATCH_DOCUMENTS = 512  # bad and empty ones too: only a report shows that the parent has died
 _TOLD = 5  # messages of skipped documents kept by each unit
-_TRIM_THRESHOLD = -1  # glibc's name of it, M_TRIM_THRESHOLD
-_GRACE = 20.0  # seconds in which workers remove what they have not finished
 
 
 class Progress(NamedTuple):
@@ -154,12 +144,12 @@ class UnitWriter:
         self, plan: Plan, unit: int, *, folder: Path, encoder: Encoder, on_error: OnError, report: Callable[[Progress], None]
     ) -> None:
         self._plan, self._unit, self._folder = plan, unit, folder
-        self._part = plan.part(unit)
+        self._name, self._path = "", ""  # of the piece that is read: within the plan, and here
         self._encoder, self._on_error, self._report = encoder, on_error, report
         self._dtype = token_dtype(plan.settings.tokenizer.vocab_size)
         self._writers: dict[SplitName, ShardWriter] = {}
         self._stack = ExitStack()
-        self._documents = self._empty = self._consumed = self._told = 0
+        self._documents = self._items = self._empty = self._consumed = self._told = 0
         self._skipped: Counter[str] = Counter()
         self._messages: list[str] = []
 
@@ -169,12 +159,12 @@ class UnitWriter:
         Raises:
             DataError: Bad input under `stop`, input that cannot be read, an id that is not of the vocabulary, a full disk.
         """
-        settings = self._plan.settings
         batch: list[Document] = []
         held = 0
         with self._stack:
-            for item in read_part(self._part, text_key=settings.text_key, longest=settings.max_document_bytes):
+            for item in self._read():
                 self._consumed += item.consumed
+                self._items += 1
                 if isinstance(item, BadDocument):
                     self._note(item)
                 elif not item.data:
@@ -182,11 +172,19 @@ class UnitWriter:
                 else:
                     batch.append(item)
                     held += len(item.data)
-                if held >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+                if held >= _BATCH_BYTES or not self._items % _BATCH_DOCUMENTS:
                     self._write(batch)
                     batch, held = [], 0
             self._write(batch)
         return self._publish()
+
+    def _read(self) -> Iterator[Document | BadDocument]:
+        settings = self._plan.settings
+        for piece in self._plan.units[self._unit].pieces:
+            part = self._plan.part(piece)
+            self._name, self._path = self._plan.sources[piece.source].name, part.path
+            yield from read_part(part, text_key=settings.text_key, longest=settings.max_document_bytes)
+            self._plan.check_unchanged(piece)
 
     def _note(self, item: BadDocument) -> None:
         if self._on_error == "stop":
@@ -194,8 +192,7 @@ class UnitWriter:
         self._skipped[item.reason] += 1
         if len(self._messages) < _TOLD:
             # The name within the plan: a record must not depend on where the inputs lie.
-            name = self._plan.sources[self._plan.units[self._unit].source].name
-            self._messages.append(item.message.replace(self._part.path, name, 1))
+            self._messages.append(item.message.replace(self._path, self._name, 1))
 
     def _write(self, batch: list[Document]) -> None:
         settings = self._plan.settings
@@ -221,7 +218,7 @@ class UnitWriter:
         limit = self._plan.settings.tokenizer.vocab_size
         if low < 0 or high >= limit:
             raise DataError(
-                f"{self._part.path}: the tokenizer made ids {low} to {high} within {_BATCH_DOCUMENTS} documents after document"
+                f"{self._path}: the tokenizer made ids {low} to {high} within {_BATCH_DOCUMENTS} documents after document"
                 f" {self._documents} of unit {self._unit}; ids must be in [0, {limit}); the tokenizer's file is not the plan's: begin again"
             )
 
@@ -266,124 +263,3 @@ def sweep(folder: Path, pattern: str) -> None:
     with clean_errors("clean", folder):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker needs to know; the plan's tokenizer lies in `folder`."""
-
-    plan: Plan
-    folder: Path
-    backend: Backend
-    on_error: OnError
-
-
-def run_units(job: Job, units: Sequence[int], *, workers: int, report: Callable[[Progress], None]) -> list[UnitRecord]:
-    """Makes units with several processes, and returns their records in the order of `units`.
-
-    Args:
-        job: The plan and how to do it.
-        units: Indices of units.
-        workers: Processes; at least 1.
-        report: Called in this process as work is done.
-
-    Raises:
-        DataError: The first error of a worker, or one was killed; what is finished stays, and the next run goes on from there.
-    """
-    if workers < 1:
-        raise DataError(f"--workers is {workers}; it must be at least 1")
-    with clean_errors("write", job.folder):
-        (job.folder / UNITS_FOLDER).mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")  # a fork would share the ends of pipes, and none would notice that this process died
-    waiting = list(reversed(units))
-    done: dict[int, UnitRecord] = {}
-    team: dict[Connection, _Member] = {}
-    try:
-        for _ in range(min(workers, len(units))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(job, theirs), daemon=True)
-            with _interrupts_held():
-                process.start()
-            theirs.close()
-            team[ours] = _Member(process, waiting.pop())
-            ours.send(team[ours].unit)
-        while len(done) < len(units):
-            for end in wait(list(team)):
-                assert isinstance(end, Connection)
-                answer = _receive(end, team[end])
-                if isinstance(answer, Progress):
-                    report(answer)
-                    continue
-                done[team[end].unit] = answer
-                if waiting:
-                    team[end].unit = waiting.pop()
-                    end.send(team[end].unit)
-                else:
-                    _leave(end, team.pop(end))
-    finally:
-        for end in team:
-            end.close()  # which stops the workers after their batch
-        for end in list(team):
-            _leave(end, team.pop(end))
-    return [done[unit] for unit in units]
-
-
-class _Member:
-    """A worker and the unit it makes."""
-
-    def __init__(self, process: BaseProcess, unit: int) -> None:
-        self.process, self.unit = process, unit
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Processes started here never see Ctrl-C, not even while they still import: this process tells them by closing their pipe."""
-    resource_tracker.ensure_running()  # else the first start does so, and unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _receive(end: Connection, member: _Member) -> Progress | UnitRecord:
-    try:
-        answer = end.recv()
-    except (EOFError, OSError) as error:
-        member.process.join(_GRACE)
-        raise DataError(
-            f"the worker at unit {member.unit} died (exit code {member.process.exitcode}); -9 is often a lack of memory: then lower"
-            " --workers; finished units are kept, run again to go on"
-        ) from error
-    if isinstance(answer, BaseException):
-        raise answer
-    assert isinstance(answer, Progress | UnitRecord)
-    return answer
-
-
-def _leave(end: Connection, member: _Member) -> None:
-    end.close()
-    member.process.join(_GRACE)
-    if member.process.is_alive():
-        member.process.kill()
-        member.process.join()
-
-
-def _work(job: Job, end: Connection) -> None:
-    """A worker's life: takes units until the other end closes."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each worker; the package reads it here only
-    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
-    with suppress(OSError, AttributeError):  # only glibc has it, and only glibc keeps 60 MB of what batches freed
-        ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, 1 << 20)
-
-    # Both ways fail once the other end is closed, or its process dead: an unfinished unit is then discarded, after its batch at most.
-    with suppress(EOFError, OSError):
-        try:
-            tokenizer = load_tokenizer(job.folder, job.plan.settings.tokenizer)
-            assert tokenizer is not None, "a plan always has a tokenizer"
-            encoder = make_encoder(tokenizer, job.backend)
-            while True:
-                unit = end.recv()
-                end.send(write_unit(job.plan, unit, folder=job.folder, encoder=encoder, on_error=job.on_error, report=end.send))
-        except DataError as error:
-            end.send(error)
