@@ -157,6 +157,53 @@ def test_a_bad_row_of_parquet_is_named(tmp_path: Path) -> None:
         list(read_part(Part(str(path), "parquet", 0, 1), text_key="body", longest=9))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_that_is_not_utf8_is_named_and_the_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    raw = [b"one", "zwei ü".encode(), b"caf\xe9", b"four", b"\xff", b"six"]
+    offsets = np.cumsum([0, *map(len, raw)], dtype=np.int32)
+    column = arrow.Array.from_buffers(arrow.string(), len(raw), [None, arrow.py_buffer(offsets), arrow.py_buffer(b"".join(raw))])
+    for name, found in (("plain", column), ("dictionary", column.dictionary_encode())):
+        (tmp_path / name).mkdir()
+        parquet.write_table(arrow.table({"text": found}), tmp_path / name / "a.parquet", row_group_size=4)
+    datasets.Dataset(arrow.table({"text": column})).save_to_disk(str(tmp_path / "saved"))
+    places = [(0, 2), (1, 0)]
+    for part, where in [
+        (Part(str(tmp_path / "plain/a.parquet"), "parquet", 0, 2), [f"row group {group}, row {row}" for group, row in places]),
+        (Part(str(tmp_path / "dictionary/a.parquet"), "parquet", 0, 2), [f"row group {group}, row {row}" for group, row in places]),
+        (Part(str(tmp_path / "saved"), "saved", 0, 6), ["row 2", "row 4"]),
+        (Part(str(tmp_path / "saved"), "saved", 1, 6), ["row 2", "row 4"]),
+        (Part(str(tmp_path / "plain"), "datasets", 0, 1), ["shard 0, row 2", "shard 0, row 4"]),
+    ]:
+        items = list(read_part(part, text_key="text", longest=100))
+        bad = [item for item in items if isinstance(item, BadDocument)]
+        assert {item.reason for item in bad} == {"invalid UTF-8"}
+        assert [item.message for item in bad] == [
+            f"{part.path}, {where[0]}: invalid UTF-8 (unexpected end of data at its byte 3)",
+            f"{part.path}, {where[1]}: invalid UTF-8 (invalid start byte at its byte 0)",
+        ]
+        good = ["one", "zwei ü", "four", "six"][part.begin if part.kind == "saved" else 0 :]
+        assert texts_of([item for item in items if isinstance(item, Document)]) == good
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_datasets_package_cannot_read_is_told_with_shard_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "0.jsonl.gz").write_bytes(gzip.compress(lines_of(["whole"])))
+    (folder / "1.jsonl.gz").write_bytes(gzip.compress(lines_of([os.urandom(40).hex() for _ in range(100)]))[:-900])
+    plan = make_plan([f"datasets:{folder}"], BYTES)
+    first, second = (plan.part(unit.pieces[0]) for unit in plan.units)
+    assert texts_of(list(read_part(first, text_key="text", longest=1000))) == ["whole"]
+    with pytest.raises(DataError, match=rf"{folder}, shard 1, row 0 and following: the datasets .* \(EOFError: Compressed .*copy a"):
+        list(read_part(second, text_key="text", longest=1000))
+
+
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
 def test_a_truncated_or_damaged_compressed_file_is_told_at_every_length(tmp_path: Path, suffix: Kind) -> None:
     import zstandard
@@ -175,6 +222,14 @@ def test_a_truncated_or_damaged_compressed_file_is_told_at_every_length(tmp_path
     assert isinstance(read(path, suffix)[-1], BadDocument)
     path.write_bytes(b"plain text")
     assert isinstance(read(path, suffix)[-1], BadDocument)
+
+
+def test_zstandard_with_the_longest_window_is_read(tmp_path: Path) -> None:
+    line = b'{"text": "long"}\n'
+    # A frame by hand (RFC 8878, 3.1.1): its header asks for a window of 2^(10 + 21) bytes; then one raw block, the last.
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0, 21 << 3]) + (len(line) << 3 | 1).to_bytes(3, "little") + line
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    assert texts_of(read(tmp_path / "a.jsonl.zst", "jsonl.zst")) == ["long"]
 
 
 def test_memory_does_not_grow_with_a_line(tmp_path: Path) -> None:
@@ -267,7 +322,8 @@ def test_inputs_that_cannot_be_are_refused(tmp_path: Path) -> None:
     assert [source.name for source in plan.sources] == ["a.jsonl"] and plan.empty == ("empty.txt",)
     with pytest.raises(DataError, match="no text to read"):
         make_plan([f"{tmp_path}/empty.txt"], BYTES, skip_empty=True)
-    for split in [(0.5, 0.4, 0.0), (1.5, -0.5, 0.0)]:
+    nan, inf = float("nan"), float("inf")
+    for split in [(0.5, 0.4, 0.0), (1.5, -0.5, 0.0), (nan, 0.0, 1.0), (0.0, nan, 1.0), (inf, 0.0, 0.0)]:
         with pytest.raises(DataError, match="--split is .*three shares .train, valid, test. that sum to 1"):
             replace(BYTES, split=split)
 
@@ -302,7 +358,17 @@ def test_a_share_of_the_units(tmp_path: Path) -> None:
     for text in ("0/3", "4/3", "3", "a/b", "-1/3", "1/0", ""):
         with pytest.raises(DataError, match="it must be k/K with 1 <= k <= K"):
             parse_range(text, {})
-    for slurm in ({"ID": "7", "MIN": "3", "COUNT": "2"}, {"ID": "x", "COUNT": "2"}, {"ID": "1"}):
+    whole = {"ID": "3", "MIN": "0", "MAX": "15", "COUNT": "16"}
+    assert parse_range(None, {f"SLURM_ARRAY_TASK_{key}": value for key, value in whole.items()}) == (4, 16)
+    for slurm in (
+        {"ID": "7", "MIN": "3", "COUNT": "2"},
+        {"ID": "x", "COUNT": "2"},
+        {"ID": "1"},
+        {"ID": "3", "MIN": "3", "MAX": "3", "COUNT": "1"},  # a failed task, submitted alone
+        {"ID": "3", "MIN": "0", "MAX": "3", "COUNT": "2"},  # --array=0,3
+        {"ID": "3", "MIN": "0", "MAX": "6", "STEP": "2", "COUNT": "4"},
+        {"ID": "1", "MIN": "1", "MAX": "1", "COUNT": "0"},
+    ):
         with pytest.raises(DataError, match="give --unit-range k/K"):
             parse_range(None, {f"SLURM_ARRAY_TASK_{key}": value for key, value in slurm.items()})
     (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS * 3))
@@ -431,6 +497,35 @@ def test_reports_sum_to_the_unit(tmp_path: Path) -> None:
     total = Progress(*(sum(column) for column in zip(*reports, strict=True)))
     assert total == Progress(3_000, 300_000, 303_000, (tmp_path / "a.jsonl").stat().st_size)
     assert sum(record.shards["train"]["tokens"] for record in records) == 303_000
+
+
+def test_only_bad_or_empty_documents_are_reported_on_the_way_too(tmp_path: Path) -> None:
+    for name, line in (("bad", b"nonsense\n"), ("empty", b'{"text": ""}\n')):
+        (tmp_path / f"{name}.jsonl").write_bytes(line * 3_000)
+        plan = make_plan([str(tmp_path / f"{name}.jsonl")], BYTES)
+        (tmp_path / name / "units").mkdir(parents=True)
+        reports: list[Progress] = []
+        UnitWriter(plan, 0, folder=tmp_path / name, encoder=ByteTokenizer(), on_error="skip", report=reports.append).run()
+        assert len(reports) > 5 and sum(report.input_bytes for report in reports) == len(line) * 3_000
+
+
+def test_an_input_that_is_changed_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_bytes(lines_of(["word"] * 1_500))
+    plan = make_plan([str(path)], BYTES)
+    publish_plan(out, plan)
+    (out / "units").mkdir()
+    assert plan.newer_inputs(out) == []
+
+    def change(_: Progress) -> None:
+        with open(path, "r+b") as stream:
+            stream.write(lines_of(["Word"]))
+        os.utime(path, ns=(plan.times[0] + 10**12, plan.times[0] + 10**12))
+
+    with pytest.raises(DataError, match=f"{path} was changed while it was read; inputs must not change; begin again with an empty"):
+        write_unit(plan, 0, folder=out, encoder=ByteTokenizer(), on_error="stop", report=change)
+    assert os.listdir(out / "units") == []
+    assert make_plan([str(path)], BYTES).newer_inputs(out) == ["a.jsonl"]
 
 
 def test_a_writer_that_is_overtaken_takes_the_other_ones_unit(tmp_path: Path) -> None:

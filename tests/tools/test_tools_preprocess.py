@@ -1,9 +1,11 @@
 """The command that prepares data: killed at any moment and started again, spread over an array, run twice at once, on a full disk."""
 
+import gzip
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +41,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(*arguments: object, output: Path, text: Path, tokenizer: object = "bytes") -> list[str]:
+def command(*arguments: object, output: Path, text: Path | str, tokenizer: object = "bytes") -> list[str]:
     names = ["--input", text, "--output", output, "--tokenizer", tokenizer]
     settings = ["--unit-bytes", 20_000, "--split", "0.9,0.06,0.04", "--workers", 2]
     return [str(word) for word in (sys.executable, TOOL, *names, *settings, *arguments)]
@@ -191,16 +193,18 @@ def test_interrupted_it_leaves_no_temporary_file(tmp_path: Path, text: Path, ref
     assert run(output=output, text=text)[0] == 0 and tree(output) == reference
 
 
-def test_a_killed_worker_is_told(tmp_path: Path, text: Path, reference: Tree) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_worker_is_told(tmp_path: Path, text: Path, reference: Tree, number: signal.Signals) -> None:
     output = tmp_path / "out"
     process = start(output=output, text=text)
     while not units_done(output):
         time.sleep(0.002)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers[0], number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "died (exit code -9)" in err and "run again to go on" in err
+    assert process.returncode == 2 and f"died (exit code {-number})" in err and "run again to go on" in err
+    assert ("lack of memory" in err) == (number == signal.SIGKILL)
     assert run(output=output, text=text)[0] == 0 and tree(output) == reference
 
 
@@ -218,6 +222,58 @@ def test_bad_lines_stop_it_or_are_counted(tmp_path: Path, text: Path) -> None:
     source = read_manifest(output).source
     assert source["skipped"] == 3 and source["skipped, invalid UTF-8"] == source["skipped, missing key"] == 1
     verify(output)
+
+
+def test_a_truncated_file_of_a_data_set_is_told_with_its_cause(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.jsonl.gz").write_bytes(gzip.compress(b'{"text": "whole"}\n'))
+    (tmp_path / "in/1.jsonl.gz").write_bytes(gzip.compress(text.read_bytes())[:50_000])
+    cache = {"HF_HOME": str(tmp_path / "cache")}
+    code, _, err = run("--on-error", "skip", output=tmp_path / "out", text=f"datasets:{tmp_path}/in", slurm=cache)
+    assert code == 2 and f"DataError: {tmp_path}/in, shard 1, row 0 and following: " in err
+    assert "(EOFError: " in err and "copy a damaged file again" in err and "memory" not in err and "Traceback" not in err
+
+
+def test_a_finished_set_is_not_made_again_without_its_units(tmp_path: Path, text: Path, reference: Tree) -> None:
+    output = tmp_path / "out"
+    assert run(output=output, text=text)[0] == 0
+    shutil.rmtree(output / "units")  # all parts are small and merged
+    for arguments in ((), ("--unit-range", "1/2"), ("--finalize",)):
+        code, out, err = run(*arguments, output=output, text=text)
+        assert code == 0 and "0 skipped in all" in out, err
+    assert tree(output) == {name: raw for name, raw in reference.items() if not name.startswith("units/")}
+
+
+def test_folders_and_changed_inputs_are_told(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(text, tmp_path / "in/a.jsonl")
+    (tmp_path / "in/b.csv").write_text("text\nleft out\n")
+    (tmp_path / "in/c.csv").write_text("text\nleft out\n")
+    code, out, err = run("--unit-range", "1/2", output=tmp_path / "out", text=tmp_path / "in")
+    assert code == 0 and "left out 2 files of folders, by ending: 2 .csv" in out and "were written after" not in err, err
+    shutil.copy(text, tmp_path / "in/a.jsonl")
+    code, _, err = run("--unit-range", "2/2", output=tmp_path / "out", text=tmp_path / "in")
+    assert code == 0 and "1 inputs were written after the plan was made, the first is a.jsonl" in err, err
+    code, _, err = run("--text-key", "body", output=tmp_path / "out", text=tmp_path / "in")
+    assert code == 2 and "or remove the folder if nothing in it is needed" in err
+
+
+def test_the_slurm_script_gives_options_that_the_tool_has(tmp_path: Path, text: Path) -> None:
+    script = TOOL.parents[1] / "examples/slurm/preprocess_array.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    names = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "INPUT": "with a space", "TOKENIZER": "bytes", "OUTPUT": "out", "FINALIZE": "1"}
+    slurm = {"SLURM_CPUS_PER_TASK": "3", "SLURM_ARRAY_TASK_ID": "0"}
+    result = subprocess.run(["bash", script, "--unit-range", "4/16"], env=names | slurm, capture_output=True, text=True, check=True)
+    tool, *words = result.stdout.splitlines()
+    assert tool == "tools/preprocess_data.py" and (TOOL.parents[1] / tool).is_file()
+    expected = {"input": "with a space", "tokenizer": "bytes", "output": "out", "workers": "3", "finalize": None, "unit-range": "4/16"}
+    assert words == [word for name, value in expected.items() for word in (f"--{name}", value) if word is not None]
+    help_text = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(f"--{name} " in help_text for name in expected)
+    directives = [line.split()[1] for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "--array=0-15" in directives and len(directives) == len(set(directives)) == 6
 
 
 def test_a_trained_tokenizer_gives_its_own_ids(tmp_path: Path, text: Path) -> None:

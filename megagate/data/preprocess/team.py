@@ -113,7 +113,7 @@ def _receive(end: Connection, member: _Member) -> Progress | UnitRecord:
     except (EOFError, OSError) as error:
         member.process.join(_GRACE)
         code = member.process.exitcode
-        cause = "that is often a lack of memory: then lower --workers" if code == -signal.SIGKILL else "its own message, if any, stands above"
+        cause = "that is often a lack of memory: then lower --workers" if code == -signal.SIGKILL else "its own message may stand above"
         raise DataError(
             f"the worker at unit {member.unit} died (exit code {code}); {cause}; finished units are kept, run again to go on"
         ) from error
