@@ -42,9 +42,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def test_links_to_folders_are_followed_and_no_loop_is(folder: Path) -> None:
-    (folder / "linked/loop").symlink_to(folder)
-    (folder / "itself").symlink_to(".")
+@pytest.mark.parametrize("loop", ["itself", "linked/loop"])
+def test_links_to_folders_are_followed_and_no_loop_is(folder: Path, loop: str) -> None:
+    (folder / loop).symlink_to(folder)
     plan = make_plan([str(folder)], BYTES)
     assert [source.name for source in plan.sources] == ["a.txt", "linked/b.txt"]
 

@@ -365,7 +365,7 @@ def test_a_share_of_the_units(tmp_path: Path) -> None:
         {"ID": "x", "COUNT": "2"},
         {"ID": "1"},
         {"ID": "3", "MIN": "3", "MAX": "3", "COUNT": "1"},  # a failed task, submitted alone
-        {"ID": "3", "MIN": "0", "MAX": "3", "COUNT": "2"},  # --array=0,3
+        {"ID": "0", "MIN": "0", "MAX": "3", "COUNT": "2"},  # --array=0,3
         {"ID": "3", "MIN": "0", "MAX": "6", "STEP": "2", "COUNT": "4"},
         {"ID": "1", "MIN": "1", "MAX": "1", "COUNT": "0"},
     ):
