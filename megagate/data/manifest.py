@@ -310,7 +310,10 @@ _SHARD_TYPES = {field.name: field.type for field in fields(ShardEntry)}
 
 def _shard_entry(value: dict[str, Any], where: str) -> ShardEntry:
     if {key: type(found) for key, found in value.items()} == _SHARD_TYPES:
-        return ShardEntry(**value)
+        entry = ShardEntry(**value)
+        counts = (entry.tokens, entry.documents, entry.max_id, entry.bin_bytes, entry.idx_bytes)
+        if -_LARGEST <= min(counts) and max(counts) <= _LARGEST:
+            return entry
     return _record(ShardEntry, value, where)  # which says what is wrong
 
 
