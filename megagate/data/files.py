@@ -53,6 +53,21 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, with durable names; does nothing where it is there."""
+    missing = [one for one in (folder, *folder.parents) if not one.is_dir()]
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True)
+        sync_folder(one.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what writers of `AtomicFile` that were killed have left in a folder, and what others are still writing there."""
+    with clean_errors("clean", folder):
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def file_sha256(path: Path, *, report: Callable[[int], None] | None = None) -> str:
     """sha256 (hex) of a file's bytes, in constant memory; `report` is told how many were read since it was last called."""
     digest = hashlib.sha256()
@@ -127,15 +142,13 @@ class AtomicFile:
         self.sync()
         try:
             os.link(self._temporary, self.path)
-        except FileExistsError:
-            self.discard()
         except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            self.publish()  # nothing tells first and second apart on such a file system
-        else:
-            self.discard()
-            sync_folder(self.path.parent)
+            if not self.path.exists():  # else another one has its name, and may even have swept our temporary file away
+                if error.errno not in _NO_LINKS:
+                    raise
+                self.publish()  # nothing tells first and second apart on such a file system
+        self.discard()
+        sync_folder(self.path.parent)
 
     def discard(self) -> None:
         """Removes what was written; does nothing after `publish`."""

@@ -71,6 +71,11 @@ class ShardEntry:
         """The entry of a shard just written."""
         return cls(prefix=prefix, split=split, **asdict(stats))
 
+    @property
+    def stats(self) -> ShardStats:
+        """What its writer knew about it."""
+        return ShardStats(**{field.name: getattr(self, field.name) for field in fields(ShardStats)})
+
 
 @dataclass(frozen=True)
 class Manifest:

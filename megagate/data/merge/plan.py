@@ -4,6 +4,7 @@ A shard that is taken whole, in the type of the merged set, is linked; it is wri
 neighbours, or where its type differs. A data set's splits are kept; a bare prefix goes to one split, or is cut as Megatron cuts it.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megagate.data.claim import PLAN_NAME, claim_folder
-from megagate.data.concatenate import small_runs
-from megagate.data.files import clean_errors, file_sha256, sampled_sha256
+from megagate.data.concatenate import document_offsets, small_runs
+from megagate.data.files import AtomicFile, clean_errors, sampled_sha256
 from megagate.data.hashing import canonical_sha256
 from megagate.data.manifest import (
     MANIFEST_NAME,
@@ -35,20 +36,43 @@ ALL_TRAIN = (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
+class TokenizerFile:
+    """The tokenizer's file of a data set, to be copied as it is."""
+
+    source: Path
+    own: TokenizerIdentity
+
+    def identity(self) -> TokenizerIdentity:
+        """Of the copy."""
+        return self.own
+
+    def save(self, path: Path) -> None:
+        """Writes the copy.
+
+        Raises:
+            DataError: The file changed since it was looked at.
+        """
+        with clean_errors("read", self.source):
+            content = self.source.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.own.sha256:
+            raise DataError(f"{self.source} changed while it was read; begin again")
+        with clean_errors("write", path), AtomicFile(path) as file:
+            file.write(content)
+
+
+@dataclass(frozen=True)
 class Maker:
-    """Who made the ids: the identity that the manifest will have, and where the tokenizer's file comes from.
+    """Who made the ids: the identity that the manifest will have, and what writes the tokenizer's file.
 
     Args:
         name: For messages.
         identity: Of the tokenizer.
-        source: Its file, to be copied as it is; None where there is none, or `tokenizer` writes it.
-        tokenizer: To write the file.
+        tokenizer: To write the file; None where there is none.
     """
 
     name: str
     identity: TokenizerIdentity
-    source: Path | None = None
-    tokenizer: AnyTokenizer | None = None
+    tokenizer: AnyTokenizer | TokenizerFile | None = None
 
 
 @dataclass(frozen=True)
@@ -230,7 +254,8 @@ def _maker_of_set(folder: Path, manifest: Manifest) -> Maker:
     load_tokenizer(folder, identity)  # which checks its file
     if not identity.file:
         return Maker(f"the data set {folder}", identity)
-    return Maker(f"the data set {folder}", replace(identity, file=TOKENIZER_NAME), source=folder / identity.file)
+    copied = replace(identity, file=TOKENIZER_NAME)
+    return Maker(f"the data set {folder}", copied, tokenizer=TokenizerFile(folder / identity.file, copied))
 
 
 def _agree(first: Maker | None, other: Maker) -> Maker:
@@ -293,14 +318,8 @@ def _pieces_of_prefix(prefix: Path, wish: SplitName | None, split: tuple[float, 
     if (wanted := [one for one, first, last in ranges if last > first]) and len(wanted) == 1:
         return [Piece(member, wanted[0], 0, shard.documents, shard.tokens)]
     shard.check_index()
-    offsets = {border: _offset(shard, border) for _, *span in ranges for border in span}
+    offsets = {border: int(document_offsets(shard, border, border)[0]) for _, *span in ranges for border in span}
     return [Piece(member, one, first, last, offsets[last] - offsets[first]) for one, first, last in ranges if last > first]
-
-
-def _offset(shard: Shard, document: int) -> int:
-    """The token at which a document begins."""
-    sequence = int(shard.borders[document])
-    return int(shard.starts[sequence]) // shard.dtype.itemsize if sequence < shard.starts.size else shard.tokens
 
 
 def _dtype(pieces: Sequence[Piece], vocab_size: int) -> str:
@@ -333,18 +352,3 @@ def _difference(stored: Any, body: dict[str, Any]) -> str:
         return f"{PLAN_NAME} is not one of a merge"
     different = [key for key in body if stored.get(key) != body[key]]
     return f"its {' and '.join(different)} differ" if different else "it has more values"
-
-
-def tokenizer_bytes(maker: Maker) -> bytes | None:
-    """The content of a tokenizer's file that is copied as it is.
-
-    Raises:
-        DataError: It changed since it was looked at.
-    """
-    if maker.source is None:
-        return None
-    with clean_errors("read", maker.source):
-        content, found = maker.source.read_bytes(), file_sha256(maker.source)
-    if found != maker.identity.sha256:
-        raise DataError(f"{maker.source} changed while it was read; begin again")
-    return content

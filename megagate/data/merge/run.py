@@ -4,11 +4,8 @@
 bytes depend on the plan alone, so that two that do the same merge at once do no harm.
 """
 
-import errno
 import hashlib
 import json
-import os
-import secrets
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -18,28 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from megagate.data.claim import PLAN_NAME
-from megagate.data.concatenate import append_documents, check_ids, document_blocks, document_offsets
-from megagate.data.files import AtomicFile, clean_errors, file_sha256, sync_folder
-from megagate.data.manifest import (
-    MANIFEST_NAME,
-    SPLITS,
-    Manifest,
-    ShardEntry,
-    check_entry,
-    open_shards,
-    read_manifest,
-    write_manifest,
-)
-from megagate.data.merge.plan import MergePlan, Piece, Target, tokenizer_bytes
+from megagate.data.claim import PLAN_NAME, publish_once
+from megagate.data.concatenate import Promise, append_documents, check_ids, document_blocks, document_offsets
+from megagate.data.files import AtomicFile, clean_errors, file_sha256, make_folder
+from megagate.data.manifest import Manifest, ShardEntry, check_entry
+from megagate.data.merge.plan import Member, MergePlan, Piece, Target
 from megagate.data.preprocess.publish import place_tokenizer
-from megagate.data.preprocess.units import sweep
-from megagate.data.shards import Shard, ShardStats, ShardWriter, bin_path, idx_path
+from megagate.data.shards import Shard, ShardStats, ShardWriter, idx_path
+from megagate.data.transfer import LinkError, copy_shard, linked_shard
 from megagate.errors import DataError
 
 RECORDS = "merged"
-_LINK_ERRORS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_INDEX_BYTES = 1 << 22  # of an index copied at once
 Report = Callable[[int], None]
 
 
@@ -79,48 +65,14 @@ def run_merge(folder: Path, plan: MergePlan, *, copy: bool = False, workers: int
     Raises:
         DataError: An input is damaged or holds ids above the vocabulary, a link cannot be made, the disk is full.
     """
-    if (folder / MANIFEST_NAME).exists():
-        manifest = _standing(folder, plan)
-        _sweep(folder)  # whoever made it may have been killed before it did so
-        return manifest
-    try:
-        _place_tokenizer(folder, plan)
-        _make_all(folder, plan, copy=copy, workers=workers, report=report)
-        manifest = _assemble(folder, plan)
-        write_manifest(folder, manifest)
-    except DataError:
-        if not (folder / MANIFEST_NAME).exists():
-            raise
-        return _standing(folder, plan)  # another process was faster, and has swept our temporary files away
-    _sweep(folder)
-    return manifest
 
-
-def _sweep(folder: Path) -> None:
-    for place in (folder, folder / RECORDS):
-        sweep(place, ".*.tmp")
-
-
-def _standing(folder: Path, plan: MergePlan) -> Manifest:
-    manifest = read_manifest(folder)
-    if manifest.source.get("plan_sha256") != plan.sha256:
-        raise DataError(f"{folder} holds a data set that was not made by this merge; choose another --output")
-    for split in SPLITS:
-        open_shards(folder, manifest, split=split)
-    return manifest
-
-
-def _place_tokenizer(folder: Path, plan: MergePlan) -> None:
-    content = tokenizer_bytes(plan.maker)
-    if content is None:
+    def make() -> Manifest:
         if plan.maker.tokenizer is not None:
             place_tokenizer(folder, plan.maker.tokenizer)
-        return
-    path = folder / plan.maker.identity.file
-    with clean_errors("write", path):
-        if not path.exists() or file_sha256(path) != plan.maker.identity.sha256:
-            with AtomicFile(path) as file:
-                file.write(content)
+        _make_all(folder, plan, copy=copy, workers=workers, report=report)
+        return _assemble(folder, plan)
+
+    return publish_once(folder, plan.sha256, make, places=(RECORDS,))
 
 
 def _make_all(folder: Path, plan: MergePlan, *, copy: bool, workers: int, report: Report) -> None:
@@ -128,7 +80,7 @@ def _make_all(folder: Path, plan: MergePlan, *, copy: bool, workers: int, report
         raise DataError(f"--workers is {workers}; it must be at least 1")
     work = work_left(folder, plan, copy=copy)
     with clean_errors("write", folder):
-        (folder / RECORDS).mkdir(exist_ok=True)
+        make_folder(folder / RECORDS)
         free = shutil.disk_usage(folder).free
     if work.write_bytes > free:
         raise DataError(
@@ -161,94 +113,36 @@ def _make(folder: Path, plan: MergePlan, target: Target, *, copy: bool, report: 
     if target.rewritten:
         stats = _rewrite(prefix, plan, target, report)
     elif copy:
-        stats = _copy(prefix, target.pieces[0], vocab_size=vocab_size, report=report)
+        member = target.pieces[0].member
+        stats = copy_shard(member.prefix, prefix, vocab_size=vocab_size, promise=_promise(member), report=report)
     else:
-        stats = _link(prefix, target.pieces[0], vocab_size=vocab_size, report=report)
+        stats = _link(prefix, target.pieces[0].member, vocab_size=vocab_size, report=report)
     entry = ShardEntry.of(target.name, split=target.split, stats=stats)
     path = _record_path(folder, target)
     with clean_errors("write", path), AtomicFile(path) as file:
         file.write((json.dumps({"plan": plan.sha256, "unended": unended, "entry": asdict(entry)}, indent=1) + "\n").encode())
 
 
+def _promise(member: Member) -> Promise | None:
+    return None if member.entry is None else Promise(member.entry.stats, by="its manifest", remedy="leave it out, or copy it again")
+
+
 def _rewrite(prefix: Path, plan: MergePlan, target: Target, report: Report) -> ShardStats:
+    vocab_size = plan.maker.identity.vocab_size
     with ShardWriter(prefix, dtype=np.dtype(plan.dtype)) as writer:
         for piece in target.pieces:
-            shard = Shard(piece.member.prefix)
+            shard, promise = Shard(piece.member.prefix), _promise(piece.member)
             shard.check_index()
-            append_documents(writer, shard, piece.first, piece.last, vocab_size=plan.maker.identity.vocab_size, report=report)
+            append_documents(writer, shard, piece.first, piece.last, vocab_size=vocab_size, promise=promise, report=report)
     return writer.finish()
 
 
-def _link(prefix: Path, piece: Piece, *, vocab_size: int, report: Report) -> ShardStats:
-    """Hard links to both files, made before anything is read, so that what cannot be linked is told at once."""
-    source = piece.member.prefix
-    mark = secrets.token_hex(6)
-    pairs = [(path(source), path(prefix), prefix.with_name(f".{path(prefix).name}.{mark}.tmp")) for path in (bin_path, idx_path)]
+def _link(prefix: Path, member: Member, *, vocab_size: int, report: Report) -> ShardStats:
     try:
-        for origin, final, temporary in pairs:
-            _hard_link(origin, temporary, final)
-        stats = piece.member.entry or _scan(source, vocab_size=vocab_size, report=report)
-        with clean_errors("write", prefix):
-            for origin, final, temporary in pairs:
-                if not os.path.samefile(origin, temporary):
-                    raise DataError(f"{origin} was replaced while it was read; run the same command again")
-                os.replace(temporary, final)
-            sync_folder(prefix.parent)
-    finally:
-        for _, _, temporary in pairs:
-            temporary.unlink(missing_ok=True)  # also where the name was another link to the same file: renaming then does nothing
-    return _stats(stats)
-
-
-def _hard_link(origin: Path, temporary: Path, final: Path) -> None:
-    try:
-        os.link(origin.resolve(), temporary)
-    except OSError as error:
-        if error.errno in _LINK_ERRORS:
-            raise DataError(
-                f"cannot link {origin} to {final}: {error.strerror}; links need one file system that has them, and an owner who may; choose"
-                " an --output on that disk, or --copy"
-            ) from error
-        with clean_errors("link", origin):
-            raise
-
-
-def _copy(prefix: Path, piece: Piece, *, vocab_size: int, report: Report) -> ShardStats:
-    source = piece.member.prefix
-    shard = Shard(source)
-    shard.check_index()
-    high = -1
-    with clean_errors("write", prefix):
-        tokens, index = AtomicFile(bin_path(prefix)), None
-        try:
-            for begin, ids, _ in document_blocks(shard):
-                high = max(high, check_ids(shard, ids, begin=begin, vocab_size=vocab_size))
-                tokens.write(memoryview(ids).cast("B") if ids.size else b"")
-                report(ids.nbytes)
-            index = AtomicFile(idx_path(prefix))
-            with open(idx_path(source), "rb") as stream:
-                while block := stream.read(_INDEX_BYTES):
-                    index.write(block)
-            stats = ShardStats(shard.tokens, shard.documents, high, tokens.bytes, index.bytes, tokens.sha256, index.sha256)
-            _compare(source, piece.member.entry, stats)
-            index.sync()
-            tokens.publish()
-            index.publish()
-        except BaseException:
-            tokens.discard()
-            if index is not None:
-                index.discard()
-            raise
-    return stats
-
-
-def _compare(source: Path, entry: ShardEntry | None, stats: ShardStats) -> None:
-    if entry is None:
-        return
-    for path, key in ((bin_path(source), "bin_sha256"), (idx_path(source), "idx_sha256")):
-        promised, found = getattr(entry, key), getattr(stats, key)
-        if promised != found:
-            raise DataError(f"{path} is damaged: its sha256 is {found}, and its manifest says {promised}; leave it out")
+        with linked_shard(member.prefix, prefix):
+            return _scan(member.prefix, vocab_size=vocab_size, report=report) if member.entry is None else member.entry.stats
+    except LinkError as error:
+        raise DataError(f"{error}; choose an --output on that disk, or --copy") from error
 
 
 def _scan(prefix: Path, *, vocab_size: int, report: Report) -> ShardStats:
@@ -320,11 +214,6 @@ def _record(folder: Path, plan: MergePlan, target: Target) -> tuple[ShardEntry, 
     if (entry.prefix, entry.split, entry.tokens) != (target.name, target.split, target.tokens):
         raise DataError(again)
     return entry, value["unended"]
-
-
-def _stats(found: ShardEntry | ShardStats) -> ShardStats:
-    values = asdict(found)
-    return ShardStats(**{key: values[key] for key in ShardStats.__dataclass_fields__})
 
 
 def _bytes(target: Target) -> int:

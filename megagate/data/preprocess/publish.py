@@ -3,20 +3,32 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from megagate.data.concatenate import append_documents, small_runs
+from megagate.data.claim import publish_once
+from megagate.data.concatenate import Promise, append_documents, small_runs
 from megagate.data.files import clean_errors, file_sha256
-from megagate.data.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, SplitName, open_shards, read_manifest, write_manifest
+from megagate.data.manifest import SPLITS, Manifest, ShardEntry, SplitName, TokenizerIdentity
 from megagate.data.preprocess.plan import Plan
-from megagate.data.preprocess.units import UNITS_FOLDER, UnitRecord, part_prefix, read_record, sweep
-from megagate.data.shards import Shard, ShardStats, ShardWriter, bin_path, token_dtype
-from megagate.data.tokenizer import AnyTokenizer
+from megagate.data.preprocess.units import UNITS_FOLDER, UnitRecord, part_prefix, read_record, record_path
+from megagate.data.shards import Shard, ShardStats, ShardWriter, token_dtype
+from megagate.data.transfer import LinkError, copy_shard, linked_shard
 from megagate.errors import DataError
 
 FULL_SHARD = 1 << 22  # tokens; windows never cross shards, so that many small ones would lose many tokens
 
 
-def place_tokenizer(folder: Path, tokenizer: AnyTokenizer) -> None:
+class Placeable(Protocol):
+    """A tokenizer, or the file of one."""
+
+    def identity(self) -> TokenizerIdentity:
+        """With the name of its file; empty where it has none."""
+
+    def save(self, path: Path) -> object:
+        """Writes the file."""
+
+
+def place_tokenizer(folder: Path, tokenizer: Placeable) -> None:
     """Writes the tokenizer into the output, where readers look for it, unless it is there.
 
     Raises:
@@ -36,42 +48,16 @@ def place_tokenizer(folder: Path, tokenizer: AnyTokenizer) -> None:
 
 
 def finalize(folder: Path, plan: Plan) -> Manifest:
-    """Checks that every unit of the plan is there, merges small parts, and writes `dataset.json`.
+    """Checks that every unit of the plan is there, makes shards of their parts, and writes `dataset.json`; then `units/` may be deleted.
 
-    Parts of at least `FULL_SHARD` tokens stay where they are; runs of smaller ones of a split are copied into one shard. Doing it again
-    changes nothing.
+    Parts of at least `FULL_SHARD` tokens get hard links in the folder itself, copies where there can be none; runs of smaller ones of a
+    split are copied into one shard. What is copied is compared with its record's sha256; of what is linked only the sizes are, and
+    `manifest.verify` reads it. Doing it again changes nothing.
 
     Raises:
         DataError: Units are missing or damaged, there are no documents, or the folder cannot be written.
     """
-    if (folder / MANIFEST_NAME).exists():
-        manifest = _standing(folder, plan)
-        _sweep(folder)  # whoever made it may have been killed before it did so
-        return manifest
-    try:
-        records = _records(folder, plan)
-        manifest = _assemble(folder, plan, records)
-        write_manifest(folder, manifest)
-    except DataError:
-        if not (folder / MANIFEST_NAME).exists():
-            raise
-        return _standing(folder, plan)  # another process was faster, and has swept our temporary files away
-    _sweep(folder)
-    return manifest
-
-
-def _sweep(folder: Path) -> None:
-    for place in (folder, folder / UNITS_FOLDER):
-        sweep(place, ".*.tmp")
-
-
-def _standing(folder: Path, plan: Plan) -> Manifest:
-    manifest = read_manifest(folder)
-    if manifest.source.get("plan_sha256") != plan.sha256:
-        raise DataError(f"{folder} holds a data set of another plan; one folder is for one plan; choose another --output")
-    for split in SPLITS:
-        open_shards(folder, manifest, split=split)
-    return manifest
+    return publish_once(folder, plan.sha256, lambda: _assemble(folder, plan, _records(folder, plan)), places=(UNITS_FOLDER,))
 
 
 def _assemble(folder: Path, plan: Plan, records: list[UnitRecord]) -> Manifest:
@@ -112,36 +98,47 @@ def _records(folder: Path, plan: Plan) -> list[UnitRecord]:
 
 
 def _shards_of(folder: Path, plan: Plan, records: list[UnitRecord], split: SplitName) -> Iterator[ShardEntry]:
-    number = 0
-    parts = [(record.unit, stats) for record in records for stats in [record.stats(split)] if stats is not None]
-    for run in small_runs([stats.tokens for _, stats in parts], FULL_SHARD):
-        for unit, stats in parts[run.start : run.stop]:
-            _check_part(part_prefix(folder, unit, split), stats)
-        if len(run) == 1:
-            unit, stats = parts[run.start]
-            yield ShardEntry.of(f"{UNITS_FOLDER}/{part_prefix(folder, unit, split).name}", split=split, stats=stats)
-        else:
-            name = f"{split}-{number:05d}"
-            yield ShardEntry.of(name, split=split, stats=_merge(folder, [parts[index][0] for index in run], split, name, plan))
-            number += 1
-
-
-def _check_part(prefix: Path, stats: ShardStats) -> None:
-    shard = Shard(prefix)
-    if (shard.tokens, shard.documents) != (stats.tokens, stats.documents):
-        raise DataError(
-            f"{bin_path(prefix)} has {shard.tokens} tokens of {shard.documents} documents, and its unit's record says {stats.tokens} of"
-            f" {stats.documents}; it was changed since; remove the record, and run again"
-        )
-
-
-def _merge(folder: Path, units: list[int], split: SplitName, name: str, plan: Plan) -> ShardStats:
+    parts = [_part(folder, record.unit, split, stats) for record in records if (stats := record.stats(split)) is not None]
     vocab_size = plan.settings.tokenizer.vocab_size
-    with ShardWriter(folder / name, dtype=token_dtype(vocab_size)) as writer:
-        for unit in units:
-            shard = Shard(part_prefix(folder, unit, split))
+    for number, run in enumerate(small_runs([part.promise.stats.tokens for part in parts], FULL_SHARD)):
+        own = parts[run.start : run.stop]
+        name = f"{split}-{number:05d}"
+        for part in own:
+            part.promise.check_sizes(Shard(part.prefix))
+        if own[0].promise.stats.tokens >= FULL_SHARD:
+            stats = _take_over(own[0], folder / name, vocab_size)
+        else:
+            stats = _join(own, folder / name, vocab_size)
+        yield ShardEntry.of(name, split=split, stats=stats)
+
+
+class _Part(NamedTuple):
+    """A shard of a unit, and what the unit's record says of it."""
+
+    prefix: Path
+    promise: Promise
+
+
+def _part(folder: Path, unit: int, split: SplitName, stats: ShardStats) -> _Part:
+    record = record_path(folder, unit)
+    remedy = f"remove {record}, and run again without --finalize: the unit is then made again"
+    return _Part(part_prefix(folder, unit, split), Promise(stats, by=record.name, remedy=remedy))
+
+
+def _take_over(part: _Part, prefix: Path, vocab_size: int) -> ShardStats:
+    try:
+        with linked_shard(part.prefix, prefix):
+            return part.promise.stats
+    except LinkError:
+        return copy_shard(part.prefix, prefix, vocab_size=vocab_size, promise=part.promise)
+
+
+def _join(parts: list[_Part], prefix: Path, vocab_size: int) -> ShardStats:
+    with ShardWriter(prefix, dtype=token_dtype(vocab_size)) as writer:
+        for part in parts:
+            shard = Shard(part.prefix)
             shard.check_index()
-            append_documents(writer, shard, 0, shard.documents, vocab_size=vocab_size)
+            append_documents(writer, shard, 0, shard.documents, vocab_size=vocab_size, promise=part.promise)
     return writer.finish()
 
 

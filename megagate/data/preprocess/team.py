@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from megagate.data.files import clean_errors
+from megagate.data.files import clean_errors, make_folder
 from megagate.data.preprocess.backends import Backend, make_encoder
 from megagate.data.preprocess.plan import Plan
 from megagate.data.preprocess.units import UNITS_FOLDER, OnError, Progress, UnitRecord, write_unit
@@ -48,8 +48,10 @@ def run_units(job: Job, units: Sequence[int], *, workers: int, report: Callable[
     """
     if workers < 1:
         raise DataError(f"--workers is {workers}; it must be at least 1")
+    if not units:
+        return []
     with clean_errors("write", job.folder):
-        (job.folder / UNITS_FOLDER).mkdir(parents=True, exist_ok=True)
+        make_folder(job.folder / UNITS_FOLDER)
     context = multiprocessing.get_context("spawn")  # a fork would share the ends of pipes, and none would notice that this process died
     waiting = list(reversed(units))
     done: dict[int, UnitRecord] = {}

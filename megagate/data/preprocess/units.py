@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from megagate.data.files import AtomicFile, clean_errors
-from megagate.data.manifest import SPLITS, SplitName
+from megagate.data.manifest import MANIFEST_NAME, SPLITS, SplitName
 from megagate.data.preprocess.backends import Encoder
 from megagate.data.preprocess.plan import Plan
 from megagate.data.preprocess.readers import BadDocument, Document, read_part
@@ -123,7 +123,12 @@ def _items(value: Any) -> list[tuple[str, Any]]:
 
 
 def missing_units(folder: Path, plan: Plan, *, part: int = 1, parts: int = 1) -> list[int]:
-    """Units of share `part` of `parts` (from 1) that have no record yet; shares take turns, so that each gets some of every input."""
+    """Units of share `part` of `parts` (from 1) that have no record yet; shares take turns, so that each gets some of every input.
+
+    None is missing once the data set is published: their files may be deleted then.
+    """
+    if (folder / MANIFEST_NAME).exists():
+        return []
     sha256 = plan.sha256
     return [unit for unit in range(part - 1, len(plan.units), parts) if read_record(folder, sha256, unit) is None]
 
@@ -256,10 +261,3 @@ def write_unit(
         if record is None:
             raise
         return record
-
-
-def sweep(folder: Path, pattern: str) -> None:
-    """Removes temporary files."""
-    with clean_errors("clean", folder):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
