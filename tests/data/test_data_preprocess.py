@@ -1,4 +1,4 @@
-"""Preprocessing as a library: what is read out of each kind of file, cutting into units, bad input, merging of parts."""
+"""Preprocessing as a library: what is read out of each kind of file, cutting into units, bad input."""
 
 import gzip
 import json
@@ -12,23 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from preprocess_helpers import BYTES, TEXTS, lines_of, prepare
 
 from megagate.data.byte_tokenizer import ByteTokenizer
 from megagate.data.manifest import open_shards, read_manifest, verify
-from megagate.data.preprocess.plan import Plan, Settings, make_plan, parse_range, publish_plan, unit_size
-from megagate.data.preprocess.publish import FULL_SHARD, finalize, ranges
+from megagate.data.preprocess.plan import make_plan, parse_range, publish_plan, unit_size
+from megagate.data.preprocess.publish import finalize
 from megagate.data.preprocess.readers import BadDocument, Document, Kind, Part, read_part
 from megagate.data.preprocess.tokenizer_source import find_tokenizer
-from megagate.data.preprocess.units import OnError, Progress, UnitWriter, missing_units, write_unit
+from megagate.data.preprocess.units import Progress, UnitWriter, missing_units, write_unit
 from megagate.data.tokenizer import Tokenizer, load_tokenizer
 from megagate.errors import DataError
-
-BYTES = Settings(tokenizer=ByteTokenizer().identity(), split=(1, 0, 0))
-TEXTS = ["first", "zweite, größer", "三\nlines\r\nin one", "", "x" * 700, '{"text": "quoted"}', "last"]
-
-
-def lines_of(texts: Sequence[str], key: str = "text") -> bytes:
-    return b"".join(json.dumps({"id": i, key: text}, ensure_ascii=i % 2 == 0).encode() + b"\n" for i, text in enumerate(texts))
 
 
 def read(path: Path, kind: Kind, begin: int = 0, end: int | None = None, *, longest: int = 1 << 20) -> list[Document | BadDocument]:
@@ -44,14 +38,6 @@ def texts_of(found: Sequence[Document | BadDocument]) -> list[str]:
 def pieces_of(plan: Plan) -> list[list[tuple[int, int, int]]]:
     """(source, begin, end) of all pieces, by unit."""
     return [[(piece.source, piece.begin, piece.end) for piece in unit.pieces] for unit in plan.units]
-
-
-def prepare(folder: Path, plan: Plan, *, on_error: OnError = "stop", order: Sequence[int] | None = None) -> None:
-    """All units of a plan in this process."""
-    publish_plan(folder, plan)
-    (folder / "units").mkdir(exist_ok=True)
-    for unit in range(len(plan.units)) if order is None else order:
-        write_unit(plan, unit, folder=folder, encoder=ByteTokenizer(), on_error=on_error, report=lambda _: None)
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
@@ -403,44 +389,6 @@ def test_the_tokens_do_not_depend_on_the_cutting(tmp_path: Path, unit_bytes: int
     assert load_tokenizer(tmp_path / "out", manifest.tokenizer).decode(shard.document(1)) == TEXTS[1]  # type: ignore[union-attr]
 
 
-def test_small_parts_are_merged_and_full_ones_are_not(tmp_path: Path) -> None:
-    sizes = [10, 20, FULL_SHARD, 30, 40, 50]
-    for number, size in enumerate(sizes):
-        (tmp_path / f"{number}.txt").write_bytes(bytes([97 + number]) * (size - 1))
-    plan = make_plan([str(tmp_path / f"{number}.txt") for number in range(len(sizes))], replace(BYTES, unit_bytes=1))
-    prepare(tmp_path / "out", plan, order=[5, 0, 3, 1, 2, 4])
-    manifest = finalize(tmp_path / "out", plan)
-    assert [(entry.prefix, entry.tokens) for entry in manifest.shards] == [
-        ("train-00000", 30), ("units/part-00002-train", FULL_SHARD), ("train-00001", 120)
-    ]  # fmt: skip
-    assert verify(tmp_path / "out") == manifest
-    stream = np.concatenate([shard.stream for shard in open_shards(tmp_path / "out", manifest, split="train")])
-    assert np.array_equal(stream, np.concatenate([[97 + n] * (size - 1) + [256] for n, size in enumerate(sizes)]))
-
-
-def test_what_is_missing_or_damaged_at_the_end_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS * 2))
-    plan = make_plan([str(tmp_path / "a.jsonl")], replace(BYTES, unit_bytes=200))
-    out = tmp_path / "out"
-    prepare(out, plan, order=[0, 2])
-    with pytest.raises(DataError, match=f"{len(plan.units) - 2} of {len(plan.units)} units are missing: 1, 3-{len(plan.units) - 1}; run"):
-        finalize(out, plan)
-    prepare(out, plan)
-    record = out / "units/part-00000.json"
-    good = record.read_bytes()
-    for raw, message in [(good[:50], "part-00000.json is damaged"), (good.replace(plan.sha256[:8].encode(), b"0" * 8), "of another plan")]:
-        record.write_bytes(raw)
-        with pytest.raises(DataError, match=message):
-            finalize(out, plan)
-    record.write_bytes(good)
-    part = out / "units/part-00000-train.bin"
-    os.truncate(part, part.stat().st_size - 2)
-    with pytest.raises(DataError, match="part-00000-train.bin is truncated"):
-        finalize(out, plan)
-    assert not (out / "dataset.json").exists()
-    assert ranges([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
-
-
 def test_skipped_documents_are_counted_and_told_without_their_place_on_this_machine(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS) + b'nonsense\n{"body": 1}\n' + b"[1]\n" * 9 + lines_of(["end"]))
     plan = make_plan([str(tmp_path / "a.jsonl")], BYTES)
@@ -601,14 +549,3 @@ def test_a_manifest_tells_the_three_splits(tmp_path: Path) -> None:
     totals = read_manifest(tmp_path / "out").body()["totals"]
     assert list(totals) == ["train", "valid", "test"] and sum(split["documents"] for split in totals.values()) == 100
     assert all(split["shards"] == 1 for split in totals.values())
-
-
-def test_publishing_again_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
-    plan = make_plan([str(tmp_path / "a.jsonl")], BYTES)
-    prepare(tmp_path / "out", plan)
-    manifest = finalize(tmp_path / "out", plan)
-    for name in (".train-00000.bin.0123456789ab.tmp", "units/.part-00000-train.idx.0123456789ab.tmp"):
-        (tmp_path / "out" / name).touch()
-    assert finalize(tmp_path / "out", plan) == manifest
-    assert not list((tmp_path / "out").rglob("*.tmp"))

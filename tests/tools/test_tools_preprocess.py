@@ -146,9 +146,7 @@ def test_shares_of_an_array_make_the_same_bytes_in_any_order(tmp_path: Path, tex
 def test_two_writers_at_once_do_no_harm(tmp_path: Path, text: Path, reference: Tree) -> None:
     writers = [start(output=tmp_path / "out", text=text) for _ in range(3)]
     results = [(process.communicate(timeout=120), process.returncode) for process in writers]
-    assert any(code == 0 for _, code in results), results
-    assert all(code in (0, 2) and "Traceback" not in said[1] for said, code in results), results
-    assert run(output=tmp_path / "out", text=text)[0] == 0
+    assert [code for _, code in results] == [0, 0, 0], results  # who is overtaken takes what stands there
     assert tree(tmp_path / "out") == reference
 
 
