@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megagate.data.files import sync_folder
 from megagate.errors import RunError
 
 
@@ -14,15 +15,6 @@ def write_all(descriptor: int, data: memoryview) -> None:
     """Write every byte of `data` (one write may take only a part of them)."""
     while len(data):
         data = data[os.write(descriptor, data) :]
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in `directory` (files created, renamed, removed) durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -48,7 +40,7 @@ def write_file(path: Path, content: bytes) -> None:
             with create(unfinished) as descriptor:
                 write_all(descriptor, memoryview(content))
             os.replace(unfinished, path)
-            sync_directory(path.parent)
+            sync_folder(path.parent)
         except OSError:
             unfinished.unlink(missing_ok=True)
             raise

@@ -17,7 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from megagate.checkpoint.durable import explaining_no_space, sync_directory, write_file
+from megagate.checkpoint.durable import explaining_no_space, write_file
+from megagate.data.files import sync_folder
 from megagate.errors import CheckpointError
 
 INDEX_NAME = "index.json"
@@ -74,7 +75,7 @@ def install(root: Path, step: int) -> Path:
     else:
         _delete(final)
     os.rename(staging, final)
-    sync_directory(root)
+    sync_folder(root)
     set_pointer(root, "latest", step)
     _delete(aside)
     return final
@@ -161,7 +162,7 @@ def clean_leftovers(root: Path) -> list[str]:
         if path.suffix == ".old" and not _is_complete(final):
             _delete(final)
             os.rename(path, final)
-            sync_directory(root)
+            sync_folder(root)
         elif path.suffix == ".old":
             _delete(path)
         elif path.is_dir():
@@ -199,5 +200,5 @@ def _delete(folder: Path) -> None:
     trash = folder.with_suffix(".trash")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
-    sync_directory(folder.parent)
+    sync_folder(folder.parent)
     shutil.rmtree(trash, ignore_errors=True)

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from megagate.checkpoint.box import find_flaw
-from megagate.checkpoint.durable import sync_directory, write_file
+from megagate.checkpoint.durable import write_file
 from megagate.checkpoint.folders import INDEX_NAME, discard, install, staging_path
 from megagate.checkpoint.index import Contents, Index, StoredTensor, encode_index
 from megagate.checkpoint.rankfile import manifest_path, rank_file, read_manifest
+from megagate.data.files import sync_folder
 from megagate.errors import CheckpointError, RunError
 
 
@@ -43,7 +44,7 @@ def publish(root: Path, step: int, *, world_size: int, metadata: Mapping[str, An
         raise
     for rank in range(world_size):
         manifest_path(staging, rank).unlink()
-    sync_directory(staging)
+    sync_folder(staging)
     return install(root, step)
 
 
