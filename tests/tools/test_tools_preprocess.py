@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -177,6 +178,29 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(tmp_path: Path, text: Path
     assert units_done(output) == 0 and [name for name in tree(output) if name.endswith(".tmp")] == []
     assert run(output=output, text=text)[0] == 0
     assert tree(output) == reference
+
+
+# Runs a command on a disk of 1 MB, and again once it has grown; copies what is there then. Names: disk, copy, then the command.
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=1m none "$0" || exit 90
+copy=$1; shift
+"$@"; echo "code $?, $(ls "$0"/out/units/*.json | wc -l) units, $(find "$0" -name '*.tmp' | wc -l) temporary" >&2
+mount -o remount,size=64m "$0" && "$@" && cp -r "$0/out" "$copy"
+"""
+
+
+def test_a_disk_that_is_really_full_is_told_and_the_next_run_goes_on(tmp_path: Path, text: Path, reference: Tree) -> None:
+    own = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*own, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mounts of one's own here")
+    (tmp_path / "disk").mkdir()
+    words = command(output=tmp_path / "disk/out", text=text)
+    script = [*own, "sh", "-c", ON_A_SMALL_DISK, str(tmp_path / "disk"), str(tmp_path / "copy"), *words]
+    result = subprocess.run(script, env={**os.environ, "PYTHONPATH": str(TOOL.parents[1])}, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result
+    assert f"cannot write {tmp_path}/disk/out/" in result.stderr and ": No space left on device; free some space" in result.stderr
+    assert re.search(r"^code 2, [1-9]\d* units, 0 temporary$", result.stderr, re.MULTILINE), result.stderr
+    assert tree(tmp_path / "copy") == reference
 
 
 def test_interrupted_it_leaves_no_temporary_file(tmp_path: Path, text: Path, reference: Tree) -> None:
