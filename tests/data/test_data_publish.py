@@ -65,6 +65,12 @@ def test_a_small_set_has_no_shard_among_its_units(tmp_path: Path, units: int) ->
     plan = make_plan([str(tmp_path / "a.jsonl")], replace(BYTES, unit_bytes=-(-len(raw) // units)))
     assert len(plan.units) == units
     prepare(tmp_path / "out", plan)
+    part = tmp_path / "out/units/part-00000-train.bin"
+    raw = part.read_bytes()
+    damage(part)
+    with pytest.raises(DataError, match=f"{part} is damaged: its sha256 is"):
+        finalize(tmp_path / "out", plan)
+    part.write_bytes(raw)
     manifest = finalize(tmp_path / "out", plan)
     shutil.rmtree(tmp_path / "out/units")
     assert [entry.prefix for entry in verify(tmp_path / "out").shards] == ["train-00000"] and verify(tmp_path / "out") == manifest
@@ -171,6 +177,16 @@ def test_publishing_again_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
         (tmp_path / "out" / name).touch()
     assert finalize(tmp_path / "out", plan) == manifest
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_what_stands_is_judged_again(tmp_path: Path, out: Path, plan: Plan) -> None:
+    finalize(out, plan)
+    other = make_plan([str(tmp_path / "0.txt")], BYTES)
+    with pytest.raises(DataError, match=f"{out} holds a data set that was not made by this plan"):
+        finalize(out, other)
+    os.truncate(out / "train-00002.bin", 20)
+    with pytest.raises(DataError, match="train-00002.bin is truncated"):
+        finalize(out, plan)
 
 
 def test_who_is_overtaken_while_it_claims_the_folder_finds_its_plan_there(tmp_path: Path) -> None:

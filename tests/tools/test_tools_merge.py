@@ -147,6 +147,12 @@ def test_a_tokenizer_goes_along_to_the_byte(tmp_path: Path) -> None:
     assert (tmp_path / "two/tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     told = json.loads(run(tmp_path / "two", "--json", tool="inspect_data.py"))[0]
     assert [sample["text"] for sample in told["samples"]] == ["gate sink", "head"]
+    plan = make_merge([(str(tmp_path / "one"), None)], maker=None)
+    publish_merge(tmp_path / "three", plan)
+    (tmp_path / "one/tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=f"{tmp_path}/one/tokenizer.json changed while it was read; begin again"):
+        run_merge(tmp_path / "three", plan)
+    assert sorted(tree(tmp_path / "three")) == ["plan.json"]
 
 
 @pytest.fixture(scope="module")
