@@ -13,10 +13,12 @@ from preprocess_helpers import BYTES, TEXTS, lines_of, prepare
 from megagate.data import transfer
 from megagate.data.files import AtomicFile, make_folder
 from megagate.data.manifest import Manifest, open_shards, verify
+from megagate.data.merge.plan import make_merge, publish_merge
+from megagate.data.merge.run import run_merge
 from megagate.data.preprocess import publish
-from megagate.data.preprocess.plan import Plan, make_plan
+from megagate.data.preprocess.plan import Plan, make_plan, publish_plan
 from megagate.data.preprocess.publish import FULL_SHARD, finalize, ranges
-from megagate.data.preprocess.units import missing_units
+from megagate.data.preprocess.units import Job, missing_units, run_units
 from megagate.data.shards import ShardWriter
 from megagate.errors import DataError
 
@@ -264,3 +266,18 @@ def test_bytes_are_durable_before_the_names_that_promise_them(
     log.clear()
     transfer.copy_shard(tmp_path / "out/train-00000", tmp_path / "copy", vocab_size=258, promise=None)
     assert log == shard("copy", "ROOT")
+
+
+def test_folders_of_units_and_of_merges_are_durable_before_what_is_in_them(tmp_path: Path, plan: Plan, log: Log) -> None:
+    out = tmp_path / "out"
+    publish_plan(out, plan)
+    log.clear()
+    run_units(Job(plan=plan, folder=out, backend="tokenizers", on_error="stop"), range(len(SIZES)), workers=1, report=lambda _: None)
+    assert log == ["make ROOT/out/units", "sync ROOT/out"]  # the rest is done by others
+    finalize(out, plan)
+    merge = make_merge([(str(out), None)], maker=None)
+    log.clear()
+    publish_merge(tmp_path / "merged", merge)
+    run_merge(tmp_path / "merged", merge)
+    assert log[:2] == ["make ROOT/merged", "sync ROOT"] and log[5:7] == ["make ROOT/merged/merged", "sync ROOT/merged"]
+    assert log[-6:] == [*published("train-00000.json", "ROOT/merged/merged"), *published("dataset.json", "ROOT/merged")]
