@@ -181,6 +181,37 @@ def test_publishing_again_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
+def test_killed_at_any_step_of_publishing_it_leaves_the_same_bytes(tmp_path: Path, out: Path, plan: Plan) -> None:
+    shutil.copytree(out, tmp_path / "reference")
+    manifest = finalize(tmp_path / "reference", plan)
+    reference = {path.name: path.read_bytes() for path in (tmp_path / "reference").iterdir() if path.is_file()}
+    codes = []
+    while not codes or codes[-1]:
+        again = tmp_path / f"out{len(codes)}"
+        shutil.copytree(out, again)
+        child = os.fork()
+        if not child:
+            try:
+                die_at_step(len(codes))
+                finalize(again, plan)
+                os._exit(0)
+            finally:
+                os._exit(1)  # this process must not go on with the tests
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        assert (again / "dataset.json").exists() == (codes[-1] == 0)
+        assert finalize(again, plan) == manifest
+        assert {path.name: path.read_bytes() for path in again.iterdir() if path.is_file()} == reference
+    assert codes == [9] * 9 + [0]  # two links, seven names
+
+
+def die_at_step(step: int) -> None:
+    """Ends this process when it is about to give a file a name for the time `step`, from 0."""
+    left = iter(range(step))
+    for kind in ("link", "replace"):
+        do = getattr(os, kind)
+        setattr(os, kind, lambda *names, do=do: do(*names) if next(left, None) is not None else os._exit(9))
+
+
 def test_what_stands_is_judged_again(tmp_path: Path, out: Path, plan: Plan) -> None:
     finalize(out, plan)
     other = make_plan([str(tmp_path / "0.txt")], BYTES)
