@@ -311,14 +311,13 @@ def _record(kind: type, value: dict[str, Any], where: str) -> Any:
 
 
 _SHARD_TYPES = {field.name: field.type for field in fields(ShardEntry)}
+_SHARD_COUNTS = [field.name for field in fields(ShardEntry) if field.type is int]
 
 
 def _shard_entry(value: dict[str, Any], where: str) -> ShardEntry:
-    if {key: type(found) for key, found in value.items()} == _SHARD_TYPES:
-        entry = ShardEntry(**value)
-        counts = (entry.tokens, entry.documents, entry.max_id, entry.bin_bytes, entry.idx_bytes)
-        if -_LARGEST <= min(counts) and max(counts) <= _LARGEST:
-            return entry
+    typed = {key: type(found) for key, found in value.items()} == _SHARD_TYPES
+    if typed and all(-_LARGEST <= value[key] <= _LARGEST for key in _SHARD_COUNTS):
+        return ShardEntry(**value)
     return _record(ShardEntry, value, where)  # which says what is wrong
 
 
