@@ -16,7 +16,7 @@ from preprocess_helpers import BYTES, TEXTS, lines_of, prepare
 
 from megagate.data.byte_tokenizer import ByteTokenizer
 from megagate.data.manifest import open_shards, read_manifest, verify
-from megagate.data.preprocess.plan import make_plan, parse_range, publish_plan, unit_size
+from megagate.data.preprocess.plan import Plan, make_plan, parse_range, publish_plan, unit_size
 from megagate.data.preprocess.publish import finalize
 from megagate.data.preprocess.readers import BadDocument, Document, Kind, Part, read_part
 from megagate.data.preprocess.tokenizer_source import find_tokenizer

@@ -1,5 +1,6 @@
 """The last step of preprocessing, and what makes it safe: where shards lie, what is damaged, what is on the disk before what."""
 
+import gzip
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from megagate.data.merge.run import run_merge
 from megagate.data.preprocess import publish
 from megagate.data.preprocess.plan import Plan, make_plan, publish_plan
 from megagate.data.preprocess.publish import FULL_SHARD, finalize, ranges
-from megagate.data.preprocess.units import Job, missing_units, run_units
+from megagate.data.preprocess.team import Job, run_units
+from megagate.data.preprocess.units import missing_units
 from megagate.data.shards import ShardWriter
 from megagate.errors import DataError
 
@@ -30,8 +32,9 @@ def plan(tmp_path: Path) -> Plan:
     """Six units of these sizes, in tokens, of two documents each."""
     for number, size in enumerate(SIZES):
         letter = "abcdef"[number]
-        (tmp_path / f"{number}.txt").write_text(f"{letter * 3}\n{letter * (size - 5)}")
-    return make_plan([str(tmp_path / f"{number}.txt") for number in range(len(SIZES))], replace(BYTES, txt="line"))
+        with gzip.open(tmp_path / f"{number}.jsonl.gz", "wb") as stream:  # which cannot be cut
+            stream.write(lines_of([letter * 3, letter * (size - 5)]))
+    return make_plan([str(tmp_path / f"{number}.jsonl.gz") for number in range(len(SIZES))], replace(BYTES, unit_bytes=1))
 
 
 @pytest.fixture
@@ -214,7 +217,7 @@ def die_at_step(step: int) -> None:
 
 def test_what_stands_is_judged_again(tmp_path: Path, out: Path, plan: Plan) -> None:
     finalize(out, plan)
-    other = make_plan([str(tmp_path / "0.txt")], BYTES)
+    other = make_plan([str(tmp_path / "0.jsonl.gz")], BYTES)
     with pytest.raises(DataError, match=f"{out} holds a data set that was not made by this plan"):
         finalize(out, other)
     os.truncate(out / "train-00002.bin", 20)

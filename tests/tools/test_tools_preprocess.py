@@ -278,7 +278,7 @@ def test_folders_and_changed_inputs_are_told(tmp_path: Path, text: Path) -> None
     code, _, err = run("--unit-range", "2/2", output=tmp_path / "out", text=tmp_path / "in")
     assert code == 0 and "1 inputs were written after the plan was made, the first is a.jsonl" in err, err
     code, _, err = run("--text-key", "body", output=tmp_path / "out", text=tmp_path / "in")
-    assert code == 2 and "or remove the folder if nothing in it is needed" in err
+    assert code == 2 and "or remove the folder, in which nothing is published yet" in err
 
 
 def test_the_slurm_script_gives_options_that_the_tool_has(tmp_path: Path, text: Path) -> None:
