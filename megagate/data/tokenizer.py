@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from megagate.data.byte_tokenizer import BYTES, ByteTokenizer
 from megagate.data.files import AtomicFile, clean_errors, file_sha256
 from megagate.data.hashing import IntArray
 from megagate.data.manifest import TokenizerIdentity
+from megagate.data.pieces import exact_cuts
 from megagate.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,11 +22,10 @@ TOKENIZER_NAME = "tokenizer.json"
 EOD = "<|endoftext|>"
 PAD = "<|pad|>"  # not EOD: who masks padding must not mask the ends of documents
 _SMALLEST_VOCABULARY = 256 + 2  # every byte, EOD and PAD
-# A text takes about 100 times its size while it is encoded, and the longer it is the slower: long ones are encoded in pieces.
+# A text takes some 150 times its size while it is encoded, and the longer the slower: long ones are encoded in pieces where that is exact.
 _PIECE = 1 << 14  # characters
-_MARGIN = 128  # characters looked at on both sides of a cut
-_CUTS = 32  # places tried, before the rest is encoded as a whole
-_CUT = re.compile(r"(?<=\S)\n(?=[^\W_])|(?<=\S)(?= [^\W_])|(?<=[.!?;,。！？；，、])(?=[^\W_])")
+_END = re.compile(r"end|eos|eot|stop|</s>", re.IGNORECASE)  # in the spelling of a token that may end documents
+_NAMED = 8  # in a message
 
 
 class Tokenizer:
@@ -35,13 +34,13 @@ class Tokenizer:
     Attributes:
         vocab_size: Ids are below this.
         eod_id: Appended to each document.
-        pad_id: Never made by encoding; differs from `eod_id`.
+        pad_id: Never made by encoding; differs from `eod_id`; -1 for none.
 
     Args:
         model: Of the `tokenizers` package.
         name: For messages.
         eod: The token that ends a document, or its id.
-        pad: The token that fills rows, its id, or None: `pad_id` is then -1.
+        pad: The token that fills rows, if the tokenizer has it, or the id of one that it must have; None for none.
 
     Raises:
         DataError: The tokenizer has no such tokens, or one token for both.
@@ -49,6 +48,7 @@ class Tokenizer:
 
     def __init__(self, model: "_Model", *, name: str = "the tokenizer", eod: str | int = EOD, pad: str | int | None = PAD) -> None:
         self._model = model
+        self._file: tuple[Path, str] | None = None  # that it was read from, and its sha256; the content of a large one would take 20 MB
         # Text that spells a special token must not become one: a document could end itself.
         self._model.encode_special_tokens = True
         # What a tokenizer.json may hold for another use: documents are neither cut nor filled, and their ids are not drawn.
@@ -56,16 +56,27 @@ class Tokenizer:
         self._model.no_padding()
         if getattr(self._model.model, "dropout", None):
             self._model.model.dropout = None
+        self._cuts = exact_cuts(model)
         # Not the number of tokens: ids may have holes, and all must be below this.
         self.vocab_size: int = max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        ids = {token: token if isinstance(token, int) else model.token_to_id(token) for token in (eod, pad) if token is not None}
-        missing = [str(token) for token, index in ids.items() if index is None or not 0 <= index < self.vocab_size]
-        if missing:
-            raise DataError(f"{name} has no {' and no '.join(missing)}; megagate needs both; add them as special tokens")
-        self.eod_id: int = ids[eod]
-        self.pad_id: int = -1 if pad is None else ids[pad]
+        self.eod_id = self._id(eod)
+        self.pad_id = -1 if pad is None else self._id(pad)
+        if self.eod_id < 0:
+            raise DataError(f"{name} has no {eod}, and a token must end documents; name one with --eod-token ({self._likely_ends()})")
+        if self.pad_id < 0 and isinstance(pad, int):
+            raise DataError(f"{name} has no token {pad}, which is to fill rows; it is not the tokenizer that the id is of; take that one")
         if self.eod_id == self.pad_id:
             raise DataError(f"{name}: {eod} and {pad} are both id {self.eod_id}; they must differ; choose another token for one of them")
+
+    def _id(self, token: str | int) -> int:
+        """Of a token or an id, -1 if there is none."""
+        index = token if isinstance(token, int) else self._model.token_to_id(token)
+        return index if index is not None and 0 <= index < self.vocab_size else -1
+
+    def _likely_ends(self) -> str:
+        tokens = self.special_tokens()
+        found = [token for token in tokens if _END.search(token)] or tokens
+        return f"likely: {', '.join(map(repr, found[:_NAMED]))}" if found else "it has no special tokens"
 
     @classmethod
     def load(cls, path: Path, *, eod: str | int = EOD, pad: str | int | None = PAD) -> "Tokenizer":
@@ -73,12 +84,17 @@ class Tokenizer:
         from tokenizers import Tokenizer as Model  # noqa: PLC0415  heavy, and only needed here
 
         with clean_errors("read", path):
-            text = path.read_bytes().decode(errors="replace")
+            content = path.read_bytes()
         try:
-            model = Model.from_str(text)
+            model = Model.from_str(content.decode(errors="replace"))
         except Exception as error:  # the package raises bare exceptions
-            raise DataError(f"{path} is not a tokenizer.json: {error}; prepare the data set again") from error
-        return cls(model, name=str(path), eod=eod, pad=pad)
+            raise DataError(
+                f"{path} is not a tokenizer.json ({error}); name a file that is one; if this is a data set's, put its own back, or prepare it"
+                " again"
+            ) from error
+        tokenizer = cls(model, name=str(path), eod=eod, pad=pad)
+        tokenizer._file = path, hashlib.sha256(content).hexdigest()
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
@@ -118,7 +134,15 @@ class Tokenizer:
         return self.identity(path.name)
 
     def _content(self) -> bytes:
-        return self._model.to_str(pretty=True).encode()
+        """What `save` writes: a file that was read stays as it is, as another version of the package would write it otherwise."""
+        if self._file is None:
+            return self._model.to_str(pretty=True).encode()
+        path, sha256 = self._file
+        with clean_errors("read", path):
+            content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise DataError(f"{path} has changed since it was read; a data set has one tokenizer; leave the file as it is, and run again")
+        return content
 
     def to_json(self) -> str:
         """As a `tokenizer.json`."""
@@ -133,7 +157,7 @@ class Tokenizer:
         return TokenizerIdentity(
             kind="tokenizers",
             file=name,
-            sha256=hashlib.sha256(self._content()).hexdigest(),
+            sha256=self._file[1] if self._file else hashlib.sha256(self._content()).hexdigest(),
             vocab_size=self.vocab_size,
             eod_id=self.eod_id,
             pad_id=self.pad_id,
@@ -146,7 +170,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
         """For each text its ids [tokens], without an end of document.
 
-        A long text is encoded in pieces, cut where the ids of what is around the cut are those of its two sides.
+        A long text is encoded in pieces, where those have the ids of the whole, see `exact_cuts`.
         """
         if max(map(len, texts), default=0) > _PIECE:
             return [np.concatenate([self._encode([piece])[0] for piece in self._pieces(text)]) for text in texts]
@@ -158,20 +182,10 @@ class Tokenizer:
 
     def _pieces(self, text: str) -> Iterator[str]:
         begin = 0
-        while len(text) - begin > _PIECE and (end := self._cut_after(text, begin + _PIECE)):
-            yield text[begin:end]
-            begin = end
+        while self._cuts and len(text) - begin > _PIECE and (match := self._cuts.search(text, begin + _PIECE)):
+            yield text[begin : match.end()]
+            begin = match.end()
         yield text[begin:]
-
-    def _cut_after(self, text: str, start: int) -> int:
-        """The first place from `start` on at which a text may be cut; 0 if none is found."""
-        for match in islice(_CUT.finditer(text, start), _CUTS):
-            place = match.end()
-            left, right = text[max(0, place - _MARGIN) : place], text[place : place + _MARGIN]
-            both, *sides = self._encode([left + right, left, right])
-            if np.array_equal(both, np.concatenate(sides)):
-                return place
-        return 0
 
     def encode_documents(self, texts: Sequence[str]) -> list[IntArray]:
         """For each text its ids [tokens + 1], the last of which is the end of document."""

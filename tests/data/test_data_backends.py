@@ -1,4 +1,4 @@
-"""gigatoken gives the ids of tokenizers, whatever the text, or is refused; long texts are encoded in pieces with the ids of the whole."""
+"""gigatoken gives the ids of tokenizers, whatever the text, or is refused."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagate.data import tokenizer as tokenizer_module
 from megagate.data.byte_tokenizer import ByteTokenizer
 from megagate.data.corpus import Corpus
 from megagate.data.preprocess import backends
@@ -188,22 +187,6 @@ def test_memory_does_not_grow_with_the_words_seen(tokenizer: Tokenizer) -> None:
         fast.encode_batch([letters[draw.integers(0, len(letters), 1 << 20)].tobytes().decode()])
         before = before or backends._resident_bytes()
     assert backends._resident_bytes() - before < 100 << 20  # 170 MiB where nothing is given back
-
-
-@pytest.mark.parametrize("piece", [100, 3_000])
-def test_pieces_of_a_long_text_have_the_ids_of_the_whole(
-    tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch, piece: int
-) -> None:  # fmt: skip
-    spaces = "a\n \n b'll don't\n\n\n  c " * 200
-    documents = ["\n".join(texts[:30]), "word " * 2_000, "x" * 5_000, "中文。日本語、" * 500, "", spaces, *texts[:50]]
-    expected = whole(tokenizer, documents)
-    monkeypatch.setattr(tokenizer_module, "_PIECE", piece)
-    assert lists(tokenizer.encode_batch(documents)) == expected
-    pieces = list(tokenizer._pieces(documents[0]))
-    assert len(pieces) > len(documents[0]) / piece / 3 and "".join(pieces) == documents[0]
-    # One that puts a space before each text cannot be cut like that, and is not.
-    prefixed = changed(tokenizer, pre_tokenizer={**BYTE_LEVEL, "use_regex": True, "add_prefix_space": True})
-    assert lists(prefixed.encode_batch(documents)) == whole(prefixed, documents)
 
 
 def test_what_a_tokenizer_json_says_of_other_uses_is_switched_off(tokenizer: Tokenizer) -> None:

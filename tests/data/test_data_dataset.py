@@ -118,8 +118,9 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
     value["added_tokens"] = [token for token in value["added_tokens"] if token["content"] != PAD]
     del value["model"]["vocab"][PAD]
     path.write_text(json.dumps(value))
-    with pytest.raises(DataError, match=r"tokenizer.json has no <\|pad\|>; megagate needs both"):
-        Tokenizer.load(path)
+    assert Tokenizer.load(path).pad_id == -1
+    with pytest.raises(DataError, match=r"tokenizer.json has no token 300, which is to fill rows"):
+        Tokenizer.load(path, pad=300)
     with pytest.raises(DataError, match="the tokenizer bytes is not the one that is built in .vocab_size '9' and '258'"):
         load_tokenizer(tmp_path, TokenizerIdentity(kind="bytes", file="", sha256="", vocab_size=9, eod_id=256, pad_id=257))
     other = TokenizerIdentity(kind="other", file="", sha256="", vocab_size=9, eod_id=0, pad_id=1)

@@ -34,7 +34,7 @@ def find_tokenizer(name: str, *, eod: str | None = None) -> AnyTokenizer:
     fill = _token(config, "pad_token")
     if fill == end:
         fill = None  # many models fill with their end of document; who masks padding would then mask the ends
-    return Tokenizer.load(path, eod=end, pad=fill or (None if config else PAD))
+    return Tokenizer.load(path, eod=end, pad=fill or (None if config or end == PAD else PAD))
 
 
 def _tokenizer_file(name: str) -> Path:
@@ -52,9 +52,16 @@ def _tokenizer_file(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415  heavy, and only needed here
+    from huggingface_hub import (  # noqa: PLC0415  heavy, and only needed here
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
     try:
+        if try_to_load_from_cache(name, TOKENIZER_NAME) is None:
+            get_hf_file_metadata(hf_hub_url(name, TOKENIZER_NAME))  # asks once, a download for a minute: a path may be misspelled
         path = Path(hf_hub_download(name, TOKENIZER_NAME))
     except Exception as error:  # the package raises errors of several others
         raise DataError(
