@@ -89,8 +89,8 @@ class Tokenizer:
             model = Model.from_str(content.decode(errors="replace"))
         except Exception as error:  # the package raises bare exceptions
             raise DataError(
-                f"{path} is not a tokenizer.json ({error}); name a file that is one; if this is a data set's, put its own back, or prepare it"
-                " again"
+                f"{path} is not a tokenizer.json ({error}); name a file that is one; if this is a data set's, put its own back, or"
+                " prepare it again"
             ) from error
         tokenizer = cls(model, name=str(path), eod=eod, pad=pad)
         tokenizer._file = path, hashlib.sha256(content).hexdigest()
