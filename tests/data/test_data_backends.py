@@ -22,6 +22,7 @@ from megagate.errors import DataError
 
 # Two letters that Unicode took in later than `tokenizers` and earlier than gigatoken know, and what may stand around them.
 NEW_LETTERS = "\U000330d6\U00011dd2"
+NEW_MARKS = "\u1715\u0c3c\u0d3b\u0eba\ua82c"  # of which one package knows their order among marks
 PARTS = st.one_of(
     st.text(max_size=6),
     st.sampled_from([*NEW_LETTERS, "'ll", "'s", " the", "ing", "123", "...", "\n", "\n\n", "  ", " ", "é", "e\u0301"]),
@@ -31,6 +32,11 @@ PARTS = st.one_of(
 # What gigatoken 0.10 passes over without a word, and gets wrong.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 WORD = {"id": 2_000, "content": "gate", "single_word": True, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLIT = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False}
+QWEN2 = {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}
 ODD = "a\n <b"  # a text of which BYTE_LEVEL makes other ids
 
 
@@ -86,9 +92,12 @@ def test_ids_of_any_text_are_equal(pair: tuple[Gigatoken, Tokenizer], monkeypatc
     assert lists(fast.encode_batch(documents)) == whole(reference, documents)
 
 
-def test_marks_that_only_one_package_puts_in_order_are_found(tokenizer: Tokenizer) -> None:
-    normalized = changed(tokenizer, normalizer={"type": "NFC"})
+@pytest.mark.parametrize("pre_tokenizer", [None, QWEN2])
+def test_marks_that_only_one_package_puts_in_order_are_found(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any] | None) -> None:
+    parts = {} if pre_tokenizer is None else {"pre_tokenizer": pre_tokenizer}
+    normalized = changed(tokenizer, normalizer={"type": "NFC"}, **parts)
     documents = ["\U0001d169\U0001183a", "a\u0345\U0001183a b", "cafe\u0301 \u212b"]
+    documents += [text for mark in NEW_MARKS for known in "\u1dc5\u0345\u0334" for text in (known + mark, f"a{known}{mark} {mark}{known}c")]
     assert lists(Gigatoken(normalized).encode_batch(documents[::-1])) == whole(normalized, documents[::-1])
 
 
