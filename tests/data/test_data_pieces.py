@@ -82,8 +82,9 @@ def not_exact() -> dict[str, Tokenizer]:
         "quotes": built(pre_tokenizer=pre.Split(Regex('"[^"]*"'), "isolated"), merges=[(" a", " a")]),
         "a partial step": built(pre_tokenizer=split(DIGITS, CHINESE), merges=[("Ġa", "Ġa")]),
         "bytes before": built(pre_tokenizer=pre.Sequence([pre.ByteLevel(False, use_regex=False), byte_level]), merges=[("Ġa", "Ġa")]),
+        "an unknown step": built(pre_tokenizer=pre.Sequence([pre.Split(Regex('"[^"]*"'), "isolated"), byte_level])),
         "merged": built(pre_tokenizer=pre.Split(Regex(PATTERNS[0]), "merged_with_next")),
-        "gaps removed": built(pre_tokenizer=split(DIGITS, inverted=True)),
+        "gaps removed": built(pre_tokenizer=split(DIGITS, PATTERNS[0], inverted=True)),
         "lower case": built(pre_tokenizer=byte_level, normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])),
         "compatible": built(pre_tokenizer=byte_level, normalizer=normalizers.NFKC()),
     }

@@ -22,9 +22,9 @@ def test_a_tokenizer_needs_no_padding_and_keeps_its_bytes(tmp_path: Path) -> Non
     place = tmp_path / "tokenizer.json"
     model = Model.from_str(Tokenizer.train(["some text to learn from"], vocab_size=270).to_json())
     parts = json.loads(model.to_str())
-    parts["added_tokens"] = [token | {"content": "</s>"} for token in parts["added_tokens"] if token["content"] != "<|pad|>"]
-    for old, new in (("<|endoftext|>", "</s>"), ("<|pad|>", "unused")):
-        parts["model"]["vocab"][new] = parts["model"]["vocab"].pop(old)
+    names = {"<|endoftext|>": "</s>", "<|pad|>": "<fill>"}
+    parts["added_tokens"] = [token | {"content": names[token["content"]]} for token in parts["added_tokens"]]
+    parts["model"]["vocab"] = {names.get(token, token): index for token, index in parts["model"]["vocab"].items()}
     place.write_text(json.dumps(parts))  # not as the package would write it
     with pytest.raises(DataError, match=r"has no <\|endoftext\|>, .* name one with --eod-token \(likely: '</s>'\)"):
         find_tokenizer(str(place))

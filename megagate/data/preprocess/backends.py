@@ -2,8 +2,8 @@
 
 What gigatoken 0.10 was seen to do otherwise, and what is done about it here:
 - the spelling of a special token within a text becomes the token: it is not told of special tokens;
-- it knows a newer Unicode, and so other letters and another order of marks: each character that is new to a process is tried in both packages, and texts with one
-  that makes a difference are given to `tokenizers`;
+- it knows a newer Unicode, and so other letters and another order of marks: each character that is new to a process is tried in both
+  packages, and texts with one that makes a difference are given to `tokenizers`;
 - it passes over options of a `tokenizer.json` that it does not know: the ids of probes and of the input's first documents are compared
   before anything is written, and those of one document in `_EVERY` after that;
 - it keeps every word that it has seen: it is made anew when that takes too much memory.
