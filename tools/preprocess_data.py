@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", default="0.998,0.001,0.001", metavar="A,B,C", help="shares of train, valid and test, by a hash of each document")
     add("--txt", choices=("file", "line"), default="file", help="what a document of a .txt is (default: the file)")
     add("--max-document-bytes", type=int, default=8 << 20, metavar="N", help="a longer one is bad (default: 8388608);"
-        " one that cannot be cut into words (a run without spaces, or any with SentencePiece) takes 70 to 370 times its size"
+        " one that cannot be cut at words (one run of letters, or any with SentencePiece) takes 70 to 370 times its size"
         " in memory")  # fmt: skip
     add("--unit-bytes", type=int, default=0, metavar="N", help="input per unit (default: 1/256 of all, 4 to 256 MiB; over 1 TiB more)")
     add("--unit-range", metavar="k/K", help="make only this share of the units (default: of the Slurm array task, else all)")

@@ -8,7 +8,8 @@ from the parts of a tokenizer, and a tokenizer of other parts has no cuts. Place
 
 a. before a blank (space, tab, U+3000) that follows a sign: an alphanumeric character or a visible one of ASCII;
 b. behind a line feed that follows a sign, and before an alphanumeric character;
-c. before an ASCII or Chinese punctuation mark or symbol, other than an apostrophe, that follows an ASCII letter or digit or a Chinese one;
+c. before an ASCII or Chinese punctuation mark or symbol that follows an ASCII letter or digit or a Chinese one; not before an apostrophe
+   (contractions), nor before one of `>_|`, which stand so in added tokens;
 d. before an ASCII digit that follows an ASCII letter.
 
 **Regular expressions.** All in `_WHOLE` and `_PARTIAL` have alternatives of these kinds only, and neither lookbehind nor anchors: what is
@@ -34,12 +35,14 @@ reordered, and no line feed composes with what follows; so the two sides are nor
 NFC makes of an alphanumeric character neither begins nor ends with white space, and begins with an alphanumeric one.
 
 **Added tokens.** Special ones are not looked for (`encode_special_tokens`). Another cannot lie across (a) or (b) if it is free of white
-space or nothing but that, so what is found (leftmost, then longest) is found on either side alone; (c) and (d) are used where there are
-none. One that looks at what surrounds it (`lstrip`, `rstrip`, `single_word`) rules cuts out.
+space or nothing but that, nor across (c) or (d) if it has no such place within itself, decomposed as a text may be; so what is found
+(leftmost, then longest) is found on either side alone. Where one has, (c) and (d) are not used; and one that looks at what surrounds it
+(`lstrip`, `rstrip`, `single_word`) rules cuts out.
 """
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +51,8 @@ if TYPE_CHECKING:
 
 _SIGN, _INERT = r"(?<=[^\W_]|[!-~])", "A-Za-z0-9\u4e00-\u9fa5"
 _WHITE = rf"{_SIGN}(?=[ \t\u3000])|{_SIGN}\n(?=[^\W_])"
-_CUT_WHITE = re.compile(_WHITE)
-_CUT = re.compile(rf"{_WHITE}|(?<=[{_INERT}])(?=[!-&(-/:-@\[-`{{-~，。！？；：、])|(?<=[A-Za-z])(?=[0-9])")
+_SIGNS = rf"(?<=[{_INERT}])(?=[!-&(-/:-=?-@\[-^`{{}}~，。！？；：、])|(?<=[A-Za-z])(?=[0-9])"
+_CUT_WHITE, _CUT_SIGNS, _CUT = re.compile(_WHITE), re.compile(_SIGNS), re.compile(f"{_WHITE}|{_SIGNS}")
 
 # The regular expressions of pre-tokenizers, by their alternatives.
 _ENDS_GPT2 = r"|\s+(?!\S)|\s+"
@@ -98,7 +101,8 @@ def exact_cuts(model: "_Model") -> re.Pattern[str] | None:
         white = [character.isspace() for character in token.content]
         if token.lstrip or token.rstrip or token.single_word or any(white) != all(white):
             return None
-    return _CUT_WHITE
+    across = any(_CUT_SIGNS.search(unicodedata.normalize("NFD", token.content)) for token in tokens)
+    return _CUT_WHITE if across else _CUT
 
 
 def _state(part: Any) -> dict[str, Any] | None:

@@ -141,19 +141,25 @@ def test_pieces_have_the_pre_tokens_of_the_whole(name: str, monkeypatch: pytest.
     assert cuts > 1_500
 
 
-def test_pieces_do_not_cut_added_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "cuts"),
+    [
+        (["<a.a>", "a1", "  ", "\n", "\n\n", "b,b", "a,中"], pieces._CUT_WHITE),
+        (["a1"], pieces._CUT_WHITE),
+        (["b≠b"], pieces._CUT_WHITE),  # in a text, = may begin it
+        (["<a>", "</a>", "<a_b>", "<|b|>", "  ", "\n", "\n\n", "1a", ".b", "中"], pieces._CUT),
+    ],
+    ids=["across signs", "across digits", "across what composes", "across nothing"],
+)
+def test_pieces_do_not_cut_added_tokens(tokens: list[str], cuts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenizers import normalizers
     from tokenizers import pre_tokenizers as pre
 
     monkeypatch.setattr(tokenizer_module, "_PIECE", 1)
-    tokenizer = built(
-        pre_tokenizer=pre.ByteLevel(add_prefix_space=False),
-        normalizer=normalizers.NFC(),
-        tokens=["<a.a>", "a1", "  ", "\n", "\n\n", "b,b", "a,中"],
-    )
-    assert tokenizer._cuts is pieces._CUT_WHITE
+    tokenizer = built(pre_tokenizer=pre.ByteLevel(add_prefix_space=False), normalizer=normalizers.NFC(), tokens=tokens)
+    assert tokenizer._cuts is cuts
     draw = random.Random(0)
-    parts = ["<a.a>", "a1", " ", "  ", "\n", "\n\n", "b,b", "a,中", "b", "<a", "a>", "a", "1", "<end>", "<"]
+    parts = [*tokens, " ", "  ", "\n", "b=\u0338b", "b", "<a", "a>", "a", "1", "<end>", "<", ".", ",", "|", "_"]
     for _ in range(300):
         text = "".join(draw.choices(parts, k=100))
         assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text), repr(text)
