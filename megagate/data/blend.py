@@ -105,7 +105,7 @@ class BlendSchedule:
         Shapes: [rows] samples of the run, any order -> [rows] members, and [rows] which of the member's own samples each is; int64.
         """
         if self.members == 1:
-            return np.zeros_like(samples), samples
+            return np.zeros(samples.shape, dtype=np.int64), samples
         owners = np.searchsorted(self._firsts, samples, side="right") - 1
         members, own = np.empty_like(samples), np.empty_like(samples)
         for owner in np.unique(owners).tolist():

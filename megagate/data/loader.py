@@ -1,7 +1,7 @@
 """From splits to batches. The order is a function of (data sets, seed, step) alone: one counter is the whole state, for any layout."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import log
@@ -118,10 +118,11 @@ class TrainLoader:
     def step(self, index: int) -> Batch:
         """The batch of step `index`, counted from 0. Shapes: [accumulation, micro_batch_size, s]."""
         samples = index * self._global_batch_size + self._offsets  # [a, mbs]
-        tokens, labels = (np.empty((samples.size, self._seq_len), dtype=np.int64) for _ in range(2))
+        tokens = np.empty((samples.size, self._seq_len), dtype=np.int64)
+        labels = np.empty_like(tokens)
         owners, own = self._blend.schedule.lookup(samples.reshape(-1))
         for owner, rows in _groups(owners):
-            for row, window in self._members[owner].rows(own[rows], names=rows.tolist()):
+            for row, window in self._members[owner].rows(own[rows], names=_chosen(range(samples.size), rows)):
                 # At once to where they belong: fresh memory costs more than all else here, and a copy in between is more of it.
                 tokens[row] = window[:-1]
                 labels[row] = window[1:]
@@ -145,13 +146,13 @@ class _Member:
         self._orders: OrderedDict[int, tuple[KeyedPermutation, int]] = OrderedDict()
         self.count = self._windows.count
 
-    def rows(self, samples: IntArray, *, names: list[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def rows(self, samples: IntArray, *, names: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """[rows] samples of this data set -> (name, [s + 1] tokens) of each, in any order."""
         epochs, positions = np.divmod(samples, self.count)
         for epoch, rows in _groups(epochs):
             order, shift = self._order(epoch)
             windows = self._windows.rows(order.lookup(positions[rows]), shift=shift)
-            yield from zip((names[row] for row in rows.tolist()), windows, strict=True)
+            yield from zip(_chosen(names, rows), windows, strict=True)
 
     def _order(self, epoch: int) -> tuple[KeyedPermutation, int]:
         """The order of an epoch, and by how many tokens its borders move."""
@@ -247,13 +248,17 @@ def unigram_entropy(counts: IntArray) -> float:
     return log(total) - float((shares * np.log(counts[counts > 0])).sum())
 
 
-def _groups(values: IntArray) -> Iterator[tuple[int, IntArray]]:
-    """(value, [rows] where it stands) of each value there is; mostly there is one."""
+def _groups(values: IntArray) -> Iterator[tuple[int, IntArray | slice]]:
+    """(value, [rows] where it stands) of each value there is; mostly there is one, and all rows are a slice, which costs no copies."""
     if values.size == 1 or (values == values[0]).all():
-        yield int(values[0]), np.arange(values.size)
+        yield int(values[0]), slice(None)
         return
     for value in np.unique(values).tolist():
         yield value, np.flatnonzero(values == value)
+
+
+def _chosen(names: Sequence[int], rows: IntArray | slice) -> Sequence[int]:
+    return names if isinstance(rows, slice) else [names[row] for row in rows.tolist()]
 
 
 def _batch(windows: IntArray, *, eod_id: int | None) -> Batch:

@@ -157,7 +157,7 @@ class ShardWindows:
         for owner, begin in zip(owners.tolist(), begins.tolist(), strict=True):
             window = self._stream(owner)[begin : begin + self._seq_len + 1]
             # In the stored type, which has a quarter of the bytes.
-            if window.max() >= self._vocab_size or (window.dtype.kind == "i" and window.min() < 0):
+            if np.maximum.reduce(window) >= self._vocab_size or (window.dtype.kind == "i" and window.min() < 0):
                 raise DataError(
                     f"{bin_path(self._shards[owner].prefix)} holds ids {int(window.min())} to {int(window.max())} near token {begin}; ids"
                     f" must be in [0, {self._vocab_size}); the shard is damaged: prepare the data set again"
