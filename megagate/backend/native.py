@@ -48,8 +48,7 @@ class NativeBackend:
         if q.device.type == "cpu":
             return causal_attention(q, k, v, documents)
         if documents is not None:
-            width = q.shape[-1]
-            flash = q.dtype in FLASH_DTYPES and width % FLASH_WIDTH_MULTIPLE == 0 and width <= FLASH_WIDEST
+            flash = flash_takes(q.dtype, q.shape[-1])
             return _varlen_attention(q, k, v, documents) if flash else causal_attention(q, k, v, documents)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [b, heads, s, d]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -57,6 +56,11 @@ class NativeBackend:
     def grouped_linear(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """PyTorch's grouped GEMM."""
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+def flash_takes(dtype: torch.dtype, width: int) -> bool:
+    """Whether PyTorch's flash kernel takes heads of this type and width."""
+    return dtype in FLASH_DTYPES and width % FLASH_WIDTH_MULTIPLE == 0 and width <= FLASH_WIDEST
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megagate.backend.blockwise import BLOCK, _blocks, causal_attention
 from megagate.backend.documents import Documents, squared_lengths
-from megagate.backend.native import NativeBackend
+from megagate.backend.native import NativeBackend, flash_takes
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.data.loader import IGNORE_INDEX
 from megagate.model.lm import LanguageModel
@@ -119,6 +119,20 @@ def test_blocks_of_keys_that_nobody_sees_are_left_out():
     ]
     late = Documents.of(tokens_with([[63, 127], [100, 127]], 3 * BLOCK), eod_id=EOD).starts
     assert [block.first for block in _blocks(3 * BLOCK, late)] == [0, 0, 128]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "taken"),
+    [
+        (torch.bfloat16, 256, True),
+        (torch.float16, 8, True),
+        (torch.bfloat16, 264, False),
+        (torch.bfloat16, 20, False),
+        (torch.float32, 64, False),
+    ],
+)
+def test_heads_that_the_kernel_of_gpus_refuses_go_in_blocks(dtype: torch.dtype, width: int, taken: bool):
+    assert flash_takes(dtype, width) is taken
 
 
 def test_the_kernel_of_gpus_takes_what_it_is_given_and_has_a_gradient():
