@@ -1,16 +1,14 @@
 """What one rank writes: its pieces of logical tensors as one safetensors file, digested while they are written, and a manifest.
 
-The file is plain safetensors (8 bytes of header length, JSON header, data), so any safetensors reader opens it. That library's
-own writer would hold the whole file in memory and need a second pass for the digests.
+The file is plain safetensors, so any safetensors reader opens it.
 """
 
 import json
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from blake3 import blake3
@@ -18,13 +16,8 @@ from blake3 import blake3
 from megagate.checkpoint.box import Box, Shape
 from megagate.checkpoint.durable import create, explaining_no_space, write_all, write_file
 from megagate.checkpoint.index import DTYPE_NAMES, Contents, StoredPiece, StoredTensor, piece_key
+from megagate.checkpoint.safefile import CHUNK_BYTES, LENGTH_BYTES, Entry, encode_header, write_tensor
 from megagate.errors import CheckpointError
-
-CHUNK_BYTES = 16 << 20
-"""Bytes that are copied from the device, digested and written at a time: all the memory that a save needs."""
-
-_LENGTH_BYTES = 8
-_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +81,16 @@ def write_rank(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
         key=lambda piece: (-piece.tensor.element_size(), piece.name, piece.offset),
     )
     tensors = _group(ordered)
-    header = _encode_header(ordered)
-    size = _LENGTH_BYTES + len(header) + sum(piece.tensor.nbytes for piece in ordered)
+    header = encode_header(Entry(piece_key(piece.name, piece.box), piece.tensor.dtype, piece.box.shape) for piece in ordered)
+    size = len(header) + sum(piece.tensor.nbytes for piece in ordered)
     path, manifest = directory / rank_file(rank), manifest_path(directory, rank)
     try:
         with explaining_no_space(path, size), create(path) as descriptor:
-            write_all(descriptor, memoryview(len(header).to_bytes(_LENGTH_BYTES, "little") + header))
+            write_all(descriptor, memoryview(header))
             for piece in ordered:
-                digest = _write_tensor(descriptor, piece.tensor)
-                tensors[piece.name].append(StoredPiece(path.name, piece.box, digest))
+                hasher = blake3()
+                write_tensor(descriptor, piece.tensor, hasher)
+                tensors[piece.name].append(StoredPiece(path.name, piece.box, hasher.hexdigest()))
         first = {piece.name: piece for piece in ordered}
         stored = {name: StoredTensor(first[name].full_shape, first[name].tensor.dtype, tuple(tensors[name])) for name in tensors}
         write_file(manifest, json.dumps(Contents({path.name: size}, stored).to_json(), separators=(",", ":")).encode())
@@ -111,22 +105,6 @@ def write_rank(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
 def read_manifest(path: Path) -> Contents:
     """What the manifest `path` says that its rank wrote."""
     return Contents.from_json(json.loads(path.read_bytes()))
-
-
-def chunks(tensor: torch.Tensor, limit: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
-    """The elements of `tensor`, [...], in row-major order as contiguous 1-D CPU tensors of at most `limit` bytes (or one element).
-
-    What is contiguous and on the CPU is not copied. Anything else goes through one buffer, so a chunk holds until the next is asked for.
-    """
-    elements = max(1, limit // tensor.element_size())
-    if tensor.is_contiguous() and tensor.device.type == "cpu":
-        yield from tensor.view(-1).split(elements)
-        return
-    buffer = torch.empty(min(elements, tensor.numel()), dtype=tensor.dtype)
-    for part in _parts(tensor, elements):
-        chunk = buffer[: part.numel()]
-        chunk.view(part.shape).copy_(part)
-        yield chunk
 
 
 class PieceFile:
@@ -144,9 +122,9 @@ class PieceFile:
         with path.open("rb") as file:
             # A private writable mapping: torch warns about read-only ones, and nothing is ever written to it.
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._start = _LENGTH_BYTES + int.from_bytes(self._bytes[:_LENGTH_BYTES], "little")
+        self._start = LENGTH_BYTES + int.from_bytes(self._bytes[:LENGTH_BYTES], "little")
         try:
-            entries = json.loads(self._bytes[_LENGTH_BYTES : self._start])
+            entries = json.loads(self._bytes[LENGTH_BYTES : self._start])
             self._entries = {key: (entry["dtype"], entry["shape"], *entry["data_offsets"]) for key, entry in entries.items() if "@" in key}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path}: its header is damaged ({error!r}); load another step") from error
@@ -196,37 +174,3 @@ def _group(pieces: list[Piece]) -> dict[str, list[StoredPiece]]:
             raise CheckpointError(f"{piece.name}: two pieces of one rank begin at {list(piece.offset)}; each element is given once")
         keys.add(key)
     return {name: [] for name in kinds}
-
-
-def _encode_header(pieces: list[Piece]) -> bytes:
-    """The safetensors header: dtype, shape and byte range of each piece, padded so that the data is aligned."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for piece in pieces:
-        end = position + piece.tensor.nbytes
-        entry = {"dtype": DTYPE_NAMES[piece.tensor.dtype], "shape": piece.box.shape, "data_offsets": [position, end]}
-        header[piece_key(piece.name, piece.box)] = entry
-        position = end
-    content = json.dumps(header, separators=(",", ":")).encode()
-    return content + b" " * (-len(content) % _ALIGNMENT)
-
-
-def _parts(tensor: torch.Tensor, elements: int) -> Iterator[torch.Tensor]:
-    """Views that give `tensor` in row-major order, each of at most `elements` elements."""
-    if tensor.is_contiguous():
-        yield from tensor.view(-1).split(elements)
-    elif (row := tensor[0].numel()) > elements:
-        for rows in tensor:
-            yield from _parts(rows, elements)
-    else:
-        yield from tensor.split(elements // row)
-
-
-def _write_tensor(descriptor: int, tensor: torch.Tensor) -> str:
-    """Write the elements of `tensor` and return their blake3 digest, hexadecimal."""
-    hasher = blake3()
-    for chunk in chunks(tensor.detach()):
-        content = memoryview(chunk.view(torch.uint8).numpy())
-        hasher.update(content)
-        write_all(descriptor, content)
-    return hasher.hexdigest()

@@ -12,7 +12,7 @@ from checkpoint_helpers import numbered, save_pieces
 from safetensors import safe_open
 
 import megagate
-from megagate.checkpoint import rankfile, reader, store
+from megagate.checkpoint import rankfile, reader, safefile, store
 from megagate.checkpoint.index import DTYPE_NAMES, encode_index, read_index
 from megagate.checkpoint.store import Box, Checkpoint, Piece, StoredTensor
 from megagate.errors import CheckpointError, RunError
@@ -321,7 +321,7 @@ VIEWS = [full, full.t(), full[:, ::2], full[1:3, 1:4], full[0], full[:, 0], torc
 @pytest.mark.parametrize("limit", [1, 4, 8, 20, 48, 10**6])
 def test_chunks_are_small_and_in_order(view: torch.Tensor, limit: int) -> None:
     parts = []
-    for part in rankfile.chunks(view, limit):
+    for part in safefile.chunks(view, limit):
         assert part.dim() == 1 and part.is_contiguous() and part.nbytes <= max(4, limit)
         parts.append(part.clone())
     assert torch.equal(torch.cat(parts), view.reshape(-1))
@@ -329,12 +329,12 @@ def test_chunks_are_small_and_in_order(view: torch.Tensor, limit: int) -> None:
 
 def test_chunks_do_not_copy_what_is_contiguous() -> None:
     flat = torch.zeros(100)
-    assert [part.data_ptr() for part in rankfile.chunks(flat, 40)] == [flat.data_ptr() + 40 * i for i in range(10)]
+    assert [part.data_ptr() for part in safefile.chunks(flat, 40)] == [flat.data_ptr() + 40 * i for i in range(10)]
 
 
 def test_a_large_tensor_goes_through_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rankfile, "CHUNK_BYTES", 1 << 12)
-    monkeypatch.setattr(rankfile.chunks, "__defaults__", (1 << 12,))
+    monkeypatch.setattr(safefile.chunks, "__defaults__", (1 << 12,))
     tensor = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
     folder = save_pieces(tmp_path, 1, [[whole("w", tensor), whole("v", tensor.t())]])
     with Checkpoint.open(folder) as checkpoint:
