@@ -1,0 +1,147 @@
+"""Invertible changes between a model's tensors and those of a Hugging Face class.
+
+Each works on meta tensors too, which is how shapes and sizes on the Hugging Face side are known before anything is read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megagate.checkpoint.box import Shape
+from megagate.errors import CheckpointError
+
+
+class Op(Protocol):
+    """A change and its inverse.
+
+    Args:
+        exact: Whether no number is rounded in either direction, in any floating-point format (overflow aside).
+    """
+
+    exact: bool
+
+    def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
+        """Their tensors of ours; a result may share memory with its source."""
+
+    def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
+        """Our tensors of theirs.
+
+        Raises:
+            CheckpointError: Theirs hold something that ours cannot, at `where`.
+        """
+
+
+@dataclass(frozen=True)
+class Same:
+    """The same tensor."""
+
+    exact = True
+
+    def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
+        return list(native)
+
+    def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
+        return list(theirs)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Times a power of two, which no format rounds."""
+
+    factor: float
+    exact = True
+
+    def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor * self.factor for tensor in native]
+
+    def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
+        return [tensor / self.factor for tensor in theirs]
+
+
+@dataclass(frozen=True)
+class LessOne:
+    """w - 1, for norms that multiply by 1 + w. Exact where w >= 1/2 (Sterbenz), else rounded to the nearest, on the way there."""
+
+    exact = False
+
+    def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor - 1 for tensor in native]
+
+    def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
+        return [tensor + 1 for tensor in theirs]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert of a stack, its rows cut into equal parts: [1, parts * f, h] and `parts` matrices [f, h]."""
+
+    parts: int
+    exact = True
+
+    def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
+        (stack,) = native
+        return list(stack.squeeze(0).chunk(self.parts))
+
+    def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
+        return [torch.cat(list(theirs)).unsqueeze(0)]
+
+
+@dataclass(frozen=True)
+class QueryAndGate:
+    """The query projection and the gate's in one matrix: for each head its d query rows, then its d gate rows.
+
+    Our gate has d rows per head, or one, which is repeated; or there is none, and the rows are 0, so that every score is 1/2.
+
+    Shapes: q [n d, h] and gate [n d, h] or [n, h] -> [2 n d, h].
+    Source: Qwen3NextAttention of transformers.
+    """
+
+    heads: int
+    rows: int
+    exact = True
+
+    def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
+        query = native[0].unflatten(0, (self.heads, -1))  # [n, d, h]
+        gate = native[1].unflatten(0, (self.heads, self.rows)).expand_as(query) if self.rows else torch.zeros_like(query)
+        return [torch.cat([query, gate], dim=1).flatten(0, 1)]
+
+    def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
+        query, gate = theirs[0].unflatten(0, (self.heads, -1)).chunk(2, dim=1)
+        kept = gate[:, : self.rows]
+        if not torch.equal(kept.expand_as(gate) if self.rows else torch.zeros_like(gate), gate):
+            what = "one row per head, repeated" if self.rows else "0"
+            raise CheckpointError(f"{where}: by the config the gate's rows are {what}, and these are not; it is not the config of these tensors")
+        return [query.flatten(0, 1), *([kept.flatten(0, 1)] if self.rows else [])]
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """What their class has and our model has not: zeros of these shapes."""
+
+    shapes: tuple[Shape, ...]
+    exact = True
+
+    def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.zeros(shape) for shape in self.shapes]
+
+    def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
+        if any(tensor.count_nonzero() for tensor in theirs):
+            raise CheckpointError(f"{where}: by the config this is 0, and it is not; it is not the config of these tensors")
+        return []
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What our model has and theirs has not, and no output depends on: the rows that pad the vocabulary. Zeros on the way back."""
+
+    shape: Shape
+    exact = True
+
+    def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
+        return []
+
+    def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
+        return [torch.zeros(self.shape)]
