@@ -113,7 +113,9 @@ class QueryAndGate:
         kept = gate[:, : self.rows]
         if not torch.equal(kept.expand_as(gate) if self.rows else torch.zeros_like(gate), gate):
             what = "one row per head, repeated" if self.rows else "0"
-            raise CheckpointError(f"{where}: by the config the gate's rows are {what}, and these are not; it is not the config of these tensors")
+            raise CheckpointError(
+                f"{where}: by the config the gate's rows are {what}, and these are not; it is not the config of these tensors"
+            )
         return [query.flatten(0, 1), *([kept.flatten(0, 1)] if self.rows else [])]
 
 
