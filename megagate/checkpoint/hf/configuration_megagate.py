@@ -1,4 +1,4 @@
-"""The configuration of a gated-attention language model of megagate, for Hugging Face transformers 4.57 to 5.
+"""The configuration of a gated-attention language model of megagate, for Hugging Face transformers 4.53 to 5.
 
 This file and `modeling_megagate.py` lie beside the weights and need nothing but torch and transformers:
 

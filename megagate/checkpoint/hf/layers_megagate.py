@@ -1,4 +1,4 @@
-"""The layers of a gated-attention language model of megagate, in plain PyTorch, for Hugging Face transformers 4.57 to 5.
+"""The layers of a gated-attention language model of megagate, in plain PyTorch, for Hugging Face transformers 4.53 to 5.
 
 In the order of the forward pass: norms and rotary positions, the gate, switch heads, attention, SwiGLU, the router and its experts. Weights
 may have any type; statistics of norms, rotations, gates, softmaxes and routers are computed in fp32.
@@ -53,7 +53,7 @@ def rope_base(config: MegagateConfig) -> float:
     """
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default" or getattr(config, "rope_scaling", None) not in (None, rope):
-        raise ValueError(f"rope_parameters ({rope}) must be of rope_type default, as this model was trained; leave rope_parameters as it was")
+        raise ValueError(f"rope_parameters ({rope}) must be of rope_type default, as in training; leave rope_parameters as it was")
     if rope["rope_theta"] != config.rope_theta:
         raise ValueError(f"rope_theta ({config.rope_theta}) must equal rope_parameters.rope_theta ({rope['rope_theta']}); change both")
     return rope["rope_theta"]

@@ -1,4 +1,4 @@
-"""A gated-attention language model of megagate, for Hugging Face transformers 4.57 to 5: block and models over `layers_megagate.py`.
+"""A gated-attention language model of megagate, for Hugging Face transformers 4.53 to 5: block and models over `layers_megagate.py`.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -6,7 +6,7 @@ Source: arXiv 2505.06708.
 """
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,6 @@ MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 """Transformers 4 and 5 name them differently."""
 
 
-class LayerOutput(NamedTuple):
-    """Of one block: the residual stream [b, s, h], the attention's weights [b, n, s, keys] or None, the router's logits [T, E] or None."""
-
-    hidden_states: Tensor
-    attention: Tensor | None
-    router_logits: Tensor | None
-
-
 class MegagateDecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + ffn(norm(x)); the feed-forward is dense or a mixture of experts.
 
@@ -62,13 +54,13 @@ class MegagateDecoderLayer(GradientCheckpointingLayer):
         self.ffn_out_norm = MegagateRMSNorm(*norm) if model["sandwich_norm"] else None
         self.clip = model["residual_clip"]
 
-    def forward(self, x: Tensor, **attention: Any) -> LayerOutput:
-        """Apply the block; `attention` goes to the attention."""
+    def forward(self, x: Tensor, **attention: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Apply the block; `attention` goes to the attention. Also returned: the attention's weights or None, the router's logits or None."""
         out, weights = self.self_attn(self.input_layernorm(x), **attention)
         x = x + self._tamed(out, self.attention_out_norm)
         normed = self.post_attention_layernorm(x)
         out, router_logits = self.mlp(normed) if self.is_moe else (self.mlp(normed), None)
-        return LayerOutput(x + self._tamed(out, self.ffn_out_norm), weights, router_logits)
+        return x + self._tamed(out, self.ffn_out_norm), weights, router_logits
 
     def _tamed(self, out: Tensor, norm: MegagateRMSNorm | None) -> Tensor:
         """What is added to the residual stream."""
@@ -115,6 +107,14 @@ class MegagateModel(MegagatePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Which module that is; newer versions of transformers find it, and the following three, by themselves."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace it."""
+        self.embed_tokens = value
+
     def forward(  # transformers looks these names up in the signature
         self,
         input_ids: Tensor | None = None,
@@ -160,14 +160,13 @@ class MegagateModel(MegagatePreTrainedModel):
 
         hidden_states, attentions, router_logits = [x], [], []
         for layer in self.layers:
-            out = layer(x, **attention)
-            x = out.hidden_states
+            x, weights, logits = layer(x, **attention)
             if output_hidden_states:
                 hidden_states.append(x)
             if output_attentions:
-                attentions.append(out.attention)
+                attentions.append(weights)
             if output_router_logits and layer.is_moe:
-                router_logits.append(out.router_logits)
+                router_logits.append(logits)
         x = self.norm(x)
         output = MoeModelOutputWithPast(
             last_hidden_state=x,
@@ -210,6 +209,22 @@ class MegagateForCausalLM(MegagatePreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """See `MegagateModel`."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace it."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """What a tie ties to the input embeddings."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace it."""
+        self.lm_head = value
 
     def forward(  # transformers looks these names up in the signature
         self,
