@@ -55,7 +55,7 @@ class MegagateDecoderLayer(GradientCheckpointingLayer):
         self.clip = model["residual_clip"]
 
     def forward(self, x: Tensor, **attention: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Apply the block; `attention` goes to the attention. Also returned: the attention's weights or None, the router's logits or None."""
+        """Apply the block; also returned: the attention's weights, the router's logits, each None where there are none."""
         out, weights = self.self_attn(self.input_layernorm(x), **attention)
         x = x + self._tamed(out, self.attention_out_norm)
         normed = self.post_attention_layernorm(x)

@@ -1,13 +1,19 @@
 """The same weights in our model and in the one that exports carry along as code."""
 
+import json
 import re
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from parity.sharded import BACKEND, fill
 from parity.variants import DENSE, MOE, VARIANTS, with_gate
+from safetensors.torch import save_file
 from torch import Tensor
 
+from megagate.checkpoint.hf import configuration_megagate
 from megagate.checkpoint.hf.configuration_megagate import MegagateConfig
 from megagate.checkpoint.hf.modeling_megagate import MegagateForCausalLM
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, RopeConfig
@@ -48,32 +54,32 @@ def our_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Langua
     return fill(LanguageModel(config, dtype=dtype, backend=BACKEND, mesh=ParallelMesh.single()))
 
 
-def remote_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights of our model by the names of an export with remote code."""
-    weights = {}
-    for name, value in model.state_dict().items():
-        for ours, theirs in THEIR_NAMES:
-            name = re.sub(ours, theirs, name)
+def as_remote(values: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our weights, or their gradients, by the names of an export with remote code."""
+    named = {}
+    for ours, value in values.items():
+        name = ours
+        for pattern, theirs in THEIR_NAMES:
+            name = re.sub(pattern, theirs, name)
         if name.endswith("experts.gate_up"):
             for expert, (gate, up) in enumerate(each.chunk(2) for each in value):
                 prefix = f"{name.removesuffix('gate_up')}{expert}"
-                weights |= {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
+                named |= {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
         elif name.endswith("experts.down"):
-            weights |= {f"{name.removesuffix('down')}{expert}.down_proj.weight": each for expert, each in enumerate(value)}
+            named |= {f"{name.removesuffix('down')}{expert}.down_proj.weight": each for expert, each in enumerate(value)}
         else:
-            weights[name] = value[: model.config.vocab_size] if "embed_tokens" in name or "lm_head" in name else value
-    return weights
+            named[name] = value[: config.vocab_size] if name in ("model.embed_tokens.weight", "lm_head.weight") else value
+    return named
 
 
 def remote_config(config: ModelConfig, **settings: object) -> MegagateConfig:
     return MegagateConfig({"format": 1, "model": asdict(config)}, **settings)
 
 
-def remote_model(model: LanguageModel, **settings: object) -> MegagateForCausalLM:
+def remote_model(model: LanguageModel, *, attn_implementation: str = "sdpa", **settings: object) -> MegagateForCausalLM:
     """With the weights of our model, every one of them by its name."""
-    attention = settings.pop("attn_implementation", "sdpa")
-    peer = MegagateForCausalLM._from_config(remote_config(model.config, **settings), attn_implementation=attention, dtype=model.dtype)
-    loaded = peer.load_state_dict(remote_weights(model), strict=False)
+    peer = MegagateForCausalLM._from_config(remote_config(model.config, **settings), attn_implementation=attn_implementation)
+    loaded = peer.to(model.dtype).load_state_dict(as_remote(model.state_dict(), model.config), strict=False)
     assert not loaded.unexpected_keys
     assert set(loaded.missing_keys) == ({"lm_head.weight"} if model.config.tie_embeddings else set())
     return peer.eval()
@@ -81,3 +87,24 @@ def remote_model(model: LanguageModel, **settings: object) -> MegagateForCausalL
 
 def random_ids(*shape: int, vocab_size: int = 250, seed: int = 3) -> Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write_export(folder: Path, model: LanguageModel, **settings: object) -> Path:
+    """What a converter writes: code, config.json, weights."""
+    folder.mkdir(parents=True)
+    code = Path(configuration_megagate.__file__).parent
+    for file in code.glob("*_megagate.py"):
+        shutil.copy(file, folder)
+    config = {
+        "model_type": "megagate",
+        "architectures": ["MegagateForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_megagate.MegagateConfig",
+            "AutoModelForCausalLM": "modeling_megagate.MegagateForCausalLM",
+        },
+        "megagate": {"format": 1, "model": asdict(model.config)},
+    }
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    weights = {name: value.contiguous().clone() for name, value in as_remote(model.state_dict(), model.config).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
