@@ -83,16 +83,14 @@ class MegagatePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Called by transformers for modules whose weights no checkpoint gave."""
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, MegagateRouter):
-            nn.init.normal_(module.weight, std=std)
-            if module.rate:
-                nn.init.zeros_(module.bias_steps)
-        elif isinstance(module, MegagateGate) and module.gate["score"] == "input":
-            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, MegagateRMSNorm):
+            nn.init.ones_(module.weight)
         elif isinstance(module, MegagateGate) and module.gate["score"] == "parameter":
             nn.init.zeros_(module.weight)
+        elif getattr(module, "weight", None) is not None:
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, MegagateRouter) and module.rate:
+            nn.init.zeros_(module.bias_steps)
 
 
 class MegagateModel(MegagatePreTrainedModel):
