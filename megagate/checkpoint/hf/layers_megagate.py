@@ -309,6 +309,18 @@ class MegagateRouter(nn.Module):
         return scores, chosen_by.topk(self.top_k, dim=-1).indices
 
 
+class MegagateTokenGate(nn.Module):
+    """y * sigmoid(x w), one score per token, in fp32. Shapes: y and x [b, s, h] -> [b, s, h]."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Gate y."""
+        return (y * full_precision_linear(x, self.weight).sigmoid()).to(y.dtype)
+
+
 class MegagateMoE(nn.Module):
     """The weighted sum of each token's k experts, and of the shared expert, where there is one, with or without a gate sigmoid(x w).
 
@@ -323,7 +335,7 @@ class MegagateMoE(nn.Module):
         self.experts = nn.ModuleList(MegagateMLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts))
         width = config.shared_expert_intermediate_size
         self.shared_expert = MegagateMLP(config.hidden_size, width) if width else None
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if moe["shared_gate"] else None
+        self.shared_expert_gate = MegagateTokenGate(config.hidden_size) if moe["shared_gate"] else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the block."""
@@ -332,10 +344,7 @@ class MegagateMoE(nn.Module):
         out = self._experts(tokens, routed).view_as(x)
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
-            if self.shared_expert_gate is not None:
-                score = full_precision_linear(x, self.shared_expert_gate.weight).sigmoid()
-                shared = (shared * score).to(x.dtype)
-            out = out + shared
+            out = out + (shared if self.shared_expert_gate is None else self.shared_expert_gate(shared, x))
         return out, routed.logits
 
     def _experts(self, tokens: Tensor, routed: Routed) -> Tensor:

@@ -92,6 +92,31 @@ def test_padding_on_the_left_changes_nothing(attention):
     assert torch.equal(together[1, LENGTH:], single[0, LENGTH - 5 :])
 
 
+def test_positions_that_are_given_leave_padding_out():
+    peer = remote_model(our_model(MOE))
+    text = random_ids(2, LENGTH)
+    gapped = torch.cat([text[:, :5], torch.zeros(2, 3, dtype=torch.int64), text[:, 5:]], dim=1)
+    real = torch.tensor([*range(5), *range(8, LENGTH + 3)])
+    mask = torch.zeros_like(gapped).index_fill_(1, real, 1)
+    with torch.no_grad():
+        logits = peer(gapped, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1)).logits[:, real]
+        assert_close(logits, peer(text).logits, to=1e-5, what="logits")
+
+
+def test_positions_that_are_not_given_go_on_after_the_cache():
+    peer = remote_model(our_model(MOE))
+    text = random_ids(2, LENGTH)
+    with torch.no_grad():
+        whole = peer(text, output_hidden_states=True)
+        begun = peer(text[:, :7])
+        rest = peer(text[:, 7:], past_key_values=begun.past_key_values, logits_to_keep=2)
+        assert_close(rest.logits, whole.logits[:, -2:], to=1e-5, what="logits")
+        assert torch.equal(peer.lm_head(whole.hidden_states[-1]), whole.logits)
+        assert len(whole.hidden_states) == MOE.num_layers + 1
+        from_embeddings = peer(inputs_embeds=peer.get_input_embeddings()(text), return_dict=False)
+    assert torch.equal(from_embeddings[0], whole.logits)
+
+
 def test_a_static_cache_yields_the_same_text():
     peer = remote_model(our_model(MOE))
     tokens = random_ids(2, LENGTH)
@@ -183,8 +208,8 @@ def test_in_bf16_norms_rotations_gates_and_routers_are_ours_bit_for_bit(variant)
         assert torch.equal(routed.ids, route.ids)
         assert torch.equal(routed.weights, route.probs)
         if config.moe.shared_gate:
-            y, score = half("shared", *x.shape), layers_megagate.full_precision_linear(x, peer.mlp.shared_expert_gate.weight)
-            assert torch.equal((y * score.sigmoid()).bfloat16(), block.moe.shared_gate(y, x))
+            shared = half("shared", *x.shape)
+            assert torch.equal(peer.mlp.shared_expert_gate(shared, x), block.moe.shared_gate(shared, x))
 
 
 def test_routers_stay_in_fp32_under_autocast():
