@@ -98,6 +98,9 @@ class MegagateModel(MegagatePreTrainedModel):
 
     def __init__(self, config: MegagateConfig):
         super().__init__(config)
+        for size in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            if getattr(config, size) < 1:
+                raise ValueError(f"{size} ({getattr(config, size)}) must be at least 1; write it into config.json")
         self.rope_base = rope_base(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MegagateDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))

@@ -166,3 +166,8 @@ def test_positions_that_it_was_not_trained_with_are_refused():
     config.rope_theta = 5.0  # as `from_pretrained(folder, rope_theta=5.0)` does
     with pytest.raises(ValueError, match=r"rope_theta \(5.0\) must equal rope_parameters.rope_theta \(10000.0\)"):
         modeling_megagate.MegagateForCausalLM(config)
+
+
+def test_a_config_without_sizes_is_no_model():
+    with pytest.raises(ValueError, match=r"num_key_value_heads \(0\) must be at least 1"):
+        modeling_megagate.MegagateForCausalLM(MegagateConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
