@@ -1,0 +1,184 @@
+"""Which Hugging Face class holds a model exactly, and which version of transformers has it.
+
+Each row was tried: fp32 logits and cached generation of the class against the model's own. What no row takes goes out as remote code.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from megagate.checkpoint.hf.table import Target
+from megagate.config.model import GateConfig, ModelConfig
+from megagate.errors import ConfigError
+
+REMOTE: Target = "remote-code"
+Format = Literal["auto", "stock", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "lfm3", "afmoe", "remote-code"]
+"""What a user may ask for: a target, the preferred one (`auto`), or the preferred one that is not remote code (`stock`)."""
+
+TRANSFORMERS: Mapping[Target, str] = MappingProxyType(
+    {
+        "qwen3": "4.51.0",
+        "qwen3_moe": "4.51.0",
+        "qwen3_next": "5.5.4",  # the class is older, but every layer of full attention could not generate
+        "qwen3_5_text": "5.2.0",
+        "lfm3": "5.17.0",  # 5.16.1 has it not
+        "afmoe": "5.0.0",
+        "remote-code": "4.57.0",
+    }
+)
+"""The first version of transformers that runs what is exported."""
+
+
+def choose(model: ModelConfig) -> Target:
+    """The target that is preferred for a model: of the stock classes that hold it the first by the order of `Target`, else remote code."""
+    return next(target for target in get_args(Target) if not reasons(model, target))
+
+
+def reasons(model: ModelConfig, target: Target) -> list[str]:
+    """Why `target` cannot hold a model, each as `key (value): what the class has instead`; empty if it can."""
+    return [] if target == REMOTE else [*_of_any_stock_class(model), *_RULES[target](model)]
+
+
+def select(model: ModelConfig, wanted: str, *, installed: str | None) -> Target:
+    """The target that `--format` asks for.
+
+    Args:
+        model: The model.
+        wanted: A `Format`.
+        installed: The version of transformers here; None for none, and then no class is too new.
+
+    Raises:
+        ConfigError: There is no such format, it cannot hold the model, or the class is newer than the installed transformers.
+    """
+    if wanted not in get_args(Format):
+        raise ConfigError(f"--format ({wanted}) must be one of {', '.join(get_args(Format))}; choose one, or leave it out")
+    target: Target = choose(model) if wanted in ("auto", "stock") else wanted  # type: ignore[assignment]
+    if wanted == "stock" and target == REMOTE:
+        nearest = min((stock for stock in get_args(Target) if stock != REMOTE), key=lambda stock: len(reasons(model, stock)))
+        raise ConfigError(
+            f"--format (stock): no class of transformers holds this model; the nearest, {nearest}, does not because of "
+            f"{'; '.join(reasons(model, nearest))}; use --format {REMOTE}, which brings the class along"
+        )
+    if found := reasons(model, target):
+        raise ConfigError(f"--format ({target}) cannot hold this model: {'; '.join(found)}; use --format {choose(model)}, which can")
+    if installed is not None and _parts(installed) < _parts(TRANSFORMERS[target]):
+        raise ConfigError(
+            f"--format ({wanted}): the class {target} needs transformers {TRANSFORMERS[target]} or newer, {installed} is installed; upgrade "
+            f"it, or use --format {REMOTE}, which runs with transformers {TRANSFORMERS[REMOTE]} or newer"
+        )
+    return target
+
+
+def installed_transformers() -> str | None:
+    """The version of transformers here, None where there is none; nothing is imported."""
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return None
+
+
+def _parts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def _of_any_stock_class(model: ModelConfig) -> Iterator[str]:
+    attention, gate = model.attention, model.attention.gate
+    if attention.switch.projections != "none":
+        yield f"model.attention.switch.projections ({attention.switch.projections}): no class has switch heads"
+    if not attention.qk_norm:
+        yield "model.attention.qk_norm (false): the class always norms queries and keys"
+    if model.residual_clip:
+        yield f"model.residual_clip ({model.residual_clip}): no class clips"
+    if gate.position == "none":
+        return
+    known = GateConfig("G1", gate.granularity)
+    for field in ("position", "score", "activation", "combine", "head_shared"):
+        value = getattr(gate, field)
+        if value != getattr(known, field):
+            yield f"model.attention.gate.{field} ({str(value).lower() if isinstance(value, bool) else value}): {_ONLY}"
+
+
+_ONLY = "classes only multiply the attention output (G1) by the sigmoid of scores of the input, each head by its own"
+
+
+def _dense(model: ModelConfig) -> Iterator[str]:
+    if model.is_moe:
+        yield f"model.moe.num_experts ({model.moe.num_experts}): the class is dense"
+
+
+def _mixture(model: ModelConfig) -> Iterator[str]:
+    moe = model.moe
+    if not model.is_moe:
+        yield "model.moe.num_experts (0): the class is of mixtures"
+        return
+    if moe.score != "softmax":
+        yield f"model.moe.score ({moe.score}): the class's router is a softmax"
+    if moe.bias_update_rate:
+        yield f"model.moe.bias_update_rate ({moe.bias_update_rate}): the class's router has no bias"
+
+
+def _no_gate(model: ModelConfig) -> Iterator[str]:
+    if model.attention.gate.position != "none":
+        yield f"model.attention.gate.position ({model.attention.gate.position}): the class has no gate"
+
+
+def _no_sandwich(model: ModelConfig) -> Iterator[str]:
+    if model.sandwich_norm:
+        yield "model.sandwich_norm (true): the class has no norms behind attention and feed-forward"
+
+
+def _qwen3(model: ModelConfig) -> Iterator[str]:
+    yield from _dense(model)
+    yield from _no_gate(model)
+    yield from _no_sandwich(model)
+
+
+def _qwen3_moe(model: ModelConfig) -> Iterator[str]:
+    yield from _mixture(model)
+    yield from _no_gate(model)
+    yield from _no_sandwich(model)
+    if model.moe.shared_ffn_size:
+        yield f"model.moe.shared_ffn_size ({model.moe.shared_ffn_size}): the class has no shared expert"
+
+
+def _qwen3_next(model: ModelConfig) -> Iterator[str]:
+    yield from _mixture(model)
+    yield from _no_sandwich(model)
+
+
+def _qwen3_5_text(model: ModelConfig) -> Iterator[str]:
+    yield from _dense(model)
+    yield from _no_sandwich(model)
+
+
+def _lfm3(model: ModelConfig) -> Iterator[str]:
+    yield from _dense(model)
+    gate = model.attention.gate
+    if gate.position != "none" and gate.granularity != "headwise":
+        yield f"model.attention.gate.granularity ({gate.granularity}): the class's gate has one score per head"
+
+
+def _afmoe(model: ModelConfig) -> Iterator[str]:
+    if model.is_moe:
+        yield f"model.moe.num_experts ({model.moe.num_experts}): the class's router is a sigmoid with a scale and shared experts"
+    if not model.sandwich_norm:
+        yield "model.sandwich_norm (false): the class always has norms behind attention and feed-forward"
+    gate = model.attention.gate
+    if gate.position == "none":
+        yield "model.attention.gate.position (none): the class always gates"
+    elif gate.granularity != "elementwise":
+        yield f"model.attention.gate.granularity ({gate.granularity}): the class's gate has one score per channel"
+
+
+_RULES: Mapping[Target, Callable[[ModelConfig], Iterator[str]]] = MappingProxyType(
+    {
+        "qwen3": _qwen3,
+        "qwen3_moe": _qwen3_moe,
+        "qwen3_next": _qwen3_next,
+        "qwen3_5_text": _qwen3_5_text,
+        "lfm3": _lfm3,
+        "afmoe": _afmoe,
+    }
+)

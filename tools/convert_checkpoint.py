@@ -1,0 +1,115 @@
+"""Convert checkpoints to Hugging Face's form and back: `python tools/convert_checkpoint.py to-hf --help`, `from-hf --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megagate.checkpoint.hf.export import Export
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code: 0 done; 1 written, but verification failed; 2 bad input, 130 interrupted: nothing was written."""
+    options = _parser().parse_args(arguments)
+    from megagate.errors import MegagateError
+
+    try:
+        return options.run(options)
+    except MegagateError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py", allow_abbrev=False, description="Checkpoints to Hugging Face's form and back, verified."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_to_hf(commands)
+    _add_from_hf(commands)
+    return parser
+
+
+def _add_to_hf(commands: argparse._SubParsersAction) -> None:
+    to_hf = commands.add_parser(
+        "to-hf",
+        allow_abbrev=False,
+        help="a checkpoint of a run -> a folder for transformers' from_pretrained",
+        description="Writes the model of a checkpoint as a class of transformers that holds it exactly, or with code of its own where none "
+        "does; then loads it again and compares.",
+    )
+    to_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run, its folder of checkpoints, or one step")
+    to_hf.add_argument("output", type=Path, metavar="OUT", help="a folder that does not exist")
+    to_hf.add_argument(
+        "--format",
+        default="auto",
+        help="auto (default: a class of transformers where one holds the model), stock (refuse otherwise), remote-code, or one class: "
+        "qwen3, qwen3_moe, qwen3_next, qwen3_5_text, lfm3, afmoe",
+    )
+    to_hf.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights (default: the run's, in which its forward pass used them)")
+    to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
+    to_hf.add_argument(
+        "--tokenizer", metavar="T", help="a tokenizer.json, a folder with one, or none (default: that of the run's data set)"
+    )
+    to_hf.add_argument("--keep-padding", action="store_true", help="keep the rows that pad the vocabulary to a multiple of 128")
+    to_hf.add_argument("--max-position-embeddings", type=_positive, metavar="N", help="(default: the run's train.seq_len)")
+    to_hf.add_argument("--no-verify", dest="verify", action="store_false", help="do not load and compare what was written")
+    to_hf.set_defaults(run=_to_hf)
+
+
+def _add_from_hf(commands: argparse._SubParsersAction) -> None:
+    from_hf = commands.add_parser(
+        "from-hf",
+        allow_abbrev=False,
+        help="a folder of transformers' kind -> a checkpoint to train on from",
+        description="Writes a native checkpoint, without moments, of the model in a folder that save_pretrained, or to-hf, has written. No "
+        "code of that folder is run.",
+    )
+    from_hf.add_argument("folder", type=Path, metavar="DIR", help="with config.json and .safetensors files")
+    from_hf.add_argument("output", type=Path, metavar="OUT", help="a new or empty folder of checkpoints")
+    from_hf.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare what was written with the source")
+    from_hf.set_defaults(run=_from_hf)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _to_hf(options: argparse.Namespace) -> int:
+    from megagate.checkpoint.hf.export import export
+
+    done = export(
+        options.checkpoint,
+        options.output,
+        format=options.format,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        tokenizer=options.tokenizer,
+        keep_padding=options.keep_padding,
+        max_positions=options.max_position_embeddings,
+    )
+    _tell_export(done)
+    return 0
+
+
+def _tell_export(done: "Export") -> None:
+    print(f"{done.source}, step {done.step} -> {done.folder}")
+
+
+def _from_hf(options: argparse.Namespace) -> int:
+    from megagate.checkpoint.hf.adopt import adopt
+
+    adopt(options.folder, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
