@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; returns the exit code: 0 done; 1 written, but verification failed; 2 bad input, 130 interrupted: nothing was written."""
+    """Parse and run; returns the exit code: 0 done; 1 written, but not verified; 2 bad input, 130 interrupted: nothing was written."""
     options = _parser().parse_args(arguments)
     from megagate.errors import MegagateError
 

@@ -152,6 +152,10 @@ class Tokenizer:
         """The spellings of its special tokens, by id."""
         return [token.content for _, token in sorted(self._model.get_added_tokens_decoder().items()) if token.special]
 
+    def spelling(self, index: int) -> str | None:
+        """Of the token with this id; None where there is none."""
+        return None if index < 0 else self._model.id_to_token(index)
+
     def identity(self, name: str = TOKENIZER_NAME) -> TokenizerIdentity:
         """Of this tokenizer in a file that `save` writes under this name."""
         return TokenizerIdentity(

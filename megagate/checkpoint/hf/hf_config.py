@@ -26,8 +26,8 @@ ARCHITECTURES: Mapping[Target, str] = MappingProxyType(
     }
 )
 REMOTE_MODEL_TYPE = "megagate"
-CODE = ("configuration_megagate.py", "modeling_megagate.py")
-"""The files that come along with remote code, from the folder of this module."""
+CODE_PATTERN = "*_megagate.py"
+"""The files that come along with remote code, in the folder of this module."""
 _AUTO_MAP = {
     "AutoConfig": "configuration_megagate.MegagateConfig",
     "AutoModelForCausalLM": "modeling_megagate.MegagateForCausalLM",

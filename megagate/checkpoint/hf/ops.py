@@ -147,3 +147,7 @@ class LeftOut:
 
     def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
         return [torch.zeros(self.shape)]
+
+
+ELEMENTWISE = (Same, Scaled, LessOne)
+"""Ops of one tensor whose every element depends on the same one: a part of the one gives that part of the other."""

@@ -65,8 +65,8 @@ def select(model: ModelConfig, wanted: str, *, installed: str | None) -> Target:
         raise ConfigError(f"--format ({target}) cannot hold this model: {'; '.join(found)}; use --format {choose(model)}, which can")
     if installed is not None and _parts(installed) < _parts(TRANSFORMERS[target]):
         raise ConfigError(
-            f"--format ({wanted}): the class {target} needs transformers {TRANSFORMERS[target]} or newer, {installed} is installed; upgrade "
-            f"it, or use --format {REMOTE}, which runs with transformers {TRANSFORMERS[REMOTE]} or newer"
+            f"--format ({wanted}): the class {target} needs transformers {TRANSFORMERS[target]} or newer, {installed} is installed; "
+            f"upgrade it, or use --format {REMOTE}, which runs with transformers {TRANSFORMERS[REMOTE]} or newer"
         )
     return target
 

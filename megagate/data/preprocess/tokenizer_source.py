@@ -28,7 +28,7 @@ def find_tokenizer(name: str, *, eod: str | None = None) -> AnyTokenizer:
         if eod is not None:
             raise DataError(f"--eod-token is {eod!r}; the tokenizer {BYTES} has its own end of document, id 256; leave the option out")
         return ByteTokenizer()
-    path = _tokenizer_file(name)
+    path = tokenizer_file(name)
     config = _config(path.with_name(_CONFIG_NAME))
     end = eod or _token(config, "eos_token") or EOD
     fill = _token(config, "pad_token")
@@ -37,7 +37,12 @@ def find_tokenizer(name: str, *, eod: str | None = None) -> AnyTokenizer:
     return Tokenizer.load(path, eod=end, pad=fill or (None if config or end == PAD else PAD))
 
 
-def _tokenizer_file(name: str) -> Path:
+def tokenizer_file(name: str) -> Path:
+    """The `tokenizer.json` that a name or a path other than `bytes` means.
+
+    Raises:
+        DataError: There is none.
+    """
     path = Path(name)
     if os.path.isdir(path):  # unlike Path's own, takes any text
         path = path / TOKENIZER_NAME

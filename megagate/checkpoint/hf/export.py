@@ -1,0 +1,226 @@
+"""A checkpoint as a folder for Hugging Face transformers: weights, config, tokenizer, and code where no class of theirs holds the model.
+
+Everything is written under a temporary name beside its place and renamed at the end: the folder is there whole or not at all.
+"""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagate.checkpoint.durable import write_file
+from megagate.checkpoint.folders import ROOT_NAME
+from megagate.checkpoint.hf.hf_config import CODE_PATTERN, Use, generation_config, hf_config
+from megagate.checkpoint.hf.ops import LeftOut
+from megagate.checkpoint.hf.shards import INDEX_NAME, Planned, by_file, forward, index_file, plan, write_shard
+from megagate.checkpoint.hf.source import Source, require_model, run_of
+from megagate.checkpoint.hf.table import Row, Target, mapping
+from megagate.checkpoint.hf.targets import REMOTE, installed_transformers, select
+from megagate.checkpoint.hf.tokenizer_files import TokenizerFiles, tokenizer_files
+from megagate.checkpoint.store import Checkpoint
+from megagate.config.run import RunConfig
+from megagate.data.files import sync_folder
+from megagate.errors import ConfigError, RunError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Args:
+        source: The step folder that was read.
+        folder: The new folder.
+        target: The class that it is for.
+        config: Of the run.
+        step: Optimizer steps done.
+        dtype: Of the weights, `fp32` or `bf16`.
+        files: Bytes of each file.
+        tensors: How many there are.
+        wide: Names of tensors that stay fp32 in a bf16 file, since bf16 would round them.
+        rounded: Of norms that are stored as w - 1, the largest rounding of each that is not exact in fp32, by name.
+        padding: Rows that pad the vocabulary and were left out.
+        tokenizer: Where it is from, or why there is none.
+    """
+
+    source: Path
+    folder: Path
+    target: Target
+    config: RunConfig
+    step: int
+    dtype: str
+    files: dict[str, int]
+    tensors: int
+    wide: tuple[str, ...]
+    rounded: dict[str, float]
+    padding: int
+    tokenizer: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+
+def export(
+    source: Path,
+    output: Path,
+    *,
+    format: str = "auto",
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    tokenizer: str | None = None,
+    keep_padding: bool = False,
+    max_positions: int | None = None,
+) -> Export:
+    """Write the model of a checkpoint to the new folder `output`.
+
+    Args:
+        source: A run, its folder of checkpoints, or one step's folder.
+        output: A folder that does not exist, in one that does.
+        format: See `targets.Format`.
+        dtype: Of the weights, `fp32` or `bf16`; None for what the run's forward pass used.
+        max_shard_size: Of one file of weights, as in `5GB`.
+        tokenizer: A `tokenizer.json`, a folder with one, or `none`; None for the run's own.
+        keep_padding: Write the rows that pad the vocabulary, too.
+        max_positions: `max_position_embeddings`; None for the run's `train.seq_len`.
+
+    Raises:
+        CheckpointError: There is no checkpoint, it is damaged, or its tensors do not fit its config.
+        ConfigError: The format cannot hold the model, or `output`, `dtype` or `max_shard_size` cannot be taken.
+        DataError: The tokenizer is not there, or damaged.
+        RunError: `output` cannot be written, or there is no space.
+    """
+    with Checkpoint.open(source, max_open_files=64) as checkpoint:
+        config = run_of(checkpoint)
+        require_model(checkpoint, config.model)
+        _require_free(output, checkpoint.folder)
+        target = select(config.model, format, installed=installed_transformers())
+        kind = _dtype(dtype, config)
+        length = max_positions or config.train.seq_len
+        words = tokenizer_files(tokenizer, config, _run_folder(checkpoint.folder), max_length=length)
+        use = Use(length, {"fp32": "float32", "bf16": "bfloat16"}[kind], words.eos_id, words.pad_id, keep_padding)
+        rows = mapping(config.model, target, keep_padding=keep_padding)
+        order = [region.name for row in rows if row.theirs for region in row.native]
+        with Source(checkpoint, [*_inexact(rows), *order]) as reader:
+            planned, rounded = _decide(plan(rows, DTYPES[kind]), reader, DTYPES[kind])
+            files = _write(output, by_file(planned, max_shard_size), reader, DTYPES[kind], _small_files(config, target, use, words))
+        return Export(
+            source=checkpoint.folder,
+            folder=output,
+            target=target,
+            config=config,
+            step=checkpoint.step,
+            dtype=kind,
+            files=files,
+            tensors=len(planned),
+            wide=tuple(one.name for one in planned if one.dtype.is_floating_point and one.dtype != DTYPES[kind]),
+            rounded=rounded,
+            padding=sum(row.op.shape[0] for row in rows if isinstance(row.op, LeftOut)),
+            tokenizer=words.origin,
+        )
+
+
+def _dtype(wanted: str | None, config: RunConfig) -> str:
+    kind = wanted or config.precision.dtype
+    if kind not in DTYPES:
+        name = "--dtype" if wanted else "the run's precision.dtype"
+        raise ConfigError(f"{name} ({kind}) must be {' or '.join(DTYPES)}; give --dtype")
+    return kind
+
+
+def _run_folder(step: Path) -> Path:
+    return step.parent.parent if step.parent.name == ROOT_NAME else step.parent
+
+
+def _require_free(output: Path, step: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"OUT ({output}) must be a new folder, and it exists; choose another, or remove it")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"OUT ({output}): there is no folder {output.absolute().parent} to write it in; make it, or choose another")
+    if output.resolve().is_relative_to(step.resolve()):
+        raise ConfigError(f"OUT ({output}) must not lie in the checkpoint that is read ({step}); choose a folder outside")
+
+
+def _inexact(rows: list[Row]) -> list[str]:
+    return [region.name for row in rows if not row.op.exact for region in row.native]
+
+
+def _decide(planned: list[Planned], source: Source, dtype: torch.dtype) -> tuple[list[Planned], dict[str, float]]:
+    """The plan with fp32 for what `dtype` would round, and what even fp32 rounds: the largest change of each, as a share of the weight."""
+    decided, rounded = [], {}
+    for one in planned:
+        if not one.row.op.exact:
+            made = forward(one.row, source, dtype)[one.index]
+            if not torch.equal(made.to(dtype).float(), made):
+                one = replace(one, dtype=torch.float32)
+            (weight,) = (source.read(region).to(dtype) for region in one.row.native)
+            (back,) = one.row.op.from_hf([made.double()], where=one.name)
+            change = ((back - weight).abs() / weight.abs()).nan_to_num(nan=0.0).max().item()
+            if change:
+                rounded[one.name] = change
+        decided.append(one)
+    return decided, rounded
+
+
+def _small_files(config: RunConfig, target: Target, use: Use, words: TokenizerFiles) -> dict[str, bytes]:
+    files = {
+        "config.json": _json(hf_config(config.model, target, use)),
+        "generation_config.json": _json(generation_config(use)),
+        **words.files,
+    }
+    if target == REMOTE:
+        files |= {path.name: path.read_bytes() for path in sorted(Path(__file__).parent.glob(CODE_PATTERN))}
+    return files
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _write(
+    output: Path, shards: dict[str, list[Planned]], source: Source, dtype: torch.dtype, small: dict[str, bytes]
+) -> dict[str, int]:
+    """Write all files under a temporary name, then give the folder its own; returns the bytes of each."""
+    staging = output.with_name(f".{output.name}.megagate-export")
+    if len(shards) > 1:
+        small = {**small, INDEX_NAME: index_file(shards)}
+    size = sum(one.nbytes for tensors in shards.values() for one in tensors) + sum(map(len, small.values()))
+    files = {}
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
+        staging.mkdir()
+        _require_space(output, size)
+        for name, tensors in shards.items():
+            files[name] = write_shard(staging / name, tensors, source, dtype)
+        for name, content in small.items():
+            write_file(staging / name, content)
+            files[name] = len(content)
+        sync_folder(staging)
+        os.rename(staging, output)
+        sync_folder(output.absolute().parent)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            remedy = "free space or quota, or choose a larger disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+            raise RunError(
+                f"OUT ({output}), {size / 1e6:,.1f} MB, cannot be written ({error.strerror}); nothing was left there; {remedy}, or choose "
+                "another folder"
+            ) from error
+        raise
+    return files
+
+
+def _require_space(output: Path, size: int) -> None:
+    free = shutil.disk_usage(output.absolute().parent).free
+    if free < size:
+        raise RunError(
+            f"OUT ({output}) needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; nothing was left there; free space, "
+            "choose a larger disk, or --dtype bf16"
+        )
