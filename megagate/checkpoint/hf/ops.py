@@ -120,6 +120,29 @@ class QueryAndGate:
 
 
 @dataclass(frozen=True)
+class GroupedQueryAndGate:
+    """The query projection and the gate's in one matrix, by key/value head: the d query rows of each of its query heads, then their gates'.
+
+    Shapes: q [n d, h] and gate [n r, h], of r = d rows per head or 1 -> [n (d + r), h].
+    Source: the code released with arXiv 2505.06708, whose layout is that of `QueryAndGate` only where n = g and r = d.
+    """
+
+    kv_heads: int
+    heads: int
+    rows: int
+    exact = True
+
+    def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
+        groups = [tensor.unflatten(0, (self.kv_heads, -1)) for tensor in native]  # [g, n/g d, h] and [g, n/g r, h]
+        return [torch.cat(groups, dim=1).flatten(0, 1)]
+
+    def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
+        groups = theirs[0].unflatten(0, (self.kv_heads, -1))
+        gates = self.heads // self.kv_heads * self.rows
+        return [part.flatten(0, 1) for part in groups.split([groups.shape[1] - gates, gates], dim=1)]
+
+
+@dataclass(frozen=True)
 class Zeros:
     """What their class has and our model has not: zeros of these shapes."""
 

@@ -14,12 +14,15 @@ from typing import Literal, NamedTuple
 import torch
 
 from megagate.checkpoint.box import Box, Shape, find_flaw
-from megagate.checkpoint.hf.ops import Expert, LeftOut, LessOne, Op, QueryAndGate, Same, Scaled, Zeros
+from megagate.checkpoint.hf.ops import Expert, GroupedQueryAndGate, LeftOut, LessOne, Op, QueryAndGate, Same, Scaled, Zeros
 from megagate.config.count import parameter_shapes
 from megagate.config.model import ModelConfig
 
 Target = Literal["qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "lfm3", "afmoe", "remote-code"]
 """The classes that an export is for, by their `model_type`; `remote-code` comes with its own."""
+
+Source = Literal[Target, "gated_attention"]
+"""What is read: what is written, and the gated models released with arXiv 2505.06708, whose `model_type` is also `qwen3`."""
 
 NO_SHARED_EXPERT = 128
 """Width of the shared expert of zeros where their class always has one: divisible by what serving cuts it by, and of no effect."""
@@ -58,6 +61,7 @@ class Names:
 
     Args:
         fused_gate: The gate's rows lie in `q_proj`.
+        grouped_gate: They do so by key/value head, and only where there is a gate.
         norms: The op on the weights of norms.
         own_gate: Name of a gate's own projection, within the attention; None where it has none.
     """
@@ -74,10 +78,11 @@ class Names:
     k_norm: str = "k_norm"
     own_gate: str | None = None
     fused_gate: bool = False
+    grouped_gate: bool = False
     norms: Op = field(default_factory=Same)
 
 
-NAMES: Mapping[Target, Names] = MappingProxyType(
+NAMES: Mapping[Source, Names] = MappingProxyType(
     {
         "qwen3": Names(),
         "qwen3_moe": Names(),
@@ -100,11 +105,12 @@ NAMES: Mapping[Target, Names] = MappingProxyType(
             own_gate="gate_proj",
         ),
         "remote-code": Names(own_gate="gate"),
+        "gated_attention": Names(grouped_gate=True),
     }
 )
 
 
-def mapping(model: ModelConfig, target: Target, *, keep_padding: bool = False) -> list[Row]:
+def mapping(model: ModelConfig, target: Source, *, keep_padding: bool = False) -> list[Row]:
     """Every row for a model that `target` can hold (`targets.py`), in the order of the file.
 
     Args:
@@ -141,7 +147,7 @@ def mapping_flaws(rows: list[Row], shapes: dict[str, Shape]) -> list[str]:
 
 
 class _Mapper:
-    def __init__(self, model: ModelConfig, target: Target, *, keep_padding: bool):
+    def __init__(self, model: ModelConfig, target: Source, *, keep_padding: bool):
         self.model, self.names, self.keep_padding = model, NAMES[target], keep_padding
         self.remote = target == "remote-code"
         # Their class always gates: by a gate of zeros, whose scores are 1/2, and an output projection that is doubled.
@@ -183,7 +189,10 @@ class _Mapper:
     def _attention(self, ours: str, theirs: str) -> Iterator[Row]:
         attention, names, gate = self.model.attention, self.names, f"{ours}.gate.weight"
         has_gate = self.model.gate_shape is not None
-        if names.fused_gate:
+        if names.grouped_gate:
+            grouped = GroupedQueryAndGate(attention.num_kv_heads, attention.num_heads, self.model.gate_scores[1])
+            yield Row((self._whole(f"{ours}.q.weight"), self._whole(gate)), (f"{theirs}.q_proj.weight",), grouped)
+        elif names.fused_gate:
             op = QueryAndGate(attention.num_heads, self.model.gate_scores[1])
             sources = [f"{ours}.q.weight", *([gate] if has_gate else [])]
             yield Row(tuple(map(self._whole, sources)), (f"{theirs}.q_proj.weight",), op)
@@ -191,7 +200,7 @@ class _Mapper:
             yield self._row(f"{ours}.q.weight", f"{theirs}.q_proj.weight")
         for kind in ("k", "v"):
             yield self._row(f"{ours}.{kind}.weight", f"{theirs}.{kind}_proj.weight")
-        if has_gate and not names.fused_gate:
+        if has_gate and names.own_gate:
             yield self._row(gate, f"{theirs}.{names.own_gate}.weight")
         for kind in attention.switch.switched:
             parts = ["router", *(f"experts.{index}" for index in range(attention.switch.num_experts - 1))]
