@@ -10,7 +10,7 @@ from parity.variants import VARIANTS
 
 from megagate.checkpoint.hf.export import Export, export
 from megagate.checkpoint.hf.table import Target, mapping, mapping_flaws, native_shapes
-from megagate.checkpoint.hf.targets import REMOTE, choose, reasons
+from megagate.checkpoint.hf.targets import REMOTE, choose
 from megagate.config.model import ModelConfig
 from megagate.model.lm import LanguageModel
 
