@@ -1,4 +1,4 @@
-"""Measure megagate: `python tools/benchmark.py step --help`, `gate --help`, `data --help`."""
+"""Measure megagate: `python tools/benchmark.py step --help`, `gate --help`, `data --help`, `checkpoint --help`."""
 
 import argparse
 import json
@@ -9,16 +9,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megagate.analysis.benchmark.data import Result
     from megagate.analysis.benchmark.gate import Record
     from megagate.analysis.benchmark.paired import Shift
+    from megagate.analysis.benchmark.rows import Limits, Result, Row
     from megagate.analysis.benchmark.step import Table
 
 
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_step(commands)
     _add_gate(commands)
     _add_data(commands)
+    _add_checkpoint(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -88,10 +89,30 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     data.add_argument("--megabytes", type=_above_zero, default=64.0, metavar="MB", help="most of the text, 10^6 bytes (default: 64)")
     data.add_argument("--tokenizer", metavar="T", help="a tokenizer.json or a folder with one (default: 16,384 tokens, trained here)")
     data.add_argument("--rounds", type=_positive, metavar="N", help="of each row (default: 3 of text, 5 or 9 of the others)")
-    data.add_argument("--seconds", type=_above_zero, default=3600.0, metavar="LIMIT", help="stop after this time with complete rounds")
-    data.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="where the temporary folder is made")
-    data.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers here too")
+    _add_files(data)
     data.set_defaults(run=_data)
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="saving beside cp, loading beside reading the same bytes",
+        description="Ranks save and load a made-up state, digests and fsync included, in turns with cp of the same bytes. Files go to a "
+        "temporary folder: three times --megabytes.",
+    )
+    checkpoint.add_argument("--rows", metavar="A,B", help="some rows, by key; all without this option (an unknown key lists them)")
+    checkpoint.add_argument("--megabytes", type=_above_zero, default=1000.0, metavar="MB", help="of the state, 10^6 bytes (default: 1000)")
+    checkpoint.add_argument("--ranks", type=int, default=4, choices=[1, 2, 4, 8], help="that save (default: 4)")
+    checkpoint.add_argument("--rounds", type=_positive, metavar="N", help="of each row (default: 5)")
+    _add_files(checkpoint)
+    checkpoint.set_defaults(run=_checkpoint)
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seconds", type=_above_zero, default=3600.0, metavar="LIMIT", help="stop after this time with complete rounds")
+    place = Path(tempfile.gettempdir())
+    command.add_argument("--folder", type=Path, default=place, metavar="DIR", help="where the temporary folder is made")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers here too")
 
 
 def _above_zero(text: str) -> float:
@@ -171,41 +192,61 @@ def _gate(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from megagate.analysis.benchmark.data import ROWS, Options, bytes_needed, measure
-    from megagate.analysis.benchmark.data_files import require_space
+    from megagate.analysis.benchmark.data import ROWS, Options
+
+    def wanted(folder: Path) -> Options:
+        return Options(
+            folder=folder,
+            documents=options.documents,
+            shards=options.shards,
+            rounds=options.rounds,
+            deadline=time.monotonic() + options.seconds,
+            text=options.text,
+            megabytes=options.megabytes,
+            tokenizer=options.tokenizer,
+            gigatoken=_without_gigatoken(),
+        )
+
+    packages = ("megatron-core", "tokenizers", "transformers", "numpy")
+    return _with_files(options, ROWS, wanted, packages=packages, note="; CPU time of all threads")
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from megagate.analysis.benchmark.checkpoint import ROWS, Options
+
+    def wanted(folder: Path) -> Options:
+        deadline = time.monotonic() + options.seconds
+        return Options(folder=folder, rounds=options.rounds, deadline=deadline, megabytes=options.megabytes, ranks=options.ranks)
+
+    return _with_files(options, ROWS, wanted, packages=("torch", "safetensors", "blake3"), note="; wall time")
+
+
+def _with_files(
+    options: argparse.Namespace, rows: "Mapping[str, Row]", wanted: "Callable[[Path], Limits]", *, packages: Sequence[str], note: str
+) -> int:
+    """Measure rows that need a temporary folder, and print their table."""
+    from megagate.analysis.benchmark.rows import measure
     from megagate.errors import MegagateError
 
-    keys = options.rows.split(",") if options.rows else list(ROWS)
-    if unknown := [key for key in keys if key not in ROWS]:
-        listed = ", ".join(f"{key} ({row.title})" for key, row in ROWS.items())
+    keys = options.rows.split(",") if options.rows else list(rows)
+    if unknown := [key for key in keys if key not in rows]:
+        listed = ", ".join(f"{key} ({row.title})" for key, row in rows.items())
         return _refuse(f"--rows: no row {', '.join(unknown)}; there are {listed}")
     if not options.folder.is_dir():
         return _refuse(f"--folder {options.folder}: no such folder; make it, or give another")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its files may be large: they go away then, too
     try:
         with tempfile.TemporaryDirectory(prefix="megagate-benchmark-", dir=options.folder) as folder:
-            wanted = Options(
-                folder=Path(folder),
-                documents=options.documents,
-                shards=options.shards,
-                rounds=options.rounds,
-                deadline=time.monotonic() + options.seconds,
-                text=options.text,
-                megabytes=options.megabytes,
-                tokenizer=options.tokenizer,
-                gigatoken=_without_gigatoken(),
-            )
-            require_space(options.folder, bytes_needed(keys, wanted))
-            result = measure(keys, wanted, tell=_tell)
+            result = measure(rows, keys, wanted(Path(folder)), tell=_tell)
     except MegagateError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     finally:
         _tell("")
     if options.json:
-        rows = {key: {name: vars(one) for name, one in series.items()} for key, series in result.series.items()}
-        options.json.write_text(json.dumps({"machine": _machine(1), "rows": rows}, indent=1) + "\n")
-    print(_data_report(result))
+        series = {key: {name: vars(one) for name, one in series.items()} for key, series in result.series.items()}
+        options.json.write_text(json.dumps({"machine": _machine(1), "rows": series}, indent=1) + "\n")
+    print(_report(result, f"{_machine(1, packages)}{note}."))
     return 0 if result.lines else 1
 
 
@@ -217,9 +258,9 @@ def _without_gigatoken() -> str:
     return "" if find_spec("gigatoken") else "the package is not installed: pip install 'megagate[fast]'"
 
 
-def _data_report(result: "Result") -> str:
+def _report(result: "Result", head: str) -> str:
     rows = [
-        f"{_machine(1, ('megatron-core', 'tokenizers', 'transformers', 'numpy'))}; CPU time of all threads.\n",
+        f"{head}\n",
         "| row | ours | peer | peer / ours [95 %] | wall, ours / peer | target | verdict |",
         "|---|---|---|---|---|---|---|",
     ]

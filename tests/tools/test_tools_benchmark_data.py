@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagate.analysis.benchmark.data import Bench, Options, Result, reaches
+from megagate.analysis.benchmark.data import Options
 from megagate.analysis.benchmark.data_files import SHARD_TOKENS, installed_folders, many_shards, same_ids, text_of
 from megagate.analysis.benchmark.data_ours import preprocess
 from megagate.analysis.benchmark.data_reader import _start_lines
 from megagate.analysis.benchmark.data_text import _steady_rate
 from megagate.analysis.benchmark.interleave import Series
 from megagate.analysis.benchmark.paired import Ratio
+from megagate.analysis.benchmark.rows import Bench, Result, reaches
 from megagate.data.manifest import Manifest, ShardEntry, TokenizerIdentity, open_shards, read_manifest, write_manifest
 from megagate.data.shards import ShardWriter
 from megagate.errors import RunError

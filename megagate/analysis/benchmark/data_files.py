@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import struct
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -239,15 +238,3 @@ def same_ids(folder: Path, prefix: Path) -> bool:
             return False
         begin += shard.tokens
     return begin == theirs.tokens
-
-
-def require_space(folder: Path, wanted: int) -> None:
-    """Refuses to begin what would fill the disk.
-
-    Raises:
-        DataError: There is less space than wanted, in bytes.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < wanted:
-        sizes = f"{free / 1e9:.2f} GB free; these rows need {wanted / 1e9:.2f} GB"
-        raise DataError(f"{folder} has {sizes}; choose another --folder, or fewer --rows")

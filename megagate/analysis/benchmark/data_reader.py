@@ -2,10 +2,10 @@
 
 import statistics
 
-from megagate.analysis.benchmark.data import Bench, entrant, reaches, single
 from megagate.analysis.benchmark.data_files import SHARD_TOKENS, SPARSE_VOCAB, many_shards, random_set, sparse_set
 from megagate.analysis.benchmark.interleave import Series
 from megagate.analysis.benchmark.paired import paired_ratio
+from megagate.analysis.benchmark.rows import Bench, entrant, reaches, single
 
 SEQ_LEN = 4096
 WINDOWS = 2_700_000_000

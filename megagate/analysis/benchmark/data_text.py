@@ -3,10 +3,10 @@
 import statistics
 from pathlib import Path
 
-from megagate.analysis.benchmark.data import Bench, entrant, reaches, single
 from megagate.analysis.benchmark.data_files import Text, real_text, same_ids
 from megagate.analysis.benchmark.interleave import Entrant, Series
 from megagate.analysis.benchmark.paired import paired_ratio
+from megagate.analysis.benchmark.rows import Bench, entrant, reaches, single
 from megagate.data.manifest import read_manifest
 from megagate.data.preprocess.units import UnitRecord, read_record, record_path
 from megagate.errors import RunError
