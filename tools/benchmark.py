@@ -266,7 +266,8 @@ def _report(result: "Result", head: str) -> str:
     ]
     for line in result.lines:
         cells = [f"{line.title} (`{line.key}`)", line.ours, line.peer, str(line.times or "-"), line.wall, line.target]
-        rows.append(f"| {' | '.join([*cells, {True: 'met', False: 'missed', None: 'open'}[line.met]])} |")
+        verdict = {True: "met", False: "missed", None: "-" if line.target == "-" else "open"}[line.met]
+        rows.append(f"| {' | '.join([*cells, verdict])} |")
     remarks = [f"- {remark}" for remark in result.remarks]
     return "\n".join([*rows, "", *remarks, f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}"])
 

@@ -10,11 +10,24 @@ from pathlib import Path
 from megagate.data.files import sync_folder
 from megagate.errors import RunError
 
+_STRETCH = 16 << 20
+
 
 def write_all(descriptor: int, data: memoryview) -> None:
     """Write every byte of `data` (one write may take only a part of them)."""
     while len(data):
         data = data[os.write(descriptor, data) :]
+
+
+def start_writing_back(descriptor: int, begin: int) -> None:
+    """Let the disk begin on what was written since position `begin`, by whole stretches of a few MB; the bytes are not waited for.
+
+    Else the kernel keeps all in memory until the fsync at the end, and disk and processor work one after the other.
+    """
+    low, high = (position // _STRETCH * _STRETCH for position in (begin, os.lseek(descriptor, 0, os.SEEK_CUR)))
+    if low < high:
+        # The one call for it that Python has: what is on the disk already may leave the file cache, the rest is sent there.
+        os.posix_fadvise(descriptor, low, high - low, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ That library's own writer would hold a whole file in memory, and need a second p
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -11,11 +12,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from megagate.checkpoint.box import Shape
-from megagate.checkpoint.durable import write_all
+from megagate.checkpoint.durable import start_writing_back, write_all
 from megagate.checkpoint.index import DTYPE_NAMES
 
-CHUNK_BYTES = 16 << 20
-"""Bytes that are copied from the device, digested and written at a time: all the memory that writing needs beside its tensors."""
+CHUNK_BYTES = 1 << 20
+"""Bytes that are copied from the device, digested and written at a time: all the memory that writing needs beside its tensors.
+
+What was digested is still in the processor's cache when it is written: with 16 MB the same work took half as long again.
+"""
 
 LENGTH_BYTES = 8
 """Of the header's length at the head of a file, little-endian."""
@@ -63,7 +67,9 @@ def write_tensor(descriptor: int, tensor: torch.Tensor, hasher: Hasher | None = 
         content = memoryview(chunk.view(torch.uint8).numpy())
         if hasher is not None:
             hasher.update(content)
+        begin = os.lseek(descriptor, 0, os.SEEK_CUR)
         write_all(descriptor, content)
+        start_writing_back(descriptor, begin)
 
 
 def chunks(tensor: torch.Tensor, limit: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:

@@ -62,7 +62,9 @@ def copy(source: str, output: str) -> Work:
     def work() -> dict[str, float]:
         shutil.rmtree(output, ignore_errors=True)
         os.mkdir(output)
-        files = sorted(path for path in Path(source).iterdir())
+        files = sorted(Path(source).iterdir())
+        for path in files:
+            _touch(path)
         before, begin = _cpu(), time.perf_counter()
         subprocess.run(["cp", "--reflink=never", "--", *map(str, files), output], check=True)
         for path in [*Path(output).iterdir(), Path(output)]:
@@ -75,6 +77,14 @@ def copy(source: str, output: str) -> Work:
         return {"seconds": seconds, "cpu": cpu, "bytes": size}
 
     return work
+
+
+def _touch(path: Path) -> None:
+    """Bring a file into the file cache, so that copying it does not wait for the disk to read."""
+    memory = bytearray(1 << 24)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(memory):
+            pass
 
 
 def _all(pipes: list[Connection]) -> list[dict[str, float]]:
