@@ -1,4 +1,4 @@
-"""Measure megagate: `python tools/benchmark.py step --help`, `gate --help`, `data --help`, `checkpoint --help`."""
+"""Measure megagate: `python tools/benchmark.py step --help`, `gate --help`, `data --help`, `checkpoint --help`, `convert --help`."""
 
 import argparse
 import json
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_gate(commands)
     _add_data(commands)
     _add_checkpoint(commands)
+    _add_convert(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -106,6 +107,20 @@ def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
     checkpoint.add_argument("--rounds", type=_positive, metavar="N", help="of each row (default: 5)")
     _add_files(checkpoint)
     checkpoint.set_defaults(run=_checkpoint)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="checkpoints to Hugging Face's form and back, beside cp",
+        description="Conversions of a made-up mixture of experts, digests and fsync included and verification left out, in turns with cp "
+        "of what they read. Files go to a temporary folder: 4.2 times --megabytes.",
+    )
+    convert.add_argument("--rows", metavar="A,B", help="some rows, by key; all without this option (an unknown key lists them)")
+    convert.add_argument("--megabytes", type=_above_zero, default=5000.0, metavar="MB", help="of weights, 10^6 bytes (default: 5000)")
+    convert.add_argument("--rounds", type=_positive, metavar="N", help="of each row (default: 5)")
+    _add_files(convert)
+    convert.set_defaults(run=_convert)
 
 
 def _add_files(command: argparse.ArgumentParser) -> None:
@@ -217,6 +232,16 @@ def _checkpoint(options: argparse.Namespace) -> int:
     def wanted(folder: Path) -> Options:
         deadline = time.monotonic() + options.seconds
         return Options(folder=folder, rounds=options.rounds, deadline=deadline, megabytes=options.megabytes, ranks=options.ranks)
+
+    return _with_files(options, ROWS, wanted, packages=("torch", "safetensors", "blake3"), note="; wall time")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from megagate.analysis.benchmark.convert import ROWS, Options
+
+    def wanted(folder: Path) -> Options:
+        deadline = time.monotonic() + options.seconds
+        return Options(folder=folder, rounds=options.rounds, deadline=deadline, megabytes=options.megabytes)
 
     return _with_files(options, ROWS, wanted, packages=("torch", "safetensors", "blake3"), note="; wall time")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megagate.checkpoint.durable import write_file
+from megagate.checkpoint.durable import create, write_all
 from megagate.checkpoint.folders import ROOT_NAME
 from megagate.checkpoint.hf.hf_config import CODE_PATTERN, Use, generation_config, hf_config
 from megagate.checkpoint.hf.ops import LeftOut
@@ -200,7 +200,8 @@ def _write(
         for name, tensors in shards.items():
             files[name] = write_shard(staging / name, tensors, source, dtype)
         for name, content in small.items():
-            write_file(staging / name, content)
+            with create(staging / name) as descriptor:
+                write_all(descriptor, memoryview(content))
             files[name] = len(content)
         sync_folder(staging)
         os.rename(staging, output)
