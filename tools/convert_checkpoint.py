@@ -97,11 +97,45 @@ def _to_hf(options: argparse.Namespace) -> int:
         max_positions=options.max_position_embeddings,
     )
     _tell_export(done)
-    return 0
+    passed = not options.verify or _verify_export(done)
+    code = ", trust_remote_code=True" if done.target == "remote-code" else ""
+    print(f"load it with: AutoModelForCausalLM.from_pretrained({str(done.folder)!r}, dtype='auto'{code})" if passed else "do not use it")
+    return 0 if passed else 1
 
 
 def _tell_export(done: "Export") -> None:
-    print(f"{done.source}, step {done.step} -> {done.folder}")
+    from megagate.checkpoint.hf.targets import explain
+
+    print(f"{done.source}, step {done.step} -> {done.folder}: {len(done.files)} files, {done.nbytes / 1e6:,.1f} MB")
+    print(f"written for {explain(done.config.model, done.target)}")
+    print(f"{done.tensors:,} tensors in {done.dtype}")
+    if done.padding:
+        print(f"left out: {done.padding} rows that pad the vocabulary to {done.config.model.padded_vocab_size:,}")
+    elif done.config.model.padded_vocab_size != done.config.model.vocab_size:
+        print(f"the vocabulary is padded to {done.config.model.padded_vocab_size:,}: a sampler must not choose ids from the padding")
+    if done.wide:
+        print(f"{len(done.wide)} norms are in fp32, since {done.dtype} would round w - 1: {done.wide[0]}{', ...' if len(done.wide) > 1 else ''}")
+    if done.rounded:
+        worst = max(done.rounded, key=done.rounded.__getitem__)
+        print(f"NOT EXACT: {len(done.rounded)} norms are stored as w - 1, and fp32 rounds it by up to {done.rounded[worst]:.1e} of w ({worst})")
+    print(f"tokenizer: {done.tokenizer}")
+
+
+def _verify_export(done: "Export") -> bool:
+    """Print what was compared; returns whether all is equal."""
+    from megagate.checkpoint.hf.verify import verify_export
+    from megagate.errors import MegagateError
+
+    try:
+        found = verify_export(done.source, done.folder)
+    except MegagateError as error:
+        print(f"NOT VERIFIED: {error}", file=sys.stderr)
+        return False
+    except KeyboardInterrupt:
+        print(f"NOT VERIFIED: interrupted; {done.folder} stands, and --no-verify leaves verification out", file=sys.stderr)
+        return False
+    print("\n".join(found.lines()))
+    return found.passed
 
 
 def _from_hf(options: argparse.Namespace) -> int:

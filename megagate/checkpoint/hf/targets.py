@@ -56,11 +56,7 @@ def select(model: ModelConfig, wanted: str, *, installed: str | None) -> Target:
         raise ConfigError(f"--format ({wanted}) must be one of {', '.join(get_args(Format))}; choose one, or leave it out")
     target: Target = choose(model) if wanted in ("auto", "stock") else wanted  # type: ignore[assignment]
     if wanted == "stock" and target == REMOTE:
-        nearest = min((stock for stock in get_args(Target) if stock != REMOTE), key=lambda stock: len(reasons(model, stock)))
-        raise ConfigError(
-            f"--format (stock): no class of transformers holds this model; the nearest, {nearest}, does not because of "
-            f"{'; '.join(reasons(model, nearest))}; use --format {REMOTE}, which brings the class along"
-        )
+        raise ConfigError(f"--format (stock): {_why_none(model)}; use --format {REMOTE}, which brings the class along")
     if found := reasons(model, target):
         raise ConfigError(f"--format ({target}) cannot hold this model: {'; '.join(found)}; use --format {choose(model)}, which can")
     if installed is not None and _parts(installed) < _parts(TRANSFORMERS[target]):
@@ -69,6 +65,20 @@ def select(model: ModelConfig, wanted: str, *, installed: str | None) -> Target:
             f"upgrade it, or use --format {REMOTE}, which runs with transformers {TRANSFORMERS[REMOTE]} or newer"
         )
     return target
+
+
+def explain(model: ModelConfig, target: Target) -> str:
+    """Why a target was taken, and what it needs, in words."""
+    needs = f"transformers {TRANSFORMERS[target]} or newer"
+    if target != REMOTE:
+        return f"the class {target}, which holds the model exactly; {needs}"
+    why = _why_none(model) if choose(model) == REMOTE else f"asked for, though {choose(model)} holds the model too"
+    return f"{REMOTE}, which is loaded with trust_remote_code=True ({why}); {needs}"
+
+
+def _why_none(model: ModelConfig) -> str:
+    nearest = min((target for target in get_args(Target) if target != REMOTE), key=lambda target: len(reasons(model, target)))
+    return f"no class of transformers holds this model; the nearest, {nearest}, does not because of {'; '.join(reasons(model, nearest))}"
 
 
 def installed_transformers() -> str | None:
