@@ -114,10 +114,11 @@ def _tell_export(done: "Export") -> None:
     elif done.config.model.padded_vocab_size != done.config.model.vocab_size:
         print(f"the vocabulary is padded to {done.config.model.padded_vocab_size:,}: a sampler must not choose ids from the padding")
     if done.wide:
-        print(f"{len(done.wide)} norms are in fp32, since {done.dtype} would round w - 1: {done.wide[0]}{', ...' if len(done.wide) > 1 else ''}")
+        print(f"{len(done.wide)} norms are in fp32, since {done.dtype} would round w - 1 ({done.wide[0]}{', ...' if done.wide[1:] else ''})")
     if done.rounded:
         worst = max(done.rounded, key=done.rounded.__getitem__)
-        print(f"NOT EXACT: {len(done.rounded)} norms are stored as w - 1, and fp32 rounds it by up to {done.rounded[worst]:.1e} of w ({worst})")
+        most = f"{done.rounded[worst]:.1e} of w ({worst})"
+        print(f"NOT EXACT: {len(done.rounded)} norms are stored as w - 1, which fp32 rounds, by up to {most}")
     print(f"tokenizer: {done.tokenizer}")
 
 
