@@ -114,7 +114,8 @@ def _tell_export(done: "Export") -> None:
     elif done.config.model.padded_vocab_size != done.config.model.vocab_size:
         print(f"the vocabulary is padded to {done.config.model.padded_vocab_size:,}: a sampler must not choose ids from the padding")
     if done.wide:
-        print(f"{len(done.wide)} norms are in fp32, since {done.dtype} would round w - 1 ({done.wide[0]}{', ...' if done.wide[1:] else ''})")
+        names = f"{done.wide[0]}{', ...' if done.wide[1:] else ''}"
+        print(f"{len(done.wide)} norms are in fp32, since {done.dtype} would round w - 1: {names}")
     if done.rounded:
         worst = max(done.rounded, key=done.rounded.__getitem__)
         most = f"{done.rounded[worst]:.1e} of w ({worst})"
@@ -125,6 +126,7 @@ def _tell_export(done: "Export") -> None:
 def _verify_export(done: "Export") -> bool:
     """Print what was compared; returns whether all is equal."""
     from megagate.checkpoint.hf.verify import verify_export
+
     from megagate.errors import MegagateError
 
     try:
