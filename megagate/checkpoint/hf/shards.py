@@ -1,6 +1,7 @@
 """Tensors of a mapping as safetensors files, streamed: what is held is one row of the mapping, or a block of it, at a time."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from megagate.errors import ConfigError
 
 PATTERN = "model{suffix}.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_SIZE = re.compile(r"[1-9]\d{0,8}[KMGT]B")
 _BLOCK = 64 << 20
 """Bytes of a tensor that are read, changed and written at a time where elements do not depend on one another."""
 
@@ -67,13 +69,10 @@ def by_file(planned: list[Planned], max_shard_size: str) -> dict[str, list[Plann
     """
     from huggingface_hub import split_torch_state_dict_into_shards  # noqa: PLC0415  heavy, and only needed here
 
+    if not _SIZE.fullmatch(max_shard_size):
+        raise ConfigError(f"--max-shard-size ({max_shard_size}) must be a size such as 5GB or 500MB; write it so")
     wanted = {one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in planned}
-    try:
-        split = split_torch_state_dict_into_shards(wanted, filename_pattern=PATTERN, max_shard_size=max_shard_size)
-        if any(not names for names in split.filename_to_tensors.values()):
-            raise ValueError("it is too small")
-    except ValueError as error:
-        raise ConfigError(f"--max-shard-size ({max_shard_size}) must be a size such as 5GB or 500MB: {error}") from error
+    split = split_torch_state_dict_into_shards(wanted, filename_pattern=PATTERN, max_shard_size=max_shard_size)
     by_name = {one.name: one for one in planned}
     files = {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
     return {file: sorted(tensors, key=lambda one: -one.dtype.itemsize) for file, tensors in files.items()}

@@ -1,0 +1,237 @@
+"""Which class is chosen, and what is refused: one message that names value, rule and remedy, and nothing is left behind."""
+
+import json
+import os
+import re
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from checkpoint_helpers import contents
+from hf_exports import CASES, DENSE, ELEMENTWISE, FORCED, HEADWISE, MOE, STEP, gated, language_model, masters, moe, run_config, save
+from parity.variants import VARIANTS
+
+from megagate.checkpoint import store
+from megagate.checkpoint.hf.export import export
+from megagate.checkpoint.hf.table import Target
+from megagate.checkpoint.hf.targets import REMOTE, TRANSFORMERS, Format, choose, explain, reasons, select
+from megagate.config.model import GateConfig, ModelConfig, SwitchConfig
+from megagate.errors import CheckpointError, ConfigError, MegagateError, RunError
+
+SANDWICH = replace(DENSE, sandwich_norm=True)
+
+
+# ---- the choice
+
+
+def test_formats_are_the_targets_and_two_words() -> None:
+    assert get_args(Format) == ("auto", "stock", *get_args(Target)) and set(TRANSFORMERS) == set(get_args(Target))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_auto_and_stock_take_the_preferred_class(name: str) -> None:
+    model, target = CASES[name]
+    assert select(model, "auto", installed="5.23.0") == select(model, "stock", installed=None) == choose(model) == target
+    assert select(model, REMOTE, installed="4.57.0") == REMOTE
+    assert explain(model, target).startswith(f"the class {target}, which holds the model exactly; transformers {TRANSFORMERS[target]}")
+    assert f"(asked for, though {target} holds the model too)" in explain(model, REMOTE)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "why"),
+    [
+        (MOE, "qwen3", ["model.moe.num_experts (8): the class is dense"]),
+        (gated(DENSE, HEADWISE), "qwen3", ["model.attention.gate.position (G1): the class has no gate"]),
+        (SANDWICH, "qwen3", ["model.sandwich_norm (true): the class has no norms behind"]),
+        (DENSE, "qwen3_moe", ["model.moe.num_experts (0): the class is of mixtures"]),
+        (moe(shared_ffn_size=8), "qwen3_moe", ["model.moe.shared_ffn_size (8): the class has no shared expert"]),
+        (gated(MOE, ELEMENTWISE), "qwen3_moe", ["position (G1)"]),
+        (replace(MOE, sandwich_norm=True), "qwen3_moe", ["sandwich_norm"]),
+        (gated(DENSE, ELEMENTWISE), "qwen3_next", ["model.moe.num_experts (0)"]),
+        (replace(MOE, sandwich_norm=True), "qwen3_next", ["sandwich_norm"]),
+        (moe(score="sigmoid", bias_update_rate=0.1), "qwen3_next", ["model.moe.score (sigmoid)", "model.moe.bias_update_rate (0.1)"]),
+        (MOE, "qwen3_5_text", ["num_experts (8)"]),
+        (SANDWICH, "qwen3_5_text", ["sandwich_norm"]),
+        (MOE, "lfm3", ["num_experts (8)"]),
+        (gated(SANDWICH, ELEMENTWISE), "lfm3", ["granularity (elementwise): the class's gate has one score per head"]),
+        (gated(DENSE, ELEMENTWISE), "afmoe", ["model.sandwich_norm (false): the class always has norms"]),
+        (gated(SANDWICH, HEADWISE), "afmoe", ["granularity (headwise): the class's gate has one score per channel"]),
+        (SANDWICH, "afmoe", ["position (none): the class always gates"]),
+        (gated(replace(MOE, sandwich_norm=True), ELEMENTWISE), "afmoe", ["num_experts (8)"]),
+        (gated(DENSE, GateConfig("G2")), "qwen3_5_text", ["model.attention.gate.position (G2)"]),
+        (gated(DENSE, replace(ELEMENTWISE, head_shared=True)), "qwen3_5_text", ["model.attention.gate.head_shared (true)"]),
+        (gated(DENSE, replace(ELEMENTWISE, score="parameter")), "qwen3_5_text", ["model.attention.gate.score (parameter)"]),
+        (gated(DENSE, replace(ELEMENTWISE, activation="silu")), "qwen3_5_text", ["model.attention.gate.activation (silu)"]),
+        (gated(DENSE, replace(ELEMENTWISE, combine="add")), "qwen3_5_text", ["model.attention.gate.combine (add)"]),
+        (replace(DENSE, residual_clip=0.5), "qwen3", ["model.residual_clip (0.5)"]),
+        (replace(DENSE, attention=replace(DENSE.attention, qk_norm=False)), "qwen3", ["model.attention.qk_norm (false)"]),
+        (replace(DENSE, attention=replace(DENSE.attention, switch=SwitchConfig("v", 2, 2))), "qwen3", ["switch.projections (v)"]),
+    ],
+)
+def test_a_class_that_cannot_hold_a_model_says_why_and_which_can(model: ModelConfig, target: Target, why: list[str]) -> None:
+    found = reasons(model, target)
+    assert len(found) == len(why) and all(expected in reason for expected, reason in zip(why, found, strict=True))
+    with pytest.raises(ConfigError, match=re.escape(f"--format ({target}) cannot hold this model: {found[0]}")) as caught:
+        select(model, target, installed="5.23.0")
+    assert str(caught.value).endswith(f"; use --format {choose(model)}, which can") and choose(model) != target
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_stock_class_takes_what_it_does_not_compute(variant: str) -> None:
+    """Of the variants, stock classes hold the plain sigmoid gate at G1, the plain softmax router, and sandwich norms of dense models."""
+    model = VARIANTS[variant]
+    gate, attention = model.attention.gate, model.attention
+    plain = (gate.score, gate.activation, gate.combine, gate.head_shared) == ("input", "sigmoid", "multiply", False)
+    known = gate.position == "none" or gate.position == "G1" and plain
+    known &= attention.switch.projections == "none" and not model.residual_clip
+    known &= not model.is_moe or (model.moe.score == "softmax" and not model.moe.bias_update_rate and not model.sandwich_norm)
+    assert (choose(model) != REMOTE) == known
+
+
+def test_what_no_class_holds_needs_remote_code() -> None:
+    model = gated(DENSE, GateConfig("G2"))
+    with pytest.raises(ConfigError, match=r"--format \(stock\): no class .* nearest, .* because of model\.attention\.gate\.position"):
+        select(model, "stock", installed="5.23.0")
+    assert "no class of transformers holds this model" in explain(model, REMOTE)
+
+
+@pytest.mark.parametrize(
+    ("target", "installed"), [("lfm3", "5.16.1"), ("qwen3_next", "5.3.0"), ("afmoe", "4.57.6"), ("qwen3_5_text", "5.0.0")]
+)
+def test_a_class_that_is_newer_than_the_installed_transformers(target: Target, installed: str) -> None:
+    model = next(model for model, of in CASES.values() if of == target)
+    for wanted in ("auto", "stock", target):
+        with pytest.raises(ConfigError, match=rf"needs transformers {TRANSFORMERS[target]} or newer, {installed} is installed; .*{REMOTE}"):
+            select(model, wanted, installed=installed)
+    assert select(model, target, installed=TRANSFORMERS[target]) == select(model, target, installed="10.0.0.dev0") == target
+
+
+# ---- an export that is refused
+
+
+def refused(tmp_path: Path, kind: type[MegagateError], told: str, **options: Any) -> None:
+    """The error, in one line; no file is made or changed."""
+    before = contents(tmp_path)
+    output = options.pop("output", tmp_path / "hf")
+    source = options.pop("source", tmp_path / "run")
+    with pytest.raises(kind, match=told) as caught:
+        export(source, output, **options)
+    assert "\n" not in str(caught.value) and contents(tmp_path) == before
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return save(tmp_path / "run", masters(language_model(MOE)), run_config(MOE))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"format": "gpt2"}, r"--format \(gpt2\) must be one of auto, stock, qwen3, .*remote-code; choose one"),
+        ({"format": "qwen3"}, r"model\.moe\.num_experts \(8\): the class is dense; use --format qwen3_moe, which can"),
+        ({"dtype": "fp8"}, r"--dtype \(fp8\) must be fp32 or bf16"),
+        ({"max_shard_size": "much"}, r"--max-shard-size \(much\) must be a size such as 5GB"),
+        ({"max_shard_size": "-1GB"}, r"--max-shard-size \(-1GB\) must be a size such as 5GB"),
+    ],
+)
+def test_options(tmp_path: Path, run: Path, options: dict[str, str], told: str) -> None:
+    refused(tmp_path, ConfigError, told, **options)
+
+
+def test_places(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    refused(tmp_path, ConfigError, r"OUT \(.*there\) must be a new folder, and it exists", output=tmp_path / "there")
+    refused(tmp_path, ConfigError, r"OUT \(.*dangling\) must be a new folder", output=tmp_path / "dangling")
+    refused(tmp_path, ConfigError, r"there is no folder .*/no to write it in; make it", output=tmp_path / "no" / "hf")
+    inside = store.resolve(run) / "hf"
+    refused(tmp_path, ConfigError, r"must not lie in the checkpoint that is read", output=inside)
+    refused(tmp_path, CheckpointError, r"/nowhere does not exist; name a step-", source=tmp_path / "nowhere")
+
+
+def without_config(run: Path) -> None:
+    state = {"master/w": torch.zeros(2)}
+    pieces = [store.Piece(name, tensor.shape, (0,), tensor) for name, tensor in state.items()]
+    store.write_rank(store.begin(run / "checkpoints", STEP + 1), 0, pieces)
+    store.publish(run / "checkpoints", STEP + 1, world_size=1, metadata={})
+
+
+def other_model(run: Path) -> None:
+    state = masters(language_model(MOE))
+    state["master/more"] = state.pop("master/final_norm.weight")
+    save(run, state, run_config(MOE))
+
+
+def other_shape(run: Path) -> None:
+    save(run, masters(language_model(MOE)), run_config(replace(MOE, vocab_size=999)))
+
+
+def undecided_dtype(run: Path) -> None:
+    save(run, masters(language_model(MOE)), run_config(MOE, dtype="auto"))
+
+
+def flipped_bit(run: Path) -> None:
+    path = next(store.resolve(run).glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+def truncated(run: Path) -> None:
+    path = next(store.resolve(run).glob("*.safetensors"))
+    os.truncate(path, path.stat().st_size - 8)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (without_config, r"step-\d+ holds no config, so no run saved it"),
+        (other_model, r"2 of its tensors are not those .*: master/final_norm\.weight is missing, master/more \[32\] is not in that model"),
+        (other_shape, r"master/embedding\.weight has the shape \[256, 32\], not \[1024, 32\]"),
+        (undecided_dtype, r"the run's precision\.dtype \(auto\) must be fp32 or bf16; give --dtype"),
+        (flipped_bit, r"master/.*: its bytes have the digest .* was recorded when it was saved; the file is damaged, load another step"),
+        (truncated, r"bytes are recorded|are recorded: it was cut"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_checkpoints(tmp_path: Path, run: Path, damage: Callable[[Path], None], told: str) -> None:
+    damage(run)
+    kind = ConfigError if damage is undecided_dtype else CheckpointError
+    refused(tmp_path, kind, told)
+
+
+def test_a_disk_that_fails_half_way_leaves_nothing(tmp_path: Path, run: Path) -> None:
+    """A limit on the size of files takes the disk's part."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = contents(tmp_path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, most))
+        with pytest.raises(RunError, match=r"OUT \(.*hf\), 0\.\d MB, cannot be written \(File too large\); nothing was left there; mend"):
+            export(run, tmp_path / "hf", max_shard_size="60KB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert contents(tmp_path) == before
+
+
+def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    from megagate.checkpoint.hf.export import _require_space
+
+    with pytest.raises(RunError, match=r"OUT \(.*hf\) needs 1,000,000,000,000\.0 MB, and [\d,.]+ MB are free there; nothing was left"):
+        _require_space(tmp_path / "hf", 10**18)
+
+
+def test_what_a_killed_export_left_is_replaced(tmp_path: Path, run: Path) -> None:
+    left = tmp_path / ".hf.megagate-export"
+    left.mkdir()
+    (left / "model-00001-of-00009.safetensors").write_bytes(b"half")
+    done = export(run, tmp_path / "hf")
+    assert not left.exists() and json.loads((done.folder / "config.json").read_text())["model_type"] == "qwen3_moe"
+    assert sorted(done.files) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_forced_formats_are_the_ones_tried() -> None:
+    assert all(reasons(model, target) == [] and choose(model) != target for model, target in FORCED.values())
