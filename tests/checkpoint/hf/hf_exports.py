@@ -54,6 +54,8 @@ CASES: dict[str, tuple[ModelConfig, Target]] = {
 }
 """Models of each stock class, and the class that is chosen."""
 
+GATED_ALL = CASES["mixture, elementwise, all"][0]
+
 FORCED: dict[str, tuple[ModelConfig, Target]] = {
     "mixture": (MOE, "qwen3_next"),
     "dense, no gate": (DENSE, "qwen3_5_text"),

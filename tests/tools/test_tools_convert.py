@@ -1,0 +1,118 @@
+"""The command that converts checkpoints: its words and exit codes, and that `--help` is instant. What it writes: `tests/checkpoint/hf`."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from parity.engines import MOE, TIED_DENSE
+from parity.sharded import random
+
+from megagate.checkpoint import store
+from megagate.config.count import parameter_shapes
+from megagate.config.keys import to_dict
+from megagate.config.model import GateConfig, ModelConfig
+from megagate.config.run import DataConfig, PrecisionConfig, RunConfig, TrainConfig
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+STEP = 7
+
+
+@pytest.fixture
+def main() -> Callable[..., int]:
+    """`main(*arguments)`; argparse's way out counts as an exit code too."""
+    spec = importlib.util.spec_from_file_location("convert_command", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments: object) -> int:
+        try:
+            return module.main([str(argument) for argument in arguments])
+        except SystemExit as leaving:
+            return leaving.code
+
+    return call
+
+
+def checkpoint(run: Path, model: ModelConfig, *, dtype: str = "fp32") -> Path:
+    """A run's folder with one checkpoint of arbitrary weights; norms around 1."""
+    pieces = []
+    for name, shape in parameter_shapes(model).items():
+        values = random(name, *shape)
+        values = values / shape[-1] ** 0.5 if len(shape) > 1 else 1 + 0.3 * values
+        pieces.append(store.Piece(f"master/{name}", shape, (0,) * len(shape), values))
+    store.write_rank(store.begin(run / "checkpoints", STEP), 0, pieces)
+    config = RunConfig(
+        model=model, train=TrainConfig(seq_len=32), data=DataConfig(path="synthetic"), precision=PrecisionConfig(dtype=dtype)
+    )
+    store.publish(run / "checkpoints", STEP, world_size=1, metadata={"config": to_dict(config)})
+    return run
+
+
+def test_to_hf_says_what_it_wrote_for_which_class_and_how_to_load_it(
+    main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run, out = checkpoint(tmp_path / "run", MOE, dtype="bf16"), tmp_path / "hf"
+    assert main("to-hf", run, out) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{run}/checkpoints/step-00000007, step 7 -> {out}: 3 files, ")
+    for words in (
+        "written for the class qwen3_next, which holds the model exactly; transformers 5.5.4 or newer\n",
+        " tensors in bf16\n",
+        "left out: 12 rows that pad the vocabulary to 256\n",
+        "norms are in fp32, since bf16 would round w - 1: model.layers.",
+        "tokenizer: none: data.path synthetic has ids without text\n",
+        "compared bit by bit\n",
+        "logits: largest error ",
+        "greedy continuation with cache: ",
+    ):
+        assert words in said
+    line = said.splitlines()[-1]
+    assert line == f"load it with: AutoModelForCausalLM.from_pretrained('{out}', dtype='auto')"
+    model = AutoModelForCausalLM.from_pretrained(str(out), dtype="auto")
+    assert type(model).__name__ == "Qwen3NextForCausalLM" and model.dtype == torch.bfloat16
+
+
+def test_to_hf_with_code_of_its_own(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = replace(TIED_DENSE, attention=replace(TIED_DENSE.attention, gate=GateConfig("G2")))
+    run = checkpoint(tmp_path / "run", model)
+    assert main("to-hf", run, tmp_path / "hf", "--no-verify", "--keep-padding") == 0
+    said = capsys.readouterr().out
+    assert "written for remote-code, which is loaded with trust_remote_code=True (no class of transformers holds this model; the" in said
+    assert "the vocabulary is padded to 256: a sampler must not choose ids from the padding" in said
+    assert "compared" not in said and "left out" not in said
+    assert said.splitlines()[-1].endswith("dtype='auto', trust_remote_code=True)")
+    assert main("to-hf", run, tmp_path / "stock", "--format", "stock") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("ConfigError: --format (stock): no class") and err.count("\n") == 1
+    assert not (tmp_path / "stock").exists()
+
+
+def test_norms_that_fp32_rounds_are_said_aloud(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = checkpoint(tmp_path / "run", MOE)
+    with store.Checkpoint.open(run) as opened:
+        config = opened.metadata
+        state = {name: opened.read_whole(name) for name in opened.tensors}
+    state["master/final_norm.weight"].fill_(0.1)
+    pieces = [store.Piece(name, tensor.shape, (0,) * tensor.dim(), tensor) for name, tensor in state.items()]
+    store.write_rank(store.begin(run / "checkpoints", STEP), 0, pieces)
+    store.publish(run / "checkpoints", STEP, world_size=1, metadata=config)
+    assert main("to-hf", run, tmp_path / "hf", "--no-verify") == 0
+    said = capsys.readouterr().out
+    assert "NOT EXACT: 1 norms are stored as w - 1, which fp32 rounds, by up to 2.2e-07 of w (model.norm.weight)" in said
+
+
+@pytest.mark.parametrize("command", [["--help"], ["to-hf", "--help"], ["from-hf", "--help"]], ids=" ".join)
+def test_help_is_instant_and_needs_no_torch(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(TOOL), *command], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "CHECKPOINT" in done.stdout or "DIR" in done.stdout or "to-hf" in done.stdout
