@@ -64,7 +64,7 @@ def copy(source: str, output: str) -> Work:
         os.mkdir(output)
         files = sorted(Path(source).iterdir())
         for path in files:
-            _touch(path)
+            touch(path)
         before, begin = _cpu(), time.perf_counter()
         subprocess.run(["cp", "--reflink=never", "--", *map(str, files), output], check=True)
         for path in [*Path(output).iterdir(), Path(output)]:
@@ -79,7 +79,7 @@ def copy(source: str, output: str) -> Work:
     return work
 
 
-def _touch(path: Path) -> None:
+def touch(path: Path) -> None:
     """Bring a file into the file cache, so that copying it does not wait for the disk to read."""
     memory = bytearray(1 << 24)
     with path.open("rb", buffering=0) as file:

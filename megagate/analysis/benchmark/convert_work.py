@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megagate.analysis.benchmark.checkpoint_ranks import touch
 from megagate.analysis.benchmark.interleave import Work
 from megagate.analysis.benchmark.resident import Growth
 from megagate.checkpoint import store
@@ -67,8 +68,8 @@ def to_hf(source: str, output: str, dtype: str, keep: bool = False) -> Work:
     """Exports, and removes it again unless told to keep it."""
 
     def work() -> dict[str, float]:
+        size = _in_cache(store.resolve(Path(source)))
         notes = measured(lambda: export(Path(source), Path(output), dtype=dtype))
-        size = sum(path.stat().st_size for path in store.resolve(Path(source)).iterdir())
         if not keep:
             shutil.rmtree(output)
         return {**notes, "bytes": size}
@@ -81,12 +82,19 @@ def from_hf(source: str, output: str) -> Work:
     from megagate.checkpoint.hf.adopt import adopt  # noqa: PLC0415  exports do without
 
     def work() -> dict[str, float]:
+        size = _in_cache(Path(source))
         notes = measured(lambda: adopt(Path(source), Path(output)))
-        size = sum(path.stat().st_size for path in Path(source).iterdir())
         shutil.rmtree(output)
         return {**notes, "bytes": size}
 
     return work
+
+
+def _in_cache(folder: Path) -> int:
+    """Bring the files of a folder into the file cache, as they are for `cp`; returns their bytes."""
+    for path in folder.iterdir():
+        touch(path)
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def measured(action: Callable[[], object]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from megagate.checkpoint.hf.hf_config import CODE_PATTERN, Use, generation_confi
 from megagate.checkpoint.hf.ops import LeftOut
 from megagate.checkpoint.hf.shards import INDEX_NAME, Planned, by_file, forward, index_file, plan, write_shard
 from megagate.checkpoint.hf.source import Source, require_model, run_of
-from megagate.checkpoint.hf.table import Row, Target, mapping
+from megagate.checkpoint.hf.table import Row, Target, mapping, mapping_flaws, native_shapes
 from megagate.checkpoint.hf.targets import REMOTE, installed_transformers, select
 from megagate.checkpoint.hf.tokenizer_files import TokenizerFiles, tokenizer_files
 from megagate.checkpoint.store import Checkpoint
@@ -107,6 +107,8 @@ def export(
         words = tokenizer_files(tokenizer, config, _run_folder(checkpoint.folder), max_length=length)
         use = Use(length, {"fp32": "float32", "bf16": "bfloat16"}[kind], words.eos_id, words.pad_id, keep_padding)
         rows = mapping(config.model, target, keep_padding=keep_padding)
+        flaws = mapping_flaws(rows, native_shapes(config.model))
+        assert not flaws, f"the mapping to {target} leaves out or repeats what it must name once: {flaws[:3]}"
         order = [region.name for row in rows if row.theirs for region in row.native]
         with Source(checkpoint, [*_inexact(rows), *order]) as reader:
             planned, rounded = _decide(plan(rows, DTYPES[kind]), reader, DTYPES[kind])
