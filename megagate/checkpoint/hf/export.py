@@ -142,9 +142,9 @@ def _run_folder(step: Path) -> Path:
 
 
 def _require_free(output: Path, step: Path) -> None:
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):  # unlike Path's own, takes places that may not be looked into
         raise ConfigError(f"OUT ({output}) must be a new folder, and it exists; choose another, or remove it")
-    if not output.absolute().parent.is_dir():
+    if not os.path.isdir(output.absolute().parent):
         raise ConfigError(f"OUT ({output}): there is no folder {output.absolute().parent} to write it in; make it, or choose another")
     if output.resolve().is_relative_to(step.resolve()):
         raise ConfigError(f"OUT ({output}) must not lie in the checkpoint that is read ({step}); choose a folder outside")

@@ -202,6 +202,8 @@ def test_keys_that_serving_reads() -> None:
     assert {key: plain[key] for key in expected} == expected
     first = hf_config(replace(moe(first_dense_layers=1, renormalize=False), ffn_size=48), "qwen3_moe", Use(64))
     assert first["mlp_only_layers"] == [0] and first["intermediate_size"] == 48 and first["norm_topk_prob"] is False
+    lfm3 = hf_config(CASES["dense, sandwich, headwise"][0], "lfm3", Use(64))
+    assert lfm3["norm_eps"] == lfm3["rms_norm_eps"] == 1e-5 and lfm3["use_sandwich_norm"] and lfm3["use_attention_gate"]
     afmoe = hf_config(CASES["dense, sandwich, elementwise, tied"][0], "afmoe", Use(1 << 21))
     assert afmoe["sliding_window"] >= 1 << 21 and afmoe["layer_types"] == ["sliding_attention"] * 2
 
