@@ -20,12 +20,12 @@ def test_rows_end_with_a_table(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
     sizes = ["--megabytes", 8, "--rounds", 3]
-    result = run("--rows", "to-hf,to-hf-bf16,from-hf", *sizes, "--folder", place, "--json", tmp_path / "record.json")
+    result = run("--rows", "to-hf,from-hf", *sizes, "--folder", place, "--json", tmp_path / "record.json")
     assert result.returncode == 0, result.stderr
     lines = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("| ") and "`" in line]
-    assert [line[0].split("`")[1] for line in lines] == ["to-hf", "to-hf-bf16", "from-hf"]
+    assert [line[0].split("`")[1] for line in lines] == ["to-hf", "from-hf"]
     assert all("GB/s" in line[1] and "GB/s" in line[2] and "[" in line[3] and line[5].strip() == ">= 0.5" for line in lines)
-    assert result.stdout.count("MB of memory of its own at most, for") == 3
+    assert result.stdout.count("MB of memory of its own at most, for") == 2
     held = json.loads((tmp_path / "record.json").read_text())["rows"]
     ours, copied = held["to-hf"]["to_hf"], held["to-hf"]["cp"]
     copies = {note["bytes"] for note in ours["notes"] + copied["notes"]}

@@ -35,6 +35,15 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    """The entries of a safetensors file in their order."""
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    del header["__metadata__"]
+    assert [entry["data_offsets"][0] for entry in header.values()] == [0, *(e["data_offsets"][1] for e in header.values())][:-1]
+    return header
+
+
 def config_of(done: Export) -> dict[str, Any]:
     return json.loads((done.folder / "config.json").read_text())
 
@@ -58,6 +67,7 @@ def test_bf16_is_what_the_forward_pass_used(tmp_path: Path) -> None:
     found = tensors_of(done.folder)
     assert {each for each, tensor in found.items() if tensor.dtype != torch.bfloat16} == {wide}
     assert torch.equal(found[wide], state[name].bfloat16().float() - 1)
+    assert next(iter(header_of(done.folder / "model.safetensors"))) == wide, "larger items first, so that all are aligned"
     used = {each: tensor.bfloat16().float() for each, tensor in state.items()}
     assert torch.equal(found["model.embed_tokens.weight"].float(), used["master/embedding.weight"][:200])
     assert torch.equal(found["model.norm.weight"].float() + 1, used["master/final_norm.weight"])
