@@ -18,7 +18,7 @@ from megagate.checkpoint.folders import ROOT_NAME
 from megagate.checkpoint.hf.hf_config import CODE_PATTERN, Use, generation_config, hf_config
 from megagate.checkpoint.hf.ops import LeftOut
 from megagate.checkpoint.hf.shards import INDEX_NAME, Planned, by_file, forward, index_file, plan, write_shard
-from megagate.checkpoint.hf.source import Source, require_model, run_of
+from megagate.checkpoint.hf.source import FILES, Source, require_model, run_of
 from megagate.checkpoint.hf.table import Row, Target, mapping, mapping_flaws, native_shapes
 from megagate.checkpoint.hf.targets import REMOTE, installed_transformers, select
 from megagate.checkpoint.hf.tokenizer_files import TokenizerFiles, tokenizer_files
@@ -97,7 +97,7 @@ def export(
         DataError: The tokenizer is not there, or damaged.
         RunError: `output` cannot be written, or there is no space.
     """
-    with Checkpoint.open(source, max_open_files=64) as checkpoint:
+    with Checkpoint.open(source, max_open_files=FILES) as checkpoint:
         config = run_of(checkpoint)
         require_model(checkpoint, config.model)
         _require_free(output, checkpoint.folder)

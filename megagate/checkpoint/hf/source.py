@@ -14,6 +14,9 @@ from megagate.config.model import ModelConfig
 from megagate.config.run import RunConfig
 from megagate.errors import CheckpointError, ConfigError
 
+FILES = 256
+"""Files of a checkpoint that a reader holds open: two readers stay below the usual limit of 1,024, and a header is read once."""
+
 
 def run_of(checkpoint: Checkpoint) -> RunConfig:
     """The config of the run that saved a checkpoint.
@@ -66,7 +69,7 @@ class Source:
 
     def __init__(self, checkpoint: Checkpoint, order: Sequence[str]):
         self._checkpoint, self._order = checkpoint, list(dict.fromkeys(order))
-        self._own = Checkpoint.open(checkpoint.folder)  # readers are not shared by threads
+        self._own = Checkpoint.open(checkpoint.folder, max_open_files=FILES)  # readers are not shared by threads
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digests")
         self._digested: dict[str, Future[int]] = {}
         self._sound: set[str] = set()
