@@ -150,6 +150,8 @@ def test_places(tmp_path: Path, run: Path) -> None:
     refused(tmp_path, ConfigError, r"there is no folder .*/no to write it in; make it", output=tmp_path / "no" / "hf")
     inside = store.resolve(run) / "hf"
     refused(tmp_path, ConfigError, r"must not lie in the checkpoint that is read", output=inside)
+    unwritable = Path("/proc/hf")  # by anyone
+    refused(tmp_path, RunError, r"OUT \(/proc/hf\), 0\.\d MB, cannot be written \(.*\); nothing was left there; mend", output=unwritable)
     refused(tmp_path, CheckpointError, r"/nowhere does not exist; name a step-", source=tmp_path / "nowhere")
 
 
