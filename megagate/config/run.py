@@ -12,6 +12,7 @@ ScheduleKind = Literal["cosine", "wsd", "constant"]
 OnNonfinite = Literal["stop", "skip"]
 AttentionSpan = Literal["causal", "document"]
 WandbMode = Literal["disabled", "offline", "online"]
+OnMismatch = Literal["stop", "continue"]
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,16 @@ class CheckpointConfig:
     Args:
         every: Steps between checkpoints; 0 saves only at the end and on a signal.
         keep: Newest checkpoints to keep, besides the best; 0 keeps all.
+        asynchronous: Go on training while a copy of the state in host memory is written, which takes as much host memory as a checkpoint
+            has bytes, over all ranks; false stands still until it is written. What is saved at the end or on a signal takes no copy.
+        on_mismatch: What a resumed run does whose first step is not the one that followed the checkpoint when it was saved: `stop`, or say
+            it and `continue`.
     """
 
     every: int = 1000
     keep: int = 2
+    asynchronous: bool = True
+    on_mismatch: OnMismatch = "stop"
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,13 @@ class TrainLoader:
         """The share of each data set's tokens that no window of an epoch holds: what is left at the ends of its shards."""
         return [1 - member.count * self._seq_len / split.tokens for member, split in zip(self._members, self._blend.members, strict=True)]
 
+    def samples(self, index: int) -> IntArray:
+        """[accumulation, micro_batch_size] the numbers, counted from the run's first, of this rank's samples of step `index`."""
+        return index * self._global_batch_size + self._offsets
+
     def step(self, index: int) -> Batch:
         """The batch of step `index`, counted from 0. Shapes: [accumulation, micro_batch_size, s]."""
-        samples = index * self._global_batch_size + self._offsets  # [a, mbs]
+        samples = self.samples(index)
         tokens = np.empty((samples.size, self._seq_len), dtype=np.int64)
         labels = np.empty_like(tokens)
         owners, own = self._blend.schedule.lookup(samples.reshape(-1))

@@ -158,6 +158,11 @@ class Engine(ABC):
                 for kind, flat in self._state(fragment.flat):
                     yield from self._pieces(f"{kind}/{fragment.name}", fragment, flat)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The first parts of the names of what the optimizer holds for every parameter: `master`, and the moments it has by now."""
+        return ("master", *(MOMENTS[self.config.optim.name] if self.applied_steps else ()))
+
     def load_state(self, checkpoint: Checkpoint, *, applied_steps: int) -> None:
         """Take masters, moments, weights and what else the model keeps from a checkpoint of any layout."""
         self.applied_steps = applied_steps
@@ -205,9 +210,8 @@ class Engine(ABC):
 
     def _state(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(kind, tensor) of what the optimizer keeps for one of its tensors."""
-        yield "master", flat
-        for moment in MOMENTS[self.config.optim.name] if self.applied_steps else ():
-            yield moment, self.optimizer.state[flat][moment]
+        for kind in self.kinds:
+            yield kind, flat if kind == "master" else self.optimizer.state[flat][kind]
 
     def _pieces(self, name: str, fragment: Fragment, flat: Tensor) -> list[Piece]:
         return flat_pieces(name, **self._box(fragment), start=fragment.start, flat=fragment.of(flat))

@@ -193,9 +193,9 @@ class Job:
         if checkpoint is None:
             return Position()
         saver.load(engine, checkpoint)
-        checkpoint.close()  # its files are mapped: pruned later, they would keep their space
         logger.info("resumed from the checkpoint of step %d", checkpoint.step)
         saver.tell_changed_micro_steps(checkpoint)
+        saver.expect(checkpoint)
         return Position(checkpoint.step, _best_so_far(checkpoint.metadata, self.config))
 
     def _sinks(self, step: int) -> list[Sink]:

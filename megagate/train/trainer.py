@@ -13,9 +13,10 @@ from torch import Tensor
 from megagate.config.run import RunConfig
 from megagate.data.loader import TrainLoader, ValidLoader
 from megagate.engine.base import Engine
-from megagate.errors import RunError
+from megagate.errors import MegagateError, RunError
 from megagate.log import logger
 from megagate.train.agree import everywhere
+from megagate.train.certify import Followed
 from megagate.train.folder import RunFolder
 from megagate.train.metrics import Record, Sink, Speed, step_fields
 from megagate.train.progress import Progress
@@ -83,26 +84,42 @@ class Trainer:
         Raises:
             RunError: A loss or norm was not finite and `train.on_nonfinite` is `stop`; the newest checkpoint stands.
         """
-        steps = self.config.train.steps
-        progress = Progress(first=position.step, steps=steps, log_every=self.config.log.every, visible=self.world.rank == 0)
+        progress = Progress(
+            first=position.step, steps=self.config.train.steps, log_every=self.config.log.every, visible=self.world.rank == 0
+        )
         with StopSignal() as stop, ExitStack() as closing:
             closing.callback(progress.close)
             profiler = closing.enter_context(self._profiler(position.step))
-            while position.step < steps:
-                position, record = self._step(position)
-                # After the last step there is nothing left to stop.
-                asked = stop.agreed(self.world, self.device) if position.step < steps else 0
-                if not asked:  # the launcher kills its ranks 30 s after its signal: no time for more than the checkpoint
-                    position, record = self._validate(position, record)
-                # The record first: a run killed between the two resumes from an older checkpoint and drops the record again.
-                everywhere(self.world, lambda record=record: [sink.write(record) for sink in self.sinks])
-                progress.step(record)
-                if asked or self._save_is_due(position):
-                    self._save(position)
-                profiler()
-                if asked:
-                    return position, asked
-        return position, 0
+            try:
+                return self._loop(position, stop=stop, progress=progress, profiler=profiler)
+            except MegagateError:  # all ranks raise it together, and what is being written was sound
+                self._finish_saving()
+                raise
+
+    def _loop(self, position: Position, *, stop: StopSignal, progress: Progress, profiler: Callable[[], None]) -> tuple[Position, int]:
+        steps, asked = self.config.train.steps, 0
+        while position.step < steps and not asked:
+            position, record = self._step(position)
+            # After the last step there is nothing left to stop.
+            asked = stop.agreed(self.world, self.device) if position.step < steps else 0
+            if not asked:  # the launcher kills its ranks 30 s after its signal: no time for more than the checkpoint
+                position, record = self._validate(position, record)
+            record |= self.saver.stall()
+            # The record first: a run killed between the two resumes from an older checkpoint and drops the record again.
+            everywhere(self.world, lambda record=record: [sink.write(record) for sink in self.sinks])
+            progress.step(record)
+            self.saver.poll()
+            if asked or self._save_is_due(position):
+                self._save(position, last=bool(asked) or position.step == steps)
+            profiler()
+        return position, asked
+
+    def _finish_saving(self) -> None:
+        """Before the loop is left by an error, which is told; one of the save is told in passing."""
+        try:
+            self.saver.finish()
+        except MegagateError as error:
+            logger.error("%s: %s", type(error).__name__, error)
 
     def validate(self) -> Record:
         """`val_loss`, the mean loss over all validation targets in nats, and `val_loss/NAME` of each set that has a name. Collective."""
@@ -126,6 +143,9 @@ class Trainer:
         lr = learning_rate(self.config, step)
         result = self.engine.train_step(self._tensor(batch.tokens), self._tensor(batch.labels), lr=lr)
         seconds = time.perf_counter() - began
+        # Before it counts as a step of this run: a resumed run whose first step is another one than it was must not record or save it.
+        samples = self.train.samples(position.step)
+        self.saver.follow(self.engine, Followed(step, lr=lr, result=result, samples=samples, batch=batch))
         if not (result.applied and math.isfinite(result.loss)):
             self._not_finite(step, result.loss, result.grad_norm, applied=result.applied)
         tokens = step * self.config.train.global_batch_size * self.config.train.seq_len
@@ -161,8 +181,9 @@ class Trainer:
         every, last = self.config.checkpoint.every, position.step == self.config.train.steps
         return last or position.is_best or self._due(every, position.step)
 
-    def _save(self, position: Position) -> None:
-        self.saver.save(self.engine, step=position.step, best_val_loss=position.best_val_loss, best=position.is_best)
+    def _save(self, position: Position, *, last: bool) -> None:
+        best = position.is_best
+        self.saver.save(self.engine, step=position.step, best_val_loss=position.best_val_loss, best=best, last=last)
 
     @contextmanager
     def _profiler(self, first: int) -> Iterator[Callable[[], None]]:

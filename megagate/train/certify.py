@@ -1,0 +1,255 @@
+"""The step after a checkpoint, measured for its certificate, or held to it: the part that all ranks do together."""
+
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from megagate.checkpoint import store
+from megagate.checkpoint.certificate import NEXT_STEP_NAME, Circumstances, NextStep, Scope, compare, read_next_step, scope, write_next_step
+from megagate.checkpoint.reshard import read_flat
+from megagate.checkpoint.staging import HostCopy
+from megagate.checkpoint.store import Checkpoint, Piece
+from megagate.config.keys import from_dict
+from megagate.config.run import RunConfig
+from megagate.data.loader import Batch
+from megagate.engine.base import Engine, StepResult
+from megagate.errors import CheckpointError
+from megagate.log import logger
+from megagate.parallel.comm import gather_objects, total
+from megagate.parallel.mesh import Axis, ParallelMesh
+from megagate.train.agree import everywhere, on_first
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements whose change is summed at a time: all the memory, times 20 bytes, that measuring needs."""
+
+Old = Callable[[Piece, int, Tensor], Tensor | None]
+"""(piece as it is now, first element of a chunk, the chunk as it is now) -> the chunk as it was, on the same device; None for zeros.
+
+Shapes: both chunks [elements]."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A step that was just made.
+
+    Args:
+        step: Its number, counted from 1.
+        lr: Its learning rate.
+        result: What the engine returned.
+        samples: [accumulation, micro_batch_size] this rank's samples, counted from the run's first.
+        batch: Their tokens and targets.
+    """
+
+    step: int
+    lr: float
+    result: StepResult
+    samples: np.ndarray
+    batch: Batch
+
+
+class Certifier:
+    """Between a save and the step after it, and between a resume and its first step.
+
+    Args:
+        root: Folder of the run's checkpoints.
+        config: The run.
+        mesh: Its ranks.
+    """
+
+    def __init__(self, root: Path, *, config: RunConfig, mesh: ParallelMesh):
+        self.root, self.config, self.mesh, self.world = root, config, mesh, mesh.world
+        self._saved: tuple[int, HostCopy | None] | None = None  # the newest save, until the step after it is made
+        self._measured: NextStep | None = None  # until the checkpoint before it is published
+        self._expected: tuple[Checkpoint, NextStep] | None = None  # until the first step of a resumed run is made
+
+    def saved(self, step: int, copy: HostCopy | None) -> None:
+        """The state after `step` was saved; `copy` holds it until the next save."""
+        self._saved = step, copy
+
+    def waits_for(self, step: int) -> bool:
+        """Whether `follow` has something to do with `step`."""
+        return self._expected is not None or (self._saved is not None and self._saved[0] == step - 1)
+
+    def follow(self, engine: Engine, followed: Followed) -> None:
+        """Compare the step with what is expected of it, or measure it. Collective.
+
+        Raises:
+            CheckpointError: It is not the one that was recorded, and `checkpoint.on_mismatch` is `stop`.
+        """
+        if self._expected is not None:
+            (checkpoint, recorded), self._expected = self._expected, None
+            with checkpoint:
+                self._hold(engine, followed, checkpoint, recorded)
+            return
+        assert self._saved is not None, "waits_for was asked"
+        (step, copy), self._saved = self._saved, None
+        if copy is not None:
+            self._measured = self._measure(engine, followed, old_on_host(copy))
+            return
+        with everywhere(self.world, lambda: Checkpoint.open(store.step_path(self.root, step))) as checkpoint:
+            self._measured = self._measure(engine, followed, old_on_disk(checkpoint))
+
+    def write(self) -> None:
+        """Put what was measured, if anything, beside the checkpoint before it, which is published. Collective.
+
+        Raises:
+            RunError: No space.
+        """
+        measured, self._measured = self._measured, None
+        if measured is not None:
+            on_first(self.world, lambda: write_next_step(store.step_path(self.root, measured.step - 1), measured))
+
+    def expect(self, checkpoint: Checkpoint) -> None:
+        """Hold the next step to what followed `checkpoint`; see `Saver.expect`. Collective."""
+        found = on_first(self.world, lambda: read_next_step(checkpoint.folder))
+        recorded = gather_objects(found, self.world)[0]
+        if recorded is not None:
+            self._expected = checkpoint, recorded
+            return
+        checkpoint.close()  # its files are mapped: pruned later, they would keep their space
+        logger.info(
+            "NOT CHECKED by doing the next step again: %s has no %s (saved at a signal or as the last of a run, killed before the next "
+            "step, or written by a tool); each piece of it has the digest that was recorded for it",
+            *(checkpoint.folder.name, NEXT_STEP_NAME),
+        )
+
+    def _hold(self, engine: Engine, followed: Followed, checkpoint: Checkpoint, recorded: NextStep) -> None:
+        now = circumstances(self.config, self.mesh, engine.model.embedding.weight.device)
+        what = scope(recorded, now, there=from_dict(checkpoint.metadata["config"]), here=self.config, lr=followed.lr)
+        found = self._measure(engine, followed, None if what.updates else old_on_disk(checkpoint))
+        on_first(self.world, lambda: self._judge(checkpoint.folder, recorded, found, what))
+
+    def _judge(self, folder: Path, recorded: NextStep, found: NextStep, what: Scope) -> None:
+        difference, unchecked = compare(recorded, found, what)
+        for sentence in unchecked:
+            logger.info("step %d: NOT CHECKED against %s of %s: %s", found.step, NEXT_STEP_NAME, folder.name, sentence)
+        if difference is None:
+            return
+        told = f"step {found.step}, done again from {folder}: {difference}"
+        if self.config.checkpoint.on_mismatch == "continue":
+            logger.warning("%s; going on all the same, as checkpoint.on_mismatch is continue", told)
+            return
+        raise CheckpointError(
+            f"{told}; so the state, the data, the code or the machine is not what it was when that was recorded; resume from another step, "
+            "or go on from this one with --checkpoint.on_mismatch continue"
+        )
+
+    def _measure(self, engine: Engine, followed: Followed, old: Old | None) -> NextStep:
+        """What the step did; without `old` its updates are left out."""
+        result = followed.result
+        return NextStep(
+            step=followed.step,
+            tokens=tokens_digest(followed.samples, followed.batch, self.mesh.dp),
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=followed.lr,
+            applied=result.applied,
+            updates=update_norms(engine, old) if old is not None and result.applied else {},
+            circumstances=circumstances(self.config, self.mesh, engine.model.embedding.weight.device),
+        )
+
+
+def circumstances(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Circumstances:
+    """Those of this run; rank 0's device stands for all."""
+    return Circumstances(
+        dp=mesh.dp.size,
+        tp=mesh.tp.size,
+        ep=mesh.ep.size,
+        zero_stage=config.parallel.zero_stage,
+        micro_step_samples=config.micro_batch(mesh.dp.size) * mesh.dp.size,
+        device=device.type,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        dtype=config.precision.dtype,
+        grad_dtype=config.precision.grad_dtype,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _processor() -> str:
+    """The CPU's model, and the instructions that PyTorch uses of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def tokens_digest(samples: np.ndarray, batch: Batch, dp: Axis) -> str:
+    """Digest of a step's samples, whichever rank holds which. Collective over `dp`.
+
+    Args:
+        samples: [accumulation, micro_batch_size] number of each sample of this rank, counted from the run's first.
+        batch: Its tokens and targets.
+        dp: The data-parallel axis.
+    """
+    value = 0
+    for place, number in np.ndenumerate(samples):
+        hasher = blake3(int(number).to_bytes(8, "little"))
+        for array in (batch.tokens, batch.labels):
+            hasher.update(np.ascontiguousarray(array[place], dtype="<i8").tobytes())
+        value += int.from_bytes(hasher.digest(length=8), "little")
+    # In halves, so that no sum over ranks leaves int64.
+    low, high = total(torch.tensor([value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF]), dp).tolist()
+    return f"{(low + (high << 32)) % (1 << 64):016x}"
+
+
+def update_norms(engine: Engine, old: Old) -> dict[str, float]:
+    """How far each tensor of the optimizer's state moved since `old`, each element counted once, in fp64. Collective over the world."""
+    world = engine.mesh.world
+    names = [f"{kind}/{name}" for kind in engine.kinds for name in engine.labels]
+    sums = total(everywhere(world, lambda: _own_squares(engine, old, names)), world).tolist()
+    return {name: math.sqrt(square) for name, square in zip(names, sums, strict=True)}
+
+
+@torch.no_grad()
+def _own_squares(engine: Engine, old: Old, names: list[str]) -> Tensor:
+    """[names] this rank's part of the sums of squares, fp64; where a disk fails, so does this."""
+    place = {name: number for number, name in enumerate(names)}
+    device = engine.model.embedding.weight.device
+    squares = torch.zeros(len(names), dtype=torch.float64, device=device)
+    for piece in engine.state_pieces():
+        if piece.name in place:
+            now = piece.tensor.detach().reshape(-1)
+            for start in range(0, now.numel(), CHUNK_ELEMENTS):
+                chunk = now[start : start + CHUNK_ELEMENTS]
+                before = old(piece, start, chunk)
+                moved = chunk.double() if before is None else chunk.double() - before.double()
+                squares[place[piece.name]] += moved.square().sum()
+    return squares
+
+
+def old_on_host(copy: HostCopy) -> Old:
+    """The state as the copy of a save still holds it."""
+
+    def find(piece: Piece, start: int, like: Tensor) -> Tensor | None:
+        held = copy.find(piece.name, piece.offset)
+        return None if held is None else held.view(-1)[start : start + like.numel()].to(like.device)
+
+    return find
+
+
+def old_on_disk(checkpoint: Checkpoint) -> Old:
+    """The state as a checkpoint of any layout holds it, read chunk by chunk.
+
+    Raises (when called):
+        CheckpointError: A tensor has another shape there.
+    """
+
+    def find(piece: Piece, start: int, like: Tensor) -> Tensor | None:
+        if piece.name not in checkpoint.tensors:
+            return None
+        chunk = torch.empty(like.numel(), dtype=piece.tensor.dtype)
+        where = {"full_shape": piece.full_shape, "shard_offset": piece.offset, "shard_shape": tuple(piece.tensor.shape)}
+        read_flat(checkpoint, piece.name, **where, start=start, flat=chunk)
+        return chunk.to(like.device)
+
+    return find
