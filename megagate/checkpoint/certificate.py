@@ -128,8 +128,8 @@ class Tolerance:
 
 
 EXACT = Tolerance(0.0, 0.0, 0.0, 0.0)
-FP32 = Tolerance(loss=1e-5, grad_norm=1e-5, update_norm=1e-5, update=1e-3)
-BF16 = Tolerance(loss=2e-3, grad_norm=2e-2, update_norm=2e-2, update=2e-1)
+FP32 = Tolerance(loss=1e-5, grad_norm=1e-5, update_norm=1e-5, update=1e-4)
+BF16 = Tolerance(loss=5e-3, grad_norm=5e-2, update_norm=5e-3, update=0.5)
 
 
 def tolerance(a: Circumstances, b: Circumstances) -> Tolerance:

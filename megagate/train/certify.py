@@ -131,6 +131,9 @@ class Certifier:
         for sentence in unchecked:
             logger.info("step %d: NOT CHECKED against %s of %s: %s", found.step, NEXT_STEP_NAME, folder.name, sentence)
         if difference is None:
+            if not what.loss and found.tokens == recorded.tokens:
+                how = "" if recorded.circumstances == found.circumstances else ", to rounding"
+                logger.info("step %d, done again, is the one that followed %s when it was saved%s", found.step, folder.name, how)
             return
         told = f"step {found.step}, done again from {folder}: {difference}"
         if self.config.checkpoint.on_mismatch == "continue":

@@ -90,11 +90,11 @@ class Saver:
             self.finish()
             background = self.config.checkpoint.asynchronous and not last
             metadata = self._metadata(engine, step, best_val_loss)
-            on_first(self.world, lambda: store.begin(self.root, step))
             pieces = chain(engine.state_pieces(), self._random_state())
             if background:
                 everywhere(self.world, lambda: self._copy.take(pieces))
                 pieces = iter(self._copy.pieces)
+            on_first(self.world, lambda: store.begin(self.root, step))
             task = Task(lambda: self._write(step, pieces), background=background)
             still = time.perf_counter() - began - (0.0 if background else task.seconds)
             self._flight = _Flight(step, metadata, best, writing=True, task=task, background=background, stood_still=still)

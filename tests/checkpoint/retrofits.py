@@ -25,7 +25,7 @@ from megagate.errors import CheckpointError, ConfigError
 from megagate.model.lm import LanguageModel
 from megagate.parallel.comm import enter
 from megagate.parallel.mesh import Axis, ParallelMesh
-from megagate.train.saver import Saver
+from megagate.train.saver import RANDOM_STATE, Saver
 
 ALONE = ParallelMesh.single()
 STEPS = 3
@@ -57,7 +57,7 @@ def engine_of(config: RunConfig, backend: NativeBackend = BACKEND) -> ReferenceE
 
 def save(engine: ReferenceEngine, root: Path, step: int) -> Path:
     saver = Saver(root, config=engine.config, mesh=ALONE, order=lambda samples: {"order": "the order", "samples": samples})
-    saver.save(engine, step=step, best_val_loss=1.5)
+    saver.save(engine, step=step, best_val_loss=1.5, last=True)
     return root
 
 
@@ -81,10 +81,10 @@ def loaded(path: Path, backend: NativeBackend = BACKEND) -> ReferenceEngine:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """All logical tensors."""
+    """All logical tensors of model and optimizer."""
     with Checkpoint.open(path) as checkpoint:
         assert checkpoint.verify()
-        return {name: checkpoint.read_whole(name) for name in checkpoint.tensors}
+        return {name: checkpoint.read_whole(name) for name in checkpoint.tensors if name != RANDOM_STATE}
 
 
 def masters(path: Path) -> dict[str, Tensor]:

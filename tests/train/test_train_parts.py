@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import signal
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -33,6 +34,7 @@ from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.spawn import RankContext
 from megagate.train.agree import everywhere, on_first
+from megagate.train.certify import Followed
 from megagate.train.folder import RunFolder
 from megagate.train.job import _best_so_far, _resolved
 from megagate.train.metrics import MetricsFile, Speed
@@ -318,8 +320,8 @@ def test_a_bug_is_no_error_of_the_users() -> None:
         everywhere(Axis("world"), lambda: {}["missing"])
 
 
-def failing_save(context: RankContext, root: str, config: RunConfig, what: str, failing: int) -> tuple[str, list[str]]:
-    """A save of which a part fails in one rank: what each is told, and what is left on the disk."""
+def failing_save(context: RankContext, root: str, config: RunConfig, what: str, failing: int, beside: bool) -> tuple[str, list[str]]:
+    """A save of which a part fails in one rank: what each is told, and what is left on the disk. `beside`: written while steps go on."""
     mesh = ParallelMesh.build(tp=1, ep=1)
     saver = Saver(Path(root), config=config, mesh=mesh, order=lambda samples: {"order": "it", "samples": samples})
     engine = SimpleNamespace(state_pieces=lambda: iter(()), applied_steps=1)
@@ -332,16 +334,23 @@ def failing_save(context: RankContext, root: str, config: RunConfig, what: str, 
 
     with patch.object(store, what, act):
         try:
-            saver.save(engine, step=5, best_val_loss=None)
+            saver.save(engine, step=5, best_val_loss=None, last=not beside)
+            assert beside, "a save that is waited for tells its error at once"
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                saver.poll()
         except RunError as error:
             on_first(mesh.world, lambda: None)  # all are still together
             return str(error), sorted(path.name for path in Path(root).iterdir())
     return "saved", []
 
 
+@pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize(("what", "failing", "left"), [("write_rank", 0, []), ("write_rank", 1, []), ("publish", 0, ["step-00000005.tmp"])])
-def test_a_save_that_fails_in_one_rank_fails_in_all(tmp_path: Path, nano: RunConfig, what: str, failing: int, left: list[str]) -> None:
-    found = ranks.run_ranks(failing_save, 2, str(tmp_path), nano, what, failing)
+def test_a_save_that_fails_in_one_rank_fails_in_all(
+    tmp_path: Path, nano: RunConfig, what: str, failing: int, left: list[str], beside: bool
+) -> None:
+    found = ranks.run_ranks(failing_save, 2, str(tmp_path), nano, what, failing, beside)
     assert found == [(f"no space in rank {failing}", left)] * 2
 
 
@@ -386,7 +395,7 @@ class Steps:
     def __init__(self, *, signal_at: int = 0, val_losses: tuple[float, ...] = ()):
         self.signal_at, self.val_losses = signal_at, list(val_losses)
         self.mesh, self.model = ParallelMesh.single(), SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
-        self.taken, self.saved, self.records = 0, [], []
+        self.taken, self.saved, self.records, self.waited_for = 0, [], [], []
 
     def step(self, index: int) -> SimpleNamespace:
         return SimpleNamespace(tokens=np.array([index]), labels=np.array([index]))
@@ -403,8 +412,23 @@ class Steps:
     def evaluate(self, batches: object) -> float:
         return self.val_losses.pop(0) if self.val_losses else 9.0
 
-    def save(self, engine: object, *, step: int, best_val_loss: float | None, best: bool) -> None:
+    def samples(self, index: int) -> np.ndarray:
+        return np.array([[index]])
+
+    def follow(self, engine: object, followed: Followed) -> None:
+        assert followed.samples == followed.step - 1 == followed.batch.tokens
+
+    def poll(self) -> None:
+        """No save of a stand-in is ever in flight."""
+
+    finish = poll
+
+    def stall(self) -> dict[str, float]:
+        return {}
+
+    def save(self, engine: object, *, step: int, best_val_loss: float | None, best: bool, last: bool) -> None:
         self.saved.append((step, best_val_loss, best))
+        self.waited_for.append(last)
 
     def write(self, record: dict[str, Any]) -> None:
         self.records.append((record["step"], record["loss"], record.get("val_loss")))
@@ -434,6 +458,7 @@ def test_when_the_loop_validates_and_saves(nano: RunConfig) -> None:
     position, asked = stand_in.run(loop(nano, steps=7, checkpoint=3, evaluate=2))
     assert (position.step, position.best_val_loss, asked) == (7, 2.0, 0)
     assert stand_in.saved == [(2, 3.0, True), (3, 3.0, False), (4, 2.0, True), (6, 2.0, False), (7, 2.0, False)]
+    assert stand_in.waited_for == [False] * 4 + [True], "only the last save may not run on beside training"
     losses = {2: 3.0, 4: 2.0, 6: 2.5, 7: 2.2}
     assert stand_in.records == [(step, step - 1.0, losses.get(step)) for step in range(1, 8)]
 
@@ -471,7 +496,7 @@ def test_a_signal_saves_after_the_step_without_its_validation(nano: RunConfig) -
     stand_in = Steps(signal_at=4, val_losses=(3.0, 4.0))
     position, asked = stand_in.run(loop(nano, steps=7, evaluate=2))
     assert (position.step, asked) == (4, signal.SIGTERM)
-    assert stand_in.records[-1] == (4, 3.0, None) and stand_in.saved[-1] == (4, 3.0, False)
+    assert stand_in.records[-1] == (4, 3.0, None) and stand_in.saved[-1] == (4, 3.0, False) and stand_in.waited_for[-1]
 
 
 def test_a_signal_in_the_last_step_changes_nothing(nano: RunConfig) -> None:

@@ -1,0 +1,185 @@
+"""A resume is held to the step that followed: what was damaged after its digest is named by the digest, what before by that step."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from certified import RUN, SAVED, Change, resume, stale, write
+from parity.engines import Layout, Run
+from torch import Tensor
+
+from megagate.checkpoint import store
+from megagate.checkpoint.certificate import NEXT_STEP_NAME, read_next_step
+from megagate.checkpoint.store import Checkpoint
+from megagate.errors import CheckpointError
+from megagate.parallel.spawn import RankContext
+
+WEIGHT = "layers.0.attention.k.weight"
+EXPERTS = ("layers.1.moe.experts.gate_up", "layers.1.moe.experts.down")
+DP2_EP2, TP2_EP4 = Layout(2, ep=2), Layout(4, tp=2, ep=4)
+
+
+def flip_one_bit(tensors: dict[str, Tensor]) -> None:
+    """Of the exponent of a master: its value squared, about."""
+    tensors[f"master/{WEIGHT}"].view(torch.int32).view(-1)[7] ^= 1 << 24
+
+
+def flip_a_low_bit(tensors: dict[str, Tensor]) -> None:
+    """2e-7 of a master's value: what follows from it is rounding, elsewhere as much as here."""
+    tensors[f"master/{WEIGHT}"].view(torch.int32).view(-1)[7] ^= 2
+
+
+def swap_two_experts(tensors: dict[str, Tensor]) -> None:
+    """Masters and moments of experts 1 and 2, as a loader does that numbers them wrongly."""
+    for name, tensor in tensors.items():
+        if name.partition("/")[2] in EXPERTS:
+            tensor[[1, 2]] = tensor[[2, 1]]
+
+
+def swap_moments_of_two_experts(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name.startswith("exp_avg") and name.partition("/")[2] in EXPERTS:
+            tensor[[1, 2]] = tensor[[2, 1]]
+
+
+def keep_a_moment_stale(tensors: dict[str, Tensor]) -> None:
+    name = f"exp_avg_sq/{WEIGHT}"
+    tensors[name].copy_(stale()[name])
+
+
+def name_the_first_moment_of_another(tensors: dict[str, Tensor]) -> None:
+    tensors[f"exp_avg/{WEIGHT}"].copy_(tensors[f"exp_avg/{WEIGHT.replace('0', '1')}"].clone())
+
+
+DAMAGE: dict[Change, str] = {
+    flip_one_bit: WEIGHT,
+    flip_a_low_bit: "",
+    swap_two_experts: "layers.1.moe.experts",
+    swap_moments_of_two_experts: "layers.1.moe.experts",
+    keep_a_moment_stale: f"exp_avg_sq/{WEIGHT}",
+    name_the_first_moment_of_another: f"exp_avg/{WEIGHT}",
+}
+"""What is done to a state, and a part of the name of the tensor that a refusal then tells."""
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one process, certified."""
+    root = tmp_path_factory.mktemp("sound")
+    write(root)
+    return root
+
+
+def test_a_sound_checkpoint_is_resumed_bit_for_bit(sound: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorded = read_next_step(store.step_path(sound, SAVED))
+    assert recorded is not None and recorded.step == SAVED + 1 and recorded.applied
+    with caplog.at_level(logging.INFO, "megagate"):
+        resume(sound)
+    assert f"step {SAVED + 1}, done again, is the one that followed step-0000000{SAVED} when it was saved" in caplog.text
+    assert "to rounding" not in caplog.text and "NOT CHECKED" not in caplog.text
+
+
+def test_written_without_a_copy_the_certificate_has_the_same_bits(sound: Path, tmp_path: Path) -> None:
+    """Measured against the files instead of the copy in host memory."""
+    write(tmp_path, beside=False)
+    folders = [store.step_path(root, SAVED) for root in (sound, tmp_path)]
+    assert read_next_step(folders[0]) == read_next_step(folders[1])
+    resume(tmp_path)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize(("damage", "named"), DAMAGE.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_damage_before_the_digest_is_found_by_the_next_step(tmp_path: Path, damage: Change, named: str, beside: bool) -> None:
+    write(tmp_path, beside=beside, change=damage)
+    with Checkpoint.open(store.step_path(tmp_path, SAVED)) as checkpoint:
+        assert checkpoint.verify(), "its digests are sound"
+    with pytest.raises(CheckpointError, match=rf"step {SAVED + 1}, done again from .*same bits.*on_mismatch continue") as caught:
+        resume(tmp_path)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGE.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_damage_after_the_digest_is_found_by_the_digest(sound: Path, tmp_path: Path, damage: Change, named: str) -> None:
+    folder = store.step_path(tmp_path, SAVED)
+    folder.mkdir()
+    for path in store.step_path(sound, SAVED).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    with Checkpoint.open(folder) as checkpoint:
+        before = {name: checkpoint.read_whole(name) for name in checkpoint.tensors}
+    after = {name: tensor.clone() for name, tensor in before.items()}
+    damage(after)
+    (file,) = folder.glob("*.safetensors")
+    content = file.read_bytes()
+    for name, tensor in after.items():
+        was, now = (one.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for one in (before[name], tensor))
+        if was != now:
+            assert content.count(was) == 1
+            content = content.replace(was, now)
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its bytes have the digest") as caught:
+        resume(tmp_path)
+    assert named in str(caught.value)
+
+
+def test_told_to_go_on_it_goes_on_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, change=flip_one_bit)
+    resume(tmp_path, on_mismatch="continue")
+    assert WEIGHT in caplog.text and "going on all the same, as checkpoint.on_mismatch is continue" in caplog.text
+
+
+def test_other_tokens_are_refused(sound: Path) -> None:
+    with pytest.raises(CheckpointError, match="its tokens have the digest"):
+        resume(sound, moved=1)
+
+
+def test_another_learning_rate_leaves_out_the_updates_aloud(sound: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "megagate"):
+        resume(sound, lr=0.5)
+    assert "NOT CHECKED" in caplog.text and "the updates: the learning rate of step 5 is" in caplog.text
+    write(tmp_path, change=swap_two_experts)
+    with pytest.raises(CheckpointError, match="the loss is"):  # and what can be compared is
+        resume(tmp_path, lr=0.5)
+
+
+def test_without_a_record_it_is_said_aloud(sound: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = store.step_path(tmp_path, SAVED)
+    folder.mkdir()
+    for path in store.step_path(sound, SAVED).iterdir():
+        if path.name != NEXT_STEP_NAME:
+            (folder / path.name).write_bytes(path.read_bytes())
+    with caplog.at_level(logging.INFO, "megagate"):
+        resume(tmp_path)
+    assert f"NOT CHECKED by doing the next step again: {folder.name} has no {NEXT_STEP_NAME}" in caplog.text
+
+
+# ---- in a world of ranks
+
+
+def write_in_ranks(context: RankContext, root: Path, run: Run, layout: Layout) -> None:
+    write(root, layout, run=run)
+
+
+def resume_in_ranks(context: RankContext, root: Path, run: Run, layout: Layout) -> str:
+    try:
+        resume(root, layout, run=run)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("run", [RUN, Run(optimizer="adamw", dtype="bf16")], ids=["fp32", "bf16"])
+def test_under_the_same_and_other_layouts(tmp_path: Path, run: Run) -> None:
+    ranks.run_ranks(write_in_ranks, 2, tmp_path, run, DP2_EP2)
+    recorded = read_next_step(store.step_path(tmp_path, SAVED))
+    assert recorded is not None and (recorded.circumstances.dp, recorded.circumstances.ep) == (2, 2)
+    for layout in (DP2_EP2, TP2_EP4, Layout(2, tp=2, ep=2, zero_stage=3), Layout(1)):
+        assert ranks.run_ranks(resume_in_ranks, layout.world_size, tmp_path, run, layout) == [""] * layout.world_size, str(layout)
+
+
+@pytest.mark.parametrize("damage", [swap_moments_of_two_experts, keep_a_moment_stale])
+def test_another_layout_finds_damage_too(tmp_path: Path, damage: Change) -> None:
+    write(tmp_path, change=damage)
+    found = ranks.run_ranks(resume_in_ranks, 4, tmp_path, RUN, TP2_EP4)
+    assert len(set(found)) == 1 and DAMAGE[damage] in found[0] and "they must agree to 0.0001" in found[0]
