@@ -12,6 +12,7 @@ import pytest
 from train_data import make_data
 from train_jobs import NANO, Jobs, contents, metrics, steps_recorded
 
+from megagate.checkpoint.certificate import NEXT_STEP_NAME
 from megagate.checkpoint.folders import complete_steps
 from megagate.checkpoint.store import Checkpoint
 from megagate.data.shards import ShardWriter
@@ -279,7 +280,7 @@ def test_no_space_for_a_record(jobs: Jobs, small_disk: Path, world: int) -> None
     run = small_disk / "run"
     command = ("--train.output_dir", run, "--checkpoint.every", 20, "--train.steps", 40)
     job = jobs.fork(*command, world=world)
-    job.until(lambda: complete_steps(run / "checkpoints"))
+    job.until((run / "checkpoints" / "step-00000020" / NEXT_STEP_NAME).exists)
     ballast = os.open(small_disk / "ballast", os.O_CREAT | os.O_WRONLY)
     with pytest.raises(OSError, match="No space"):
         while True:
