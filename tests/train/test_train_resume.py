@@ -1,7 +1,9 @@
 """A run that was killed, stopped in between or moved goes on as if nothing had happened."""
 
 import math
+import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,10 @@ DP2_EP2 = ("--parallel.ep", 2)
 TP2_EP2 = ("--parallel.tp", 2, "--parallel.ep", 2, "--train.micro_batch_size", 2)
 
 
-def kill_after(job: Job, run: Path, steps: int) -> None:
-    """Kill a job's ranks with -9 when it has recorded so many steps."""
+def kill_after(job: Job, run: Path, steps: int, *, later: float = 0.0) -> None:
+    """Kill a job's ranks with -9 when it has recorded so many steps, and some seconds later."""
     job.until(lambda: steps_recorded(run) >= steps)
+    time.sleep(later)
     job.send(signal.SIGKILL)
     assert set(job.wait()) == {-signal.SIGKILL}, job.text
 
@@ -52,14 +55,19 @@ def tensors(run: Path) -> dict[str, str]:
     return {name: digest for name, digest in contents(run / "checkpoints").items() if name.endswith(".safetensors")}
 
 
-def test_killed_twice_and_before_the_first_checkpoint(jobs: Jobs, tmp_path: Path) -> None:
+def test_killed_at_random_moments_and_before_the_first_checkpoint(jobs: Jobs, tmp_path: Path) -> None:
+    """A save is nearly always in flight; whatever the kills meet, a complete checkpoint is left, and the last resume is certified."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     jobs.run("--train.output_dir", whole, *LONG)
-    command = ("--train.output_dir", killed, *LONG)
-    kill_after(jobs.fork(*command), killed, 2)
-    kill_after(jobs.fork(*command), killed, 7)
-    kill_after(jobs.fork(*command), killed, 13)
-    jobs.run(*command)
+    command = ("--train.output_dir", killed, *LONG, "--checkpoint.every", 1)
+    kill_after(jobs.fork(*command, "--checkpoint.every", 5), killed, 2)
+    for latest in (12, 22):
+        job, chosen = jobs.fork(*command), random.SystemRandom()
+        kill_after(job, killed, chosen.randint(latest - 9, latest), later=chosen.uniform(0, 0.06))
+        newest = Checkpoint.open(killed)
+        assert newest.verify() and newest.step >= steps_recorded(killed) - 3, job.text
+    job = jobs.run(*command)
+    assert "NOT CHECKED" in job.text or "done again, is the one that followed" in job.text
     assert numbers(metrics(killed)) == numbers(metrics(whole))
 
 
@@ -78,6 +86,18 @@ def test_resumed_in_another_layout_it_stays_on_the_curve(jobs: Jobs, tmp_path: P
     assert [record["step"] for record in metrics(moved)] == list(range(1, 31))
     assert numbers(metrics(moved))[:began] == numbers(metrics(whole))[:began]
     compare(metrics(moved), metrics(whole))
+
+
+def test_ten_steps_here_and_ten_elsewhere_are_twenty(jobs: Jobs, tmp_path: Path) -> None:
+    """(dp2, ep2), then (tp2, ep4) on four ranks, with AdamW, whose moments must move too; the same samples in a micro-step."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    settings = ("--train.steps", 20, "--checkpoint.every", 10, "--checkpoint.keep", 0, "--eval.every", 0)
+    jobs.run("--train.output_dir", whole, *settings, *DP2_EP2, world=2)
+    there = ("--parallel.tp", 2, "--parallel.ep", 4, "--train.resume", whole / "checkpoints" / "step-00000010")
+    job = jobs.run("--train.output_dir", moved, *settings, *there, world=4)
+    assert job.text.count("step 11, done again, is the one that followed step-00000010 when it was saved, to rounding") == 1
+    assert "NOT CHECKED" not in job.text
+    compare(metrics(moved), metrics(whole)[10:])
 
 
 def compare(found: list[Record], expected: list[Record]) -> None:
