@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 from megagate.checkpoint import store
 from megagate.checkpoint.certificate import NEXT_STEP_NAME, read_next_step
 from megagate.checkpoint.store import Checkpoint
+from megagate.data.loader import Batch
 from megagate.errors import CheckpointError
+from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
+from megagate.train.certify import tokens_digest
 
 WEIGHT = "layers.0.attention.k.weight"
 EXPERTS = ("layers.1.moe.experts.gate_up", "layers.1.moe.experts.down")
@@ -132,6 +136,19 @@ def test_told_to_go_on_it_goes_on_aloud(tmp_path: Path, caplog: pytest.LogCaptur
 def test_other_tokens_are_refused(sound: Path) -> None:
     with pytest.raises(CheckpointError, match="its tokens have the digest"):
         resume(sound, moved=1)
+
+
+def test_the_digest_of_tokens_sees_samples_their_numbers_and_targets() -> None:
+    numbers, alone = np.arange(6).reshape(3, 2), ParallelMesh.single().dp
+    tokens = np.random.default_rng(0).integers(0, 500, (3, 2, 16))
+    batch = Batch(tokens, np.roll(tokens, -1, 2))
+    digest = tokens_digest(numbers, batch, alone)
+    back = Batch(batch.tokens[::-1], batch.labels[::-1])
+    assert tokens_digest(numbers[::-1], back, alone) == digest, "whichever order they come in"
+    unmasked = batch.labels.copy()
+    unmasked[1, 1, 3] = -100
+    others = [(numbers, back), (numbers + 1, batch), (numbers, Batch(tokens, unmasked)), (numbers, Batch(tokens + 1, batch.labels))]
+    assert digest not in {tokens_digest(*other, alone) for other in others}
 
 
 def test_another_learning_rate_leaves_out_the_updates_aloud(sound: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
