@@ -92,6 +92,8 @@ class NextStep:
         lr: Its learning rate.
         applied: Whether the parameters were changed; where not, a number that is not finite is null in the file.
         updates: How far each tensor of the state moved, root of the sum of squared differences, fp64, by its name such as `master/NAME`.
+        bits: Of each tensor after the step, the sum of its elements' bits as int32, modulo 2^64, hexadecimal: the same bits or not, and
+            comparable in the same circumstances alone.
         circumstances: Of the run that did it.
     """
 
@@ -102,6 +104,7 @@ class NextStep:
     lr: float
     applied: bool
     updates: Mapping[str, float]
+    bits: Mapping[str, str]
     circumstances: Circumstances
 
     @property
@@ -225,6 +228,10 @@ def _first_difference(recorded: NextStep, found: NextStep, what: Scope) -> str |
             rule = f"they must agree to {limit:g}" if limit else "they must be the same bits, as layout, device and versions are the same"
             most = "" if worst is None or name in quantity else f"; of all updates that of {name} differs most, by {distance:.3g} of it"
             return f"{quantity} is {now!r}, {then!r} was recorded ({rule}){most}"
+    other = [name for name in sorted(recorded.bits) if found.bits.get(name) != recorded.bits[name]]
+    if allowed == EXACT and not what.updates and other:
+        sums = f"their sum is {found.bits.get(other[0])}, {recorded.bits[other[0]]} was recorded"
+        return f"{other[0]} and {len(other) - 1} others end with other bits ({sums}, and layout, device and versions are the same)"
     return None
 
 

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -147,6 +148,7 @@ class Certifier:
     def _measure(self, engine: Engine, followed: Followed, old: Old | None) -> NextStep:
         """What the step did; without `old` its updates are left out."""
         result = followed.result
+        moved = moved_since(engine, old) if old is not None and result.applied else Moved({}, {})
         return NextStep(
             step=followed.step,
             tokens=tokens_digest(followed.samples, followed.batch, self.mesh.dp),
@@ -154,7 +156,8 @@ class Certifier:
             grad_norm=result.grad_norm,
             lr=followed.lr,
             applied=result.applied,
-            updates=update_norms(engine, old) if old is not None and result.applied else {},
+            updates=moved.updates,
+            bits=moved.bits,
             circumstances=circumstances(self.config, self.mesh, engine.model.embedding.weight.device),
         )
 
@@ -205,20 +208,33 @@ def tokens_digest(samples: np.ndarray, batch: Batch, dp: Axis) -> str:
     return f"{(low + (high << 32)) % (1 << 64):016x}"
 
 
-def update_norms(engine: Engine, old: Old) -> dict[str, float]:
-    """How far each tensor of the optimizer's state moved since `old`, each element counted once, in fp64. Collective over the world."""
+class Moved(NamedTuple):
+    """What a step did to the optimizer's state, by tensor, each element counted once.
+
+    Args:
+        updates: Root of the sum of squared changes, fp64.
+        bits: The sum of the new elements' bits as int32, modulo 2^64, hexadecimal.
+    """
+
+    updates: dict[str, float]
+    bits: dict[str, str]
+
+
+def moved_since(engine: Engine, old: Old) -> Moved:
+    """What changed since `old`. Collective over the world."""
     world = engine.mesh.world
     names = [f"{kind}/{name}" for kind in engine.kinds for name in engine.labels]
-    sums = total(everywhere(world, lambda: _own_squares(engine, old, names)), world).tolist()
-    return {name: math.sqrt(square) for name, square in zip(names, sums, strict=True)}
+    squares, bits = everywhere(world, lambda: _own_sums(engine, old, names))
+    updates = {name: math.sqrt(square) for name, square in zip(names, total(squares, world).tolist(), strict=True)}
+    return Moved(updates, {name: f"{value % (1 << 64):016x}" for name, value in zip(names, total(bits, world).tolist(), strict=True)})
 
 
 @torch.no_grad()
-def _own_squares(engine: Engine, old: Old, names: list[str]) -> Tensor:
-    """[names] this rank's part of the sums of squares, fp64; where a disk fails, so does this."""
+def _own_sums(engine: Engine, old: Old, names: list[str]) -> tuple[Tensor, Tensor]:
+    """This rank's part of the sums of squares, [names] fp64, and of bits, [names] int64 that may overflow; raises where a disk fails."""
     place = {name: number for number, name in enumerate(names)}
     device = engine.model.embedding.weight.device
-    squares = torch.zeros(len(names), dtype=torch.float64, device=device)
+    squares, bits = (torch.zeros(len(names), dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
     for piece in engine.state_pieces():
         if piece.name in place:
             now = piece.tensor.detach().reshape(-1)
@@ -227,7 +243,8 @@ def _own_squares(engine: Engine, old: Old, names: list[str]) -> Tensor:
                 before = old(piece, start, chunk)
                 moved = chunk.double() if before is None else chunk.double() - before.double()
                 squares[place[piece.name]] += moved.square().sum()
-    return squares
+                bits[place[piece.name]] += chunk.view(torch.int32).sum()
+    return squares, bits
 
 
 def old_on_host(copy: HostCopy) -> Old:

@@ -43,7 +43,15 @@ HERE = Circumstances(
 )
 MOVED = {"master/a.weight": 3.0, "master/b.weight": 4.0, "exp_avg/a.weight": 0.25}
 STEP = NextStep(
-    step=11, tokens="0123456789abcdef", loss=2.5, grad_norm=1.5, lr=1e-3, applied=True, updates=MOVED, circumstances=HERE
+    step=11,
+    tokens="0123456789abcdef",
+    loss=2.5,
+    grad_norm=1.5,
+    lr=1e-3,
+    applied=True,
+    updates=MOVED,
+    bits=dict.fromkeys(MOVED, "0" * 16),
+    circumstances=HERE,
 )
 ELSEWHERE = replace(HERE, tp=2, dp=1)
 MOE = {"model": {"moe": {"num_experts": 8, "balance_coef": 0.01, "balance_scope": "global_batch"}}}
@@ -62,6 +70,7 @@ def differing(change: dict[str, object], *, there: NextStep = STEP, what: Scope 
         ({"grad_norm": math.nextafter(1.5, 2)}, "the gradient norm is"),
         ({"updates": MOVED | {"exp_avg/a.weight": math.nextafter(0.25, 1)}}, "the update of exp_avg/a.weight is"),
         ({"updates": {"master/a.weight": 3.0, "master/b.weight": 4.0}}, "the update of exp_avg/a.weight is nan"),
+        ({"bits": dict.fromkeys(MOVED, "0" * 16) | {"exp_avg/a.weight": "1"}}, "exp_avg/a.weight and 0 others end with other bits"),
         ({"loss": 9.0, "grad_norm": 9.0, "updates": MOVED | {"master/b.weight": 5.0}}, "the loss is 9.0, 2.5 was recorded"),
     ],
 )
@@ -90,6 +99,7 @@ def test_elsewhere_numbers_agree_to_rounding(key: str, other: object) -> None:
         value = getattr(STEP, name)
         assert compare(there, replace(STEP, **{name: value * (1 + 0.9 * limit)}), Scope())[0] is None
         assert compare(there, replace(STEP, **{name: value * (1 + 1.1 * limit)}), Scope())[0] is not None
+    assert compare(there, replace(STEP, bits=dict.fromkeys(MOVED, "f" * 16)), Scope())[0] is None
     for share, agrees in ((0.9, True), (1.1, False)):  # of the smaller of two masters: the norm of both is not the first to differ
         updates = MOVED | {"exp_avg/a.weight": 0.25 * (1 + share * FP32.update)}
         assert (compare(there, replace(STEP, updates=updates), Scope())[0] is None) == agrees

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from megagate.data.loader import Batch
 from megagate.errors import CheckpointError
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
+from megagate.train import certify
 from megagate.train.certify import tokens_digest
 
 WEIGHT = "layers.0.attention.k.weight"
@@ -33,6 +35,13 @@ def flip_one_bit(tensors: dict[str, Tensor]) -> None:
 def flip_a_low_bit(tensors: dict[str, Tensor]) -> None:
     """2e-7 of a master's value: what follows from it is rounding, elsewhere as much as here."""
     tensors[f"master/{WEIGHT}"].view(torch.int32).view(-1)[7] ^= 2
+
+
+def flip_a_bit_of_next_to_nothing(tensors: dict[str, Tensor]) -> None:
+    """A second moment that is still 0, of a token that was never seen, becomes 3e-45: too little for any sum."""
+    bits = tensors["exp_avg_sq/embedding.weight"].view(torch.int32).view(-1)
+    place = (bits == 0).nonzero()[0]
+    bits[place] = 2
 
 
 def swap_two_experts(tensors: dict[str, Tensor]) -> None:
@@ -60,6 +69,7 @@ def name_the_first_moment_of_another(tensors: dict[str, Tensor]) -> None:
 DAMAGE: dict[Change, str] = {
     flip_one_bit: WEIGHT,
     flip_a_low_bit: "",
+    flip_a_bit_of_next_to_nothing: "exp_avg_sq/embedding.weight",
     swap_two_experts: "layers.1.moe.experts",
     swap_moments_of_two_experts: "layers.1.moe.experts",
     keep_a_moment_stale: f"exp_avg_sq/{WEIGHT}",
@@ -93,13 +103,22 @@ def test_written_without_a_copy_the_certificate_has_the_same_bits(sound: Path, t
     resume(tmp_path)
 
 
+def test_in_several_chunks_too(tmp_path: Path) -> None:
+    with patch.object(certify, "CHUNK_ELEMENTS", 100):
+        write(tmp_path / "a")
+        write(tmp_path / "b", beside=False)
+        resume(tmp_path / "a")
+    found = [read_next_step(store.step_path(tmp_path / name, SAVED)) for name in ("a", "b")]
+    assert found[0] == found[1] is not None
+
+
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize(("damage", "named"), DAMAGE.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_damage_before_the_digest_is_found_by_the_next_step(tmp_path: Path, damage: Change, named: str, beside: bool) -> None:
     write(tmp_path, beside=beside, change=damage)
     with Checkpoint.open(store.step_path(tmp_path, SAVED)) as checkpoint:
         assert checkpoint.verify(), "its digests are sound"
-    with pytest.raises(CheckpointError, match=rf"step {SAVED + 1}, done again from .*same bits.*on_mismatch continue") as caught:
+    with pytest.raises(CheckpointError, match=rf"step {SAVED + 1}, done again from .* bits.*on_mismatch continue") as caught:
         resume(tmp_path)
     assert named in str(caught.value)
 
