@@ -325,6 +325,7 @@ def failing_save(context: RankContext, root: str, config: RunConfig, what: str, 
     mesh = ParallelMesh.build(tp=1, ep=1)
     saver = Saver(Path(root), config=config, mesh=mesh, order=lambda samples: {"order": "it", "samples": samples})
     engine = SimpleNamespace(state_pieces=lambda: iter(()), applied_steps=1)
+    saver.save(engine, step=3, best_val_loss=None, last=True)
     part = getattr(store, what)
 
     def act(*arguments: Any, **settings: Any) -> Any:
@@ -350,8 +351,10 @@ def failing_save(context: RankContext, root: str, config: RunConfig, what: str, 
 def test_a_save_that_fails_in_one_rank_fails_in_all(
     tmp_path: Path, nano: RunConfig, what: str, failing: int, left: list[str], beside: bool
 ) -> None:
-    found = ranks.run_ranks(failing_save, 2, str(tmp_path), nano, what, failing, beside)
-    assert found == [(f"no space in rank {failing}", left)] * 2
+    """And the only complete checkpoint stays, though `checkpoint.keep` is 1."""
+    config = replace(nano, checkpoint=replace(nano.checkpoint, keep=1))
+    found = ranks.run_ranks(failing_save, 2, str(tmp_path), config, what, failing, beside)
+    assert found == [(f"no space in rank {failing}", ["latest", "step-00000003", *left])] * 2
 
 
 def signalled(context: RankContext) -> tuple[int, int]:
