@@ -3,9 +3,12 @@
 import time
 from collections.abc import Callable
 from threading import Thread
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
-class Task:
+class Task(Generic[T]):
     """An action in a thread of its own, or, not in the background, one that is over when the task is made.
 
     It must not use collectives. What it raises is kept for `result`. The thread does not keep a process alive that ends by an error of
@@ -15,8 +18,9 @@ class Task:
         seconds: How long the action took; 0 while it runs.
     """
 
-    def __init__(self, action: Callable[[], object], *, background: bool):
+    def __init__(self, action: Callable[[], T], *, background: bool):
         self.seconds = 0.0
+        self._value: T | None = None
         self._error: Exception | None = None
         self._thread = Thread(target=self._run, args=(action,), name="megagate-checkpoint", daemon=True) if background else None
         if self._thread is not None:
@@ -24,10 +28,10 @@ class Task:
         else:
             self._run(action)
 
-    def _run(self, action: Callable[[], object]) -> None:
+    def _run(self, action: Callable[[], T]) -> None:
         began = time.perf_counter()
         try:
-            action()
+            self._value = action()
         except Exception as error:
             self._error = error
         self.seconds = time.perf_counter() - began
@@ -42,10 +46,15 @@ class Task:
         """Whether it has raised something."""
         return self._error is not None
 
-    def result(self) -> None:
-        """Wait until it is over, and raise what it has raised."""
+    def wait(self) -> None:
+        """Return when it is over."""
         if self._thread is not None:
             self._thread.join()
+
+    def result(self) -> T | None:
+        """Wait until it is over; what the action returned, or raise what it has raised."""
+        self.wait()
         error, self._error = self._error, None  # an error knows its frames, and these this task: no ring is left behind
         if error is not None:
             raise error
+        return self._value

@@ -3,7 +3,8 @@
 import math
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from megagate.checkpoint import store
 from megagate.checkpoint.certificate import NEXT_STEP_NAME, Circumstances, NextStep, Scope, compare, read_next_step, scope, write_next_step
@@ -26,14 +28,19 @@ from megagate.log import logger
 from megagate.parallel.comm import gather_objects, total
 from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.train.agree import everywhere, on_first
+from megagate.train.background import Task
 
-CHUNK_ELEMENTS = 1 << 20
-"""Elements whose change is summed at a time: all the memory, times 20 bytes, that measuring needs."""
+CHUNK_ELEMENTS = 1 << 18
+"""Elements whose change is summed at a time, so that they stay in a core's cache: all the memory, times 8 bytes, that measuring needs."""
 
 Old = Callable[[Piece, int, Tensor], Tensor | None]
 """(piece as it is now, first element of a chunk, the chunk as it is now) -> the chunk as it was, on the same device; None for zeros.
 
 Shapes: both chunks [elements]."""
+
+
+Sums = tuple[Tensor, Tensor]
+"""A rank's part of the sums of squared changes, [tensors] fp64, and of bits, [tensors] int64 that may overflow."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,34 @@ class Followed:
     batch: Batch
 
 
+class Moved(NamedTuple):
+    """What a step did to the optimizer's state, by tensor, each element counted once.
+
+    Args:
+        updates: Root of the sum of squared changes, fp64.
+        bits: The sum of the new elements' bits as int32, modulo 2^64, hexadecimal.
+    """
+
+    updates: dict[str, float]
+    bits: dict[str, str]
+
+
+class _Measuring(NamedTuple):
+    """A step whose updates a thread is summing.
+
+    Args:
+        facts: All but the updates.
+        names: Of the tensors.
+        task: Sums this rank's part of them.
+        hook: Keeps the optimizer from its next step until the task is over.
+    """
+
+    facts: NextStep
+    names: list[str]
+    task: Task[Sums]
+    hook: RemovableHandle
+
+
 class Certifier:
     """Between a save and the step after it, and between a resume and its first step.
 
@@ -67,6 +102,7 @@ class Certifier:
     def __init__(self, root: Path, *, config: RunConfig, mesh: ParallelMesh):
         self.root, self.config, self.mesh, self.world = root, config, mesh, mesh.world
         self._saved: tuple[int, HostCopy | None] | None = None  # the newest save, until the step after it is made
+        self._measuring: _Measuring | None = None  # until the step after that one, or until somebody waits for it
         self._measured: NextStep | None = None  # until the checkpoint before it is published
         self._expected: tuple[Checkpoint, NextStep] | None = None  # until the first step of a resumed run is made
 
@@ -75,27 +111,41 @@ class Certifier:
         self._saved = step, copy
 
     def waits_for(self, step: int) -> bool:
-        """Whether `follow` has something to do with `step`."""
-        return self._expected is not None or (self._saved is not None and self._saved[0] == step - 1)
+        """Whether `follow` has something to do at `step`."""
+        follows = self._saved is not None and self._saved[0] == step - 1
+        return follows or self._expected is not None or self._measuring is not None
 
     def follow(self, engine: Engine, followed: Followed) -> None:
-        """Compare the step with what is expected of it, or measure it. Collective.
+        """Compare the step with what is expected of it, or measure it, beside the next step where there is a copy to measure against.
+
+        Collective.
 
         Raises:
             CheckpointError: It is not the one that was recorded, and `checkpoint.on_mismatch` is `stop`.
         """
+        self.collect()
         if self._expected is not None:
             (checkpoint, recorded), self._expected = self._expected, None
             with checkpoint:
                 self._hold(engine, followed, checkpoint, recorded)
+        elif self._saved is not None:
+            (step, copy), self._saved = self._saved, None
+            if copy is not None:
+                self._begin(engine, followed, copy)
+                return
+            with everywhere(self.world, lambda: Checkpoint.open(store.step_path(self.root, step))) as checkpoint:
+                self._measured = self._facts(engine, followed, self._moved(engine, followed, old_on_disk(checkpoint)))
+
+    def collect(self) -> None:
+        """Wait for what is being measured, if anything. Collective; the copy is needed no more afterwards."""
+        measuring, self._measuring = self._measuring, None
+        if measuring is None:
             return
-        assert self._saved is not None, "waits_for was asked"
-        (step, copy), self._saved = self._saved, None
-        if copy is not None:
-            self._measured = self._measure(engine, followed, old_on_host(copy))
-            return
-        with everywhere(self.world, lambda: Checkpoint.open(store.step_path(self.root, step))) as checkpoint:
-            self._measured = self._measure(engine, followed, old_on_disk(checkpoint))
+        measuring.hook.remove()
+        sums = everywhere(self.world, measuring.task.result)
+        assert sums is not None, "a task that raised nothing has a result"
+        moved = _joined(measuring.names, sums, self.world)
+        self._measured = replace(measuring.facts, updates=moved.updates, bits=moved.bits)
 
     def write(self) -> None:
         """Put what was measured, if anything, beside the checkpoint before it, which is published. Collective.
@@ -124,7 +174,8 @@ class Certifier:
     def _hold(self, engine: Engine, followed: Followed, checkpoint: Checkpoint, recorded: NextStep) -> None:
         now = circumstances(self.config, self.mesh, engine.model.embedding.weight.device)
         what = scope(recorded, now, there=from_dict(checkpoint.metadata["config"]), here=self.config, lr=followed.lr)
-        found = self._measure(engine, followed, None if what.updates else old_on_disk(checkpoint))
+        old = None if what.updates else old_on_disk(checkpoint)
+        found = self._facts(engine, followed, self._moved(engine, followed, old))
         on_first(self.world, lambda: self._judge(checkpoint.folder, recorded, found, what))
 
     def _judge(self, folder: Path, recorded: NextStep, found: NextStep, what: Scope) -> None:
@@ -145,10 +196,29 @@ class Certifier:
             "or go on from this one with --checkpoint.on_mismatch continue"
         )
 
-    def _measure(self, engine: Engine, followed: Followed, old: Old | None) -> NextStep:
-        """What the step did; without `old` its updates are left out."""
+    def _begin(self, engine: Engine, followed: Followed, copy: HostCopy) -> None:
+        """Masters and moments stay as they are until the optimizer's next step, and forward and backward passes need no waiting."""
+        facts = self._facts(engine, followed, Moved({}, {}))
+        if not followed.result.applied:
+            self._measured = facts
+            return
+        names, pieces, old = state_names(engine), list(engine.state_pieces()), old_on_host(copy)
+        stream = _side_stream(engine.model.embedding.weight.device)
+
+        def sums() -> Sums:
+            with stream:
+                return _own_sums(pieces, old, names)
+
+        task = Task(sums, background=True)
+        hook = engine.optimizer.register_step_pre_hook(lambda *_: task.wait())
+        self._measuring = _Measuring(facts, names, task, hook)
+
+    @staticmethod
+    def _moved(engine: Engine, followed: Followed, old: Old | None) -> Moved:
+        return moved_since(engine, old) if old is not None and followed.result.applied else Moved({}, {})
+
+    def _facts(self, engine: Engine, followed: Followed, moved: Moved) -> NextStep:
         result = followed.result
-        moved = moved_since(engine, old) if old is not None and result.applied else Moved({}, {})
         return NextStep(
             step=followed.step,
             tokens=tokens_digest(followed.samples, followed.batch, self.mesh.dp),
@@ -208,43 +278,48 @@ def tokens_digest(samples: np.ndarray, batch: Batch, dp: Axis) -> str:
     return f"{(low + (high << 32)) % (1 << 64):016x}"
 
 
-class Moved(NamedTuple):
-    """What a step did to the optimizer's state, by tensor, each element counted once.
-
-    Args:
-        updates: Root of the sum of squared changes, fp64.
-        bits: The sum of the new elements' bits as int32, modulo 2^64, hexadecimal.
-    """
-
-    updates: dict[str, float]
-    bits: dict[str, str]
+def _side_stream(device: torch.device) -> AbstractContextManager[object]:
+    """For a thread that reads what is there now: on GPUs a stream of its own, so that its copies do not hold up training's kernels."""
+    if device.type != "cuda":
+        return nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
 
 
 def moved_since(engine: Engine, old: Old) -> Moved:
     """What changed since `old`. Collective over the world."""
-    world = engine.mesh.world
-    names = [f"{kind}/{name}" for kind in engine.kinds for name in engine.labels]
-    squares, bits = everywhere(world, lambda: _own_sums(engine, old, names))
-    updates = {name: math.sqrt(square) for name, square in zip(names, total(squares, world).tolist(), strict=True)}
-    return Moved(updates, {name: f"{value % (1 << 64):016x}" for name, value in zip(names, total(bits, world).tolist(), strict=True)})
+    world, names = engine.mesh.world, state_names(engine)
+    return _joined(names, everywhere(world, lambda: _own_sums(list(engine.state_pieces()), old, names)), world)
+
+
+def state_names(engine: Engine) -> list[str]:
+    """The tensors that are measured, such as `exp_avg/NAME`; the same on all ranks."""
+    return [f"{kind}/{name}" for kind in engine.kinds for name in engine.labels]
+
+
+def _joined(names: list[str], sums: Sums, world: Axis) -> Moved:
+    squares, bits = (total(part, world).tolist() for part in sums)
+    updates = {name: math.sqrt(square) for name, square in zip(names, squares, strict=True)}
+    return Moved(updates, {name: f"{value % (1 << 64):016x}" for name, value in zip(names, bits, strict=True)})
 
 
 @torch.no_grad()
-def _own_sums(engine: Engine, old: Old, names: list[str]) -> tuple[Tensor, Tensor]:
-    """This rank's part of the sums of squares, [names] fp64, and of bits, [names] int64 that may overflow; raises where a disk fails."""
+def _own_sums(pieces: list[Piece], old: Old, names: list[str]) -> Sums:
+    """Uses no collective; raises where a disk fails."""
     place = {name: number for number, name in enumerate(names)}
-    device = engine.model.embedding.weight.device
+    pieces = [piece for piece in pieces if piece.name in place]
+    device = pieces[0].tensor.device if pieces else torch.device("cpu")
     squares, bits = (torch.zeros(len(names), dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
-    for piece in engine.state_pieces():
-        if piece.name in place:
-            now = piece.tensor.detach().reshape(-1)
-            for start in range(0, now.numel(), CHUNK_ELEMENTS):
-                chunk = now[start : start + CHUNK_ELEMENTS]
-                before = old(piece, start, chunk)
-                moved = chunk.double() if before is None else chunk.double() - before.double()
-                squares[place[piece.name]] += moved.square().sum()
-                bits[place[piece.name]] += chunk.view(torch.int32).sum()
-    return squares, bits
+    for piece in pieces:
+        now = piece.tensor.detach().reshape(-1)
+        for start in range(0, now.numel(), CHUNK_ELEMENTS):
+            chunk = now[start : start + CHUNK_ELEMENTS]
+            before = old(piece, start, chunk)
+            moved = chunk if before is None else chunk - before
+            squares[place[piece.name]] += torch.linalg.vector_norm(moved, dtype=torch.float64).square()
+            bits[place[piece.name]] += chunk.view(torch.int32).sum()
+    return squares.cpu(), bits.cpu()
 
 
 def old_on_host(copy: HostCopy) -> Old:

@@ -120,6 +120,8 @@ class Saver:
         """
         with self._standing_still():
             self._advance(wait=True)
+            self._certifier.collect()
+            self._certifier.write()
 
     def stall(self) -> dict[str, float]:
         """For a record: the seconds that the loop has stood still for saving since this was last asked; empty where it has not."""

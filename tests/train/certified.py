@@ -59,8 +59,16 @@ def step(engine: Engine, saver: Saver, number: int, *, lr: float = 1.0, moved: i
     saver.poll()
 
 
-def write(root: Path, layout: Layout = Layout(), *, beside: bool = True, change: Change | None = None, run: Run = RUN) -> None:  # noqa: B008
-    """Train to the saved step and one further. `change` damages what is written before its digest is taken, and not what trains on."""
+def write(
+    root: Path,
+    layout: Layout = Layout(),  # noqa: B008
+    *,
+    beside: bool = True,
+    change: Change | None = None,
+    run: Run = RUN,
+    further: int = 1,
+) -> None:
+    """Train to the saved step and on. `change` damages what is written before its digest is taken, and not what trains on."""
     engine = build_engine(run, layout, mesh_of(layout))
     saver = saver_of(engine, root, asynchronous=beside)
     for number in range(1, SAVED + 1):
@@ -71,7 +79,8 @@ def write(root: Path, layout: Layout = Layout(), *, beside: bool = True, change:
         engine.state_pieces = lambda: _damaged(engine, change)
     saver.save(engine, step=SAVED, best_val_loss=None)
     vars(engine).pop("state_pieces", None)
-    step(engine, saver, SAVED + 1)
+    for number in range(SAVED + 1, SAVED + 1 + further):
+        step(engine, saver, number)
     saver.finish()
 
 

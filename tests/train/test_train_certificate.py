@@ -1,7 +1,9 @@
 """A resume is held to the step that followed: what was damaged after its digest is named by the digest, what before by that step."""
 
 import logging
+import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -101,6 +103,18 @@ def test_written_without_a_copy_the_certificate_has_the_same_bits(sound: Path, t
     folders = [store.step_path(root, SAVED) for root in (sound, tmp_path)]
     assert read_next_step(folders[0]) == read_next_step(folders[1])
     resume(tmp_path)
+
+
+def test_the_optimizer_waits_until_the_step_before_is_measured(sound: Path, tmp_path: Path) -> None:
+    own_sums = certify._own_sums
+
+    def late(*arguments: Any) -> certify.Sums:
+        time.sleep(0.3)  # the next forward and backward pass take less
+        return own_sums(*arguments)
+
+    with patch.object(certify, "_own_sums", late):
+        write(tmp_path, further=2)
+    assert read_next_step(store.step_path(tmp_path, SAVED)) == read_next_step(store.step_path(sound, SAVED))
 
 
 def test_in_several_chunks_too(tmp_path: Path) -> None:
