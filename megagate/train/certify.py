@@ -147,6 +147,13 @@ class Certifier:
         moved = _joined(measuring.names, sums, self.world)
         self._measured = replace(measuring.facts, updates=moved.updates, bits=moved.bits)
 
+    def forget(self) -> None:
+        """The checkpoint before the newest step will not be published: nothing is to be certified."""
+        if self._measuring is not None:
+            self._measuring.task.wait()
+            self._measuring.hook.remove()
+        self._saved = self._measuring = self._measured = None
+
     def write(self) -> None:
         """Put what was measured, if anything, beside the checkpoint before it, which is published. Collective.
 
@@ -161,6 +168,11 @@ class Certifier:
         """Hold the next step to what followed `checkpoint`; see `Saver.expect`. Collective."""
         found = on_first(self.world, lambda: read_next_step(checkpoint.folder))
         recorded = gather_objects(found, self.world)[0]
+        if recorded is not None and recorded.step != checkpoint.step + 1:
+            raise CheckpointError(
+                f"{checkpoint.folder / NEXT_STEP_NAME} is of step {recorded.step}, that of step {checkpoint.step + 1} belongs there; "
+                "delete the file, and the resume will say that it could not do the step again"
+            )
         if recorded is not None:
             self._expected = checkpoint, recorded
             return

@@ -211,6 +211,7 @@ class Saver:
                 everywhere(self.world, flight.task.result)
             except MegagateError:
                 self._flight = None
+                self._certifier.forget()
                 if flight.writing and self.world.rank == 0:  # all ranks are here, none writes any more
                     store.discard(self.root, flight.step)
                 raise

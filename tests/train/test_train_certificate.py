@@ -2,6 +2,8 @@
 
 import logging
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +17,7 @@ from parity.engines import Layout, Run
 from torch import Tensor
 
 from megagate.checkpoint import store
-from megagate.checkpoint.certificate import NEXT_STEP_NAME, read_next_step
+from megagate.checkpoint.certificate import NEXT_STEP_NAME, read_next_step, write_next_step
 from megagate.checkpoint.store import Checkpoint
 from megagate.data.loader import Batch
 from megagate.errors import CheckpointError
@@ -26,6 +28,7 @@ from megagate.train.certify import tokens_digest
 
 WEIGHT = "layers.0.attention.k.weight"
 EXPERTS = ("layers.1.moe.experts.gate_up", "layers.1.moe.experts.down")
+OWN_SUMS = certify._own_sums
 DP2_EP2, TP2_EP4 = Layout(2, ep=2), Layout(4, tp=2, ep=4)
 
 
@@ -105,14 +108,14 @@ def test_written_without_a_copy_the_certificate_has_the_same_bits(sound: Path, t
     resume(tmp_path)
 
 
+def late_sums(*arguments: Any) -> certify.Sums:
+    """Begins when the next forward and backward pass are over."""
+    time.sleep(0.3)
+    return OWN_SUMS(*arguments)
+
+
 def test_the_optimizer_waits_until_the_step_before_is_measured(sound: Path, tmp_path: Path) -> None:
-    own_sums = certify._own_sums
-
-    def late(*arguments: Any) -> certify.Sums:
-        time.sleep(0.3)  # the next forward and backward pass take less
-        return own_sums(*arguments)
-
-    with patch.object(certify, "_own_sums", late):
+    with patch.object(certify, "_own_sums", late_sums):
         write(tmp_path, further=2)
     assert read_next_step(store.step_path(tmp_path, SAVED)) == read_next_step(store.step_path(sound, SAVED))
 
@@ -204,11 +207,22 @@ def test_without_a_record_it_is_said_aloud(sound: Path, tmp_path: Path, caplog: 
     assert f"NOT CHECKED by doing the next step again: {folder.name} has no {NEXT_STEP_NAME}" in caplog.text
 
 
+def test_a_record_of_another_step_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    folder = store.step_path(tmp_path, SAVED)
+    recorded = read_next_step(folder)
+    assert recorded is not None
+    write_next_step(folder, replace(recorded, step=SAVED + 2))
+    with pytest.raises(CheckpointError, match=f"is of step {SAVED + 2}, that of step {SAVED + 1} belongs there"):
+        resume(tmp_path)
+
+
 # ---- in a world of ranks
 
 
-def write_in_ranks(context: RankContext, root: Path, run: Run, layout: Layout) -> None:
-    write(root, layout, run=run)
+def write_in_ranks(context: RankContext, root: Path, run: Run, layout: Layout, late: bool = False) -> None:
+    with patch.object(certify, "_own_sums", late_sums) if late else nullcontext():
+        write(root, layout, run=run, further=1 + late)
 
 
 def resume_in_ranks(context: RankContext, root: Path, run: Run, layout: Layout) -> str:
@@ -226,6 +240,13 @@ def test_under_the_same_and_other_layouts(tmp_path: Path, run: Run) -> None:
     assert recorded is not None and (recorded.circumstances.dp, recorded.circumstances.ep) == (2, 2)
     for layout in (DP2_EP2, TP2_EP4, Layout(2, tp=2, ep=2, zero_stage=3), Layout(1)):
         assert ranks.run_ranks(resume_in_ranks, layout.world_size, tmp_path, run, layout) == [""] * layout.world_size, str(layout)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_of_zero_waits_until_the_step_before_is_measured(tmp_path: Path, stage: int) -> None:
+    run, layout = Run(optimizer="adamw", dense=not stage), Layout(2, ep=2 if stage else 1, zero_stage=stage)
+    ranks.run_ranks(write_in_ranks, 2, tmp_path, run, layout, True)
+    assert ranks.run_ranks(resume_in_ranks, 2, tmp_path, run, layout) == [""] * 2
 
 
 @pytest.mark.parametrize("damage", [swap_moments_of_two_experts, keep_a_moment_stale])
