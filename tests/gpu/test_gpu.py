@@ -3,16 +3,25 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from parity.variants import VARIANTS
 
 from megagate.backend.native import NativeBackend
+from megagate.checkpoint import store
+from megagate.checkpoint.certificate import read_next_step
+from megagate.checkpoint.store import Checkpoint
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
+from megagate.config.run import RunConfig, TrainConfig
+from megagate.data.loader import Batch
+from megagate.engine.reference import ReferenceEngine
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import ParallelMesh
 from megagate.plan.activations import Micro, peak
+from megagate.train.certify import Followed
+from megagate.train.saver import Saver
 
 pytestmark = pytest.mark.gpu
 
@@ -107,6 +116,36 @@ def test_initial_weights_are_those_of_the_cpu() -> None:
     cpu, gpu = build("cpu", torch.bfloat16), build("cuda", torch.bfloat16)
     for (name, ours), theirs in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
         assert torch.equal(ours, theirs.cpu()), name
+
+
+def test_a_save_beside_training_holds_the_state_of_its_step(tmp_path: Path) -> None:
+    """Through page-locked buffers, and certified on a stream of its own while the next step runs."""
+    save_beside_training("cuda", tmp_path)
+
+
+def save_beside_training(device: str, root: Path) -> None:
+    config = RunConfig(model=MODEL, train=TrainConfig(seq_len=64, global_batch_size=4, micro_batch_size=4))
+    engine = ReferenceEngine(build(device, torch.bfloat16), config, ParallelMesh.single())
+    saver = Saver(root, config=config, mesh=engine.mesh, order=lambda samples: {"order": "it", "samples": samples})
+    text = torch.randint(0, 500, (5, 1, 4, 65), generator=torch.Generator().manual_seed(7))
+    states = []
+    for number in range(1, 5):
+        tokens, labels = text[number, ..., :-1].contiguous(), text[number, ..., 1:].contiguous()
+        result = engine.train_step(tokens.to(device), labels.to(device), lr=1e-3)
+        samples = torch.arange(4).view(1, 4).numpy() + 4 * number
+        saver.follow(engine, Followed(number, 1e-3, result, samples, Batch(tokens.numpy(), labels.numpy())))
+        states.append({piece.name: piece.tensor.detach().cpu().clone() for piece in engine.state_pieces()})
+        if number == 2:
+            saver.save(engine, step=number, best_val_loss=None)
+    saver.finish()
+    assert engine.masters["embedding.weight"].device.type != "cuda" or saver._copy.pieces[0].tensor.is_pinned()
+    folder = store.step_path(root, 2)
+    with Checkpoint.open(folder) as checkpoint:
+        assert all(torch.equal(checkpoint.read_whole(name), tensor) for name, tensor in states[1].items())
+    recorded = read_next_step(folder)
+    assert recorded is not None and recorded.step == 3
+    for name, norm in recorded.updates.items():
+        assert norm == pytest.approx((states[2][name].double() - states[1][name].double()).norm().item(), rel=1e-6), name
 
 
 @pytest.mark.parametrize("recompute", [False, True])

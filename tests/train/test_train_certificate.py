@@ -129,15 +129,18 @@ def test_in_several_chunks_too(tmp_path: Path) -> None:
     assert found[0] == found[1] is not None
 
 
-@pytest.mark.parametrize("beside", [True, False])
-@pytest.mark.parametrize(("damage", "named"), DAMAGE.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_damage_before_the_digest_is_found_by_the_next_step(tmp_path: Path, damage: Change, named: str, beside: bool) -> None:
+@pytest.mark.parametrize(
+    ("damage", "beside"),
+    [*((damage, True) for damage in DAMAGE), (flip_one_bit, False), (keep_a_moment_stale, False)],
+    ids=lambda value: getattr(value, "__name__", "beside" if value else "without a copy"),
+)
+def test_damage_before_the_digest_is_found_by_the_next_step(tmp_path: Path, damage: Change, beside: bool) -> None:
     write(tmp_path, beside=beside, change=damage)
     with Checkpoint.open(store.step_path(tmp_path, SAVED)) as checkpoint:
         assert checkpoint.verify(), "its digests are sound"
     with pytest.raises(CheckpointError, match=rf"step {SAVED + 1}, done again from .* bits.*on_mismatch continue") as caught:
         resume(tmp_path)
-    assert named in str(caught.value)
+    assert DAMAGE[damage] in str(caught.value)
 
 
 @pytest.mark.parametrize(("damage", "named"), DAMAGE.items(), ids=lambda value: getattr(value, "__name__", ""))
