@@ -4,12 +4,14 @@ import math
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from train_data import make_data
 from train_jobs import Job, Jobs, Record, contents, metrics, numbers, steps_recorded
 
+from megagate.checkpoint.certificate import read_next_step, write_next_step
 from megagate.checkpoint.folders import complete_steps, read_pointer
 from megagate.checkpoint.store import Checkpoint
 
@@ -98,6 +100,25 @@ def test_ten_steps_here_and_ten_elsewhere_are_twenty(jobs: Jobs, tmp_path: Path)
     assert job.text.count("step 11, done again, is the one that followed step-00000010 when it was saved, to rounding") == 1
     assert "NOT CHECKED" not in job.text
     compare(metrics(moved), metrics(whole)[10:])
+
+
+def test_a_step_that_is_another_is_not_recorded(jobs: Jobs, tmp_path: Path) -> None:
+    """Refused by all ranks after the step and before its record, and by the same command again; unless told to go on."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    jobs.run("--train.output_dir", old, *DP2_EP2, world=2)
+    folder = old / "checkpoints" / "step-00000005"
+    recorded = read_next_step(folder)
+    assert recorded is not None
+    write_next_step(folder, replace(recorded, grad_norm=math.nextafter(recorded.grad_norm, 0)))
+    command = ("--train.output_dir", new, *DP2_EP2, "--train.resume", folder)
+    for _ in range(2):
+        job = jobs.run(*command, world=2, expect=2)
+        assert job.text.count("CheckpointError") == job.text.count("step 6, done again from") == 1, job.text
+        assert "the gradient norm is" in job.text and "Traceback" not in job.text
+        assert metrics(new) == [] and complete_steps(new / "checkpoints") == []
+    job = jobs.run(*command, "--checkpoint.on_mismatch", "continue", world=2)
+    assert job.text.count("going on all the same, as checkpoint.on_mismatch is continue") == 1
+    assert numbers(metrics(new)) == numbers(metrics(old))[5:]
 
 
 def compare(found: list[Record], expected: list[Record]) -> None:
