@@ -12,7 +12,7 @@ Pure data and comparison; `train/certify.py` measures.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,9 @@ class NextStep:
         lr: Its learning rate.
         applied: Whether the parameters were changed; where not, a number that is not finite is null in the file.
         updates: How far each tensor of the state moved, root of the sum of squared differences, fp64, by its name such as `master/NAME`.
+        circumstances: Of the run that did it.
         bits: Of each tensor after the step, the sum of its elements' bits as int32, modulo 2^64, hexadecimal: the same bits or not, and
             comparable in the same circumstances alone.
-        circumstances: Of the run that did it.
     """
 
     step: int
@@ -104,8 +104,8 @@ class NextStep:
     lr: float
     applied: bool
     updates: Mapping[str, float]
-    bits: Mapping[str, str]
     circumstances: Circumstances
+    bits: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def update_norm(self) -> float:
@@ -282,7 +282,7 @@ def read_next_step(folder: Path) -> NextStep | None:
         if sound:
             for name in ("loss", "grad_norm"):
                 values[name] = math.nan if values[name] is None else values[name]
-            known = {field.name for field in fields(Circumstances)}
+            known = {known.name for known in fields(Circumstances)}
             values["circumstances"] = Circumstances(**{key: value for key, value in values["circumstances"].items() if key in known})
             return NextStep(**values)
     except (ValueError, TypeError, KeyError, AttributeError):
