@@ -1,6 +1,5 @@
 """Routes that rounding does not flip: how near a tie those of a model are, and routes that are pinned."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from megagate.nn.moe.router import Router
+from megagate.nn.routes import watched_gaps
 from megagate.nn.switch import SwitchHeads
 from megagate.parallel.mesh import ParallelMesh
 
-SMALLEST_GAP = 1e-4
-"""Between the k-th and the next router logit, so that no route hangs on a rounding in fp32."""
 PINS = {"softmax": 8.0, "sigmoid": 3.0}
 """Added to the logits of pinned experts, by what scores are made with: far more than the model's own logits and their rounding in bf16, but
 not so much that a sigmoid is flat there."""
@@ -52,25 +50,10 @@ class _Pinned:
         return pins.view(b, s, *(1,) * (logits.dim() - 3), experts).expand_as(logits)
 
 
-@torch.no_grad()
-def route_gap(chooser: Router | SwitchHeads, *args: Tensor) -> float:
-    """The smallest difference between the k-th and the (k + 1)-th of what a router or switch heads choose by; `args` as for its forward."""
-    ranked = chooser.ranking(*args).double().sort(-1, descending=True).values
-    k = chooser.config.top_k
-    return math.inf if k == ranked.shape[-1] else (ranked[..., k - 1] - ranked[..., k]).min().item()
-
-
 @contextmanager
 def watched_routes(model: nn.Module) -> Iterator[list[float]]:
-    """The gaps of every choice of routers and switch heads of the model inside the context."""
-    gaps: list[float] = []
-
-    def look(chooser: nn.Module, args: tuple[Tensor, ...]) -> None:
-        gaps.append(route_gap(chooser, *(arg.detach() for arg in args)))
-
-    handles = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, (Router, SwitchHeads))]
-    try:
-        yield gaps
-    finally:
-        for handle in handles:
-            handle.remove()
+    """The smallest gap of every choice of routers and switch heads of the model inside the context, there after it."""
+    smallest: list[float] = []
+    with watched_gaps(model) as gaps:
+        yield smallest
+    smallest += [gap.min().item() for gap in gaps]

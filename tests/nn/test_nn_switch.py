@@ -12,9 +12,10 @@ from torch import Tensor
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, SwitchConfig, SwitchProjections
 from megagate.nn.attention import GatedAttention
 from megagate.nn.rope import rope_table, rotate
+from megagate.nn.routes import SMALLEST_GAP
 from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.spawn import RankContext
-from megagate.verify.routes import SMALLEST_GAP, watched_routes
+from megagate.verify.routes import watched_routes
 
 BATCH, SEQUENCE, HIDDEN, HEADS, KV_HEADS, WIDTH = 2, 8, 24, 4, 2, 8
 TIGHT = 5e-6

@@ -32,10 +32,11 @@ from megagate.config.run import (
 from megagate.engine.base import Engine
 from megagate.engine.reference import ReferenceEngine
 from megagate.model.lm import LanguageModel
+from megagate.nn.routes import SMALLEST_GAP
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
 from megagate.verify.compare import Agreement, compare, whole_tensors
-from megagate.verify.routes import SMALLEST_GAP, watched_routes
+from megagate.verify.routes import watched_routes
 from megagate.verify.trial import Outcome, build_model, reference_config, run_trial
 
 TOLERANCE = 1e-6

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from megagate.backend.native import NativeBackend
 from megagate.nn.base import Label, named_labels
+from megagate.nn.routes import SMALLEST_GAP
 from megagate.parallel.comm import gather, total
 from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.shard import Shard
-from megagate.verify.routes import SMALLEST_GAP, watched_routes
+from megagate.verify.routes import watched_routes
 
 CPU = torch.device("cpu")
 BACKEND = NativeBackend(CPU)

@@ -11,9 +11,10 @@ from parity.variants import VARIANTS
 
 from megagate.checkpoint import store
 from megagate.checkpoint.store import Checkpoint
+from megagate.nn.routes import SMALLEST_GAP
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
-from megagate.verify.routes import SMALLEST_GAP, watched_routes
+from megagate.verify.routes import watched_routes
 from megagate.verify.trial import Outcome, run_trial
 
 TOLERANCE = 5e-6
