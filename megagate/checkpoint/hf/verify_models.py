@@ -1,0 +1,287 @@
+"""A folder's model as transformers loads it, and the same tensors in our own model: logits, and a greedy continuation with cache."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megagate.backend.native import NativeBackend
+from megagate.checkpoint.hf.hf_config import CODE_PATTERN, REMOTE_MODEL_TYPE
+from megagate.checkpoint.hf.table import NAMES, Target
+from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt
+from megagate.checkpoint.hf.verify_logits import LENGTH, NEW_TOKENS, PROMPT, SEQUENCES, Agreement, agreement, fixed_tokens
+from megagate.checkpoint.hf.verify_stream import give_buffers, streamed_ours, streamed_theirs
+from megagate.config.model import ModelConfig
+from megagate.model.lm import LanguageModel
+from megagate.nn.routes import watched_gaps
+from megagate.parallel.mesh import ParallelMesh
+
+_PART_TOLERANCE = 1e-4
+"""Of an attention's or feed-forward's output, as a share of its largest number: beyond it the part is named as the first that differs."""
+_OWN = Path(__file__).parent
+"""Where the code lies that exports bring along."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the models did.
+
+    Args:
+        logits: On the fixed tokens; None where no model could be loaded.
+        greedy: Of the logits in a cached continuation.
+        greedy_tokens: How many tokens were continued.
+        flaws: What is wrong.
+    """
+
+    logits: Agreement | None
+    greedy: Agreement | None
+    greedy_tokens: int
+    flaws: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared.
+
+    Args:
+        folder: Of Hugging Face's kind.
+        model: Its model in our words.
+        target: Its class.
+        tensors: Its tensors.
+        weights: What they are in our model.
+    """
+
+    folder: Path
+    model: ModelConfig
+    target: Target
+    tensors: FolderTensors
+    weights: Rebuilt
+
+    @property
+    def remote(self) -> bool:
+        """Whether the class comes along in the folder."""
+        return self.target == "remote-code"
+
+    @property
+    def bytes_whole(self) -> int:
+        """Memory of both models in fp32, and of what their passes need."""
+        return 4 * (2 * self.tensors.elements + 4 * SEQUENCES * LENGTH * self.model.padded_vocab_size)
+
+
+def foreign_code(folder: Path) -> list[str]:
+    """Files of code in the folder that are not, or not as, those that exports bring along; and those that are missing. None is run."""
+    places = ((_OWN, CODE_PATTERN), (folder, "*.py"))
+    ours, theirs = ({path.name: path.read_bytes() for path in sorted(place.glob(pattern))} for place, pattern in places)
+    return sorted({name for name, _ in ours.items() ^ theirs.items()})
+
+
+@torch.no_grad()
+def compare_whole(case: Case) -> Outcome:
+    """Both models in memory."""
+    with _quiet():
+        theirs, flaws = _load(case)
+        if theirs is None:
+            return Outcome(None, None, 0, tuple(flaws))
+        ours = _ours(case.model)
+        ours.load_state_dict(case.weights.under(""), assign=True)
+        flaws += config_flaws(theirs.config, case.model)
+        logits, found = _compare_logits(case, ours, theirs)
+        greedy, count = _compare_greedy(case, ours, theirs)
+    if greedy.flaw and logits.flaw is None:
+        found.append(f"in a greedy continuation with cache {greedy.flaw}")
+    return Outcome(logits, greedy, count, (*flaws, *found))
+
+
+@torch.no_grad()
+def compare_streamed(case: Case) -> Outcome:
+    """One part of one model in memory at a time."""
+    with _quiet():
+        try:
+            theirs = _on_meta(case)
+        except Exception as error:  # noqa: BLE001  whatever transformers raises is the reason
+            return Outcome(None, None, 0, (_cannot_load(case, error),))
+        give_buffers(theirs, theirs.config)
+        flaws = config_flaws(theirs.config, case.model)
+        ours = _ours(case.model)
+        tied = case.model.tie_embeddings
+        with streamed_ours(ours, case.weights), streamed_theirs(theirs, case.target, case.tensors, tied=tied):
+            logits, found = _compare_logits(case, ours, theirs)
+    return Outcome(logits, None, 0, (*flaws, *found))
+
+
+def config_flaws(config: Any, model: ModelConfig) -> list[str]:
+    """Settings of a config, as transformers has read it, that contradict the model: some change too little to show in logits."""
+    attention, moe = model.attention, model.moe
+    expected = {
+        "head_dim": attention.head_dim,
+        "rms_norm_eps": model.norm_eps,
+        "norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
+    if model.is_moe:
+        expected |= {"num_experts": moe.num_experts, "num_experts_per_tok": moe.top_k, "norm_topk_prob": moe.renormalize}
+    flaws = [_contradiction(key, getattr(config, key), value) for key, value in expected.items() if getattr(config, key, value) != value]
+    if getattr(config, "use_sliding_window", None):
+        flaws.append(_contradiction("use_sliding_window", True, False))
+    for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
+        settings = {"rope_theta": attention.rope.base, "partial_rotary_factor": 1.0, "rope_type": "default"}
+        flaws += [_contradiction(key, rope[key], value) for key, value in settings.items() if rope.get(key, value) != value]
+    entry = getattr(config, REMOTE_MODEL_TYPE, None)
+    return flaws if entry is None else [*flaws, *_entry_flaws(entry.get("model", {}), model)]
+
+
+def _entry_flaws(entry: Mapping[str, Any], model: ModelConfig) -> list[str]:
+    ours = dict(_leaves(asdict(model)))
+    theirs = dict(_leaves(entry))
+    return [_contradiction(f"megagate.model.{key}", theirs.get(key), value) for key, value in ours.items() if theirs.get(key) != value]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _ropes(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """One, or one for each kind of layers."""
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return nested or [parameters]
+
+
+def _contradiction(key: str, found: object, expected: object) -> str:
+    return f"config.json, as transformers reads it, has {key} {found}, and the model {expected}"
+
+
+def _ours(model: ModelConfig) -> LanguageModel:
+    """On the meta device."""
+    backend = NativeBackend(torch.device("cpu"))
+    return LanguageModel(model, dtype=torch.float32, backend=backend, mesh=ParallelMesh.single()).eval()
+
+
+def _load(case: Case) -> tuple[Any, list[str]]:
+    """Their model in fp32, and what its loading complained of."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415  heavy
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            case.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=case.remote, output_loading_info=True
+        )
+    except Exception as error:  # noqa: BLE001  whatever transformers raises is the reason
+        return None, [_cannot_load(case, error)]
+    flaws = [f"transformers, loading it, reports {kind}: {sorted(map(str, found))[:3]}" for kind, found in info.items() if found]
+    return model.eval(), flaws
+
+
+def _on_meta(case: Case) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  heavy
+
+    config = AutoConfig.from_pretrained(case.folder, local_files_only=True, trust_remote_code=case.remote)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=case.remote).eval()
+
+
+def _cannot_load(case: Case, error: Exception) -> str:
+    import transformers  # noqa: PLC0415  heavy
+
+    reason = " ".join(str(error).split())[:300]
+    what = f"transformers {transformers.__version__} cannot load it as {case.target}, so that no logits were compared"
+    return f"{what}: {type(error).__name__}: {reason}"
+
+
+def _compare_logits(case: Case, ours: LanguageModel, theirs: nn.Module) -> tuple[Agreement, list[str]]:
+    """On the fixed tokens; where they differ, with the first part that does."""
+    tokens = fixed_tokens(case.model.vocab_size)
+    with watched_gaps(ours) as gaps, _watched(_our_parts(case, ours)) as mine:
+        our_logits = ours.logits(tokens)
+    with _watched(_their_parts(case, theirs)) as other:
+        their_logits = theirs(input_ids=tokens, use_cache=False).logits.float()
+    found = agreement(our_logits, their_logits, gaps)
+    if found.flaw is None:
+        return found, []
+    first = next((name for name in mine if _apart(mine[name], other[name])), None)
+    where = f"the first part whose output differs is {first}" if first else "attention and feed-forwards agree, what follows them does not"
+    return found, [f"{found.flaw}; {where}"]
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> bool:
+    return not (ours - theirs).abs().max() <= _PART_TOLERANCE * ours.abs().max()
+
+
+def _our_parts(case: Case, model: LanguageModel) -> dict[str, nn.Module]:
+    parts: dict[str, nn.Module] = {"embedding": model.embedding}
+    for index, block in enumerate(model.layers):
+        parts |= {f"layers.{index}.attention": block.attention, f"layers.{index}.ffn": block.moe if block.is_moe else block.ffn}
+    return parts
+
+
+def _their_parts(case: Case, model: nn.Module) -> dict[str, nn.Module]:
+    parts: dict[str, nn.Module] = {"embedding": model.get_submodule("model.embed_tokens")}
+    for index, block in enumerate(model.get_submodule("model.layers")):
+        ffn = block.get_submodule(NAMES[case.target].ffn)
+        parts |= {f"layers.{index}.attention": block.self_attn, f"layers.{index}.ffn": ffn}
+    return parts
+
+
+@contextmanager
+def _watched(parts: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of the parts."""
+    outputs: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Any:
+        def keep(_: nn.Module, __: object, output: Any) -> None:
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    handles = [part.register_forward_hook(keeper(name)) for name, part in parts.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare_greedy(case: Case, ours: LanguageModel, theirs: Any) -> tuple[Agreement, int]:
+    """Their greedy continuation with cache, the logits of each step against ours of the whole text without a cache.
+
+    Where the logits agree, so do the tokens, but for ties within the error.
+    """
+    from transformers import GenerationConfig  # noqa: PLC0415  heavy
+
+    prompt = fixed_tokens(case.model.vocab_size)[:, :PROMPT]
+    # No token ends a text here; their own config would stop at the first of them.
+    theirs.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    made = theirs.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True, output_logits=True, return_dict_in_generate=True
+    )
+    steps = torch.stack(made.logits, dim=1).float()  # [b, new, V]
+    with watched_gaps(ours) as gaps:
+        logits = ours.logits(made.sequences[:, :-1])[:, prompt.shape[1] - 1 :]
+    # A route that flips anywhere in the prompt shows at the first step.
+    last = prompt.shape[1] - 1
+    of_steps = [torch.cat([gap[:, : last + 1].amin(1, keepdim=True), gap[:, last + 1 :]], 1) for gap in gaps]
+    return agreement(logits, steps, of_steps), made.sequences[:, prompt.shape[1] :].numel()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers shows no bars and says nothing but errors."""
+    from transformers.utils import logging  # noqa: PLC0415  heavy
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
