@@ -9,9 +9,7 @@ GEMM of q, k and v, whose kernel may then sum in another order. Only weights are
 Nothing is held but one output projection at a time: all else goes from the mapped files of the one checkpoint to those of the other.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -19,17 +17,15 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from megagate.checkpoint.folders import ROOT_NAME, is_step_name
-from megagate.checkpoint.store import Checkpoint, Piece, StoredPiece, begin, publish, write_file, write_rank
-from megagate.config.cli import to_yaml
+from megagate.checkpoint.rewrite import all_or_nothing, require_free, require_outside, require_root, run_around, write_checkpoint
+from megagate.checkpoint.store import Checkpoint, Piece, StoredPiece, write_rank
 from megagate.config.count import parameter_shapes
-from megagate.config.keys import from_dict, to_dict
+from megagate.config.keys import from_dict
 from megagate.config.model import GateConfig, GateGranularity, ModelConfig
 from megagate.config.run import RunConfig
-from megagate.errors import CheckpointError, ConfigError, RunError
+from megagate.errors import CheckpointError, ConfigError
 from megagate.nn.gate import ACTIVATIONS
 
-CONFIG_NAME = "config.yaml"
 _MASTER, _STATE = "master", "state"
 _ROWS = 32
 """Rows of an output projection that are scaled at a time, in fp64."""
@@ -191,50 +187,23 @@ def _projections(model: ModelConfig) -> list[str]:
 def _rewrite(checkpoint: Checkpoint, old: RunConfig, output: Path, *, gate: GateConfig, factors: Factors) -> Retrofit:
     """Check what is left to check, and write."""
     new = replace(old, model=replace(old.model, attention=replace(old.model.attention, gate=gate)))
-    _require_free(output, checkpoint.folder)
+    name = "--output"
+    require_free(output, name=name)
+    require_outside(output, run_around(checkpoint.folder), name=name)
+    require_root(output, name=name)
     checkpoint.verify(names=_taken(checkpoint, old.model))
-    made_here = not output.exists()
-    try:
-        staging = begin(output, checkpoint.step)
+    rounding = 0.0
+
+    def write(staging: Path) -> int:
+        nonlocal rounding
         ranks, rounding = _write(checkpoint, staging, old=old.model, new=new.model, factors=factors)
-        write_file(output / CONFIG_NAME, to_yaml(new).encode())
-        # Without moments there are no steps for Adam's bias correction to count: an engine that loads this begins like a new one.
-        metadata = {**checkpoint.metadata, "config": to_dict(new), "applied_steps": 0}
-        folder = publish(output, checkpoint.step, world_size=ranks, metadata=metadata)
-    except BaseException as error:
-        _clear(output, remove=made_here)
-        if isinstance(error, OSError):
-            raise RunError(
-                f"--output ({output}) cannot be written, or {checkpoint.folder} not be read ({error.strerror}); nothing was left there: "
-                "mend that, or choose another folder"
-            ) from error
-        raise
+        return ranks
+
+    with all_or_nothing(output, name=name, source=checkpoint.folder):
+        folder = write_checkpoint(output, checkpoint.step, write, config=new, metadata=checkpoint.metadata)
     bounds = min(f.min().item() for f in factors.values()), max(f.max().item() for f in factors.values())
     exact = all((f.frexp().mantissa == 0.5).all() for f in factors.values())
     return Retrofit(checkpoint.folder, folder, new, checkpoint.step, bounds, rounding, exact)
-
-
-def _require_free(output: Path, folder: Path) -> None:
-    """Refuse an output that is in use, or that lies in the run whose step `folder` is read."""
-    run = folder.parent.parent if folder.parent.name == ROOT_NAME else folder.parent
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ConfigError(f"--output ({output}) must be a new or an empty folder, and it exists; choose another, or remove it")
-    if output.resolve().is_relative_to(run.resolve()):
-        raise ConfigError(f"--output ({output}) must not lie in the run that is read ({run}); choose a folder outside")
-    if is_step_name(output.name):
-        raise ConfigError(f"--output ({output}) is a folder of checkpoints, and step-* names one of them; choose another name")
-
-
-def _clear(output: Path, *, remove: bool) -> None:
-    """Give up: the folder was empty, so all in it is ours."""
-    for path in output.iterdir() if output.is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    if remove:
-        with suppress(OSError):
-            output.rmdir()
 
 
 def _kind(name: str) -> str:
