@@ -71,7 +71,7 @@ class Weights:
             for tensor in _read_header(directory / file):
                 if tensor.key in held:
                     raise CheckpointError(
-                        f"{directory}: {tensor.key} is in {held[tensor.key].file} and in {file}, and each tensor may be there once; {_AGAIN}"
+                        f"{directory}: {tensor.key} is in {held[tensor.key].file} and in {file}, and each may be there once; {_AGAIN}"
                     )
                 held[tensor.key] = tensor
         if named is not None:
@@ -156,7 +156,7 @@ def _read_header(path: Path) -> Iterator[Held]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if size < LENGTH_BYTES or length > size - LENGTH_BYTES:
-            raise CheckpointError(f"{path}: it is of {size} bytes, and its header alone would take {length}: damaged or truncated; {_AGAIN}")
+            raise CheckpointError(f"{path}: it is of {size} bytes, and its header alone takes {length}: damaged or truncated; {_AGAIN}")
         try:
             header = json.loads(file.read(length))
             items = [(key, _DTYPES.get(item["dtype"]), item) for key, item in header.items() if key != "__metadata__"]
@@ -199,7 +199,7 @@ def _require_index(directory: Path, named: Mapping[str, str], held: Mapping[str,
     flaws = [f"{name} is not in {file}, which {INDEX} names for it" for name, file in named.items() if name not in held]
     flaws += [f"{name} is in {held[name].file}, {INDEX} names {named.get(name)}" for name in held if named.get(name) != held[name].file]
     if flaws:
-        raise CheckpointError(f"{directory}: {len(flaws)} tensors do not lie where its index says: {'; '.join(sorted(flaws)[:3])}; {_AGAIN}")
+        raise CheckpointError(f"{directory}: {len(flaws)} tensors are not where its index says: {'; '.join(sorted(flaws)[:3])}; {_AGAIN}")
 
 
 def _unfused(key: str, tensor: Held) -> Iterator[tuple[str, Held]]:

@@ -86,7 +86,8 @@ class Expert:
         return list(stack.squeeze(0).chunk(self.parts))
 
     def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
-        return [torch.cat(list(theirs)).unsqueeze(0)]
+        rows = theirs[0] if len(theirs) == 1 else torch.cat(list(theirs))  # one matrix is not copied
+        return [rows.unsqueeze(0)]
 
 
 @dataclass(frozen=True)
