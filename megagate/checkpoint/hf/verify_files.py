@@ -1,31 +1,26 @@
-"""The tensors in a folder of Hugging Face's kind, to be verified: what is there by name, read in parts, mapped and not held."""
+"""The tensors in a folder of Hugging Face's kind, to be verified: as they lie there, as our model has them, as their class keeps them."""
 
-import json
 from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagate.checkpoint.box import Shape
+from megagate.checkpoint.hf.adopt_files import Weights
 from megagate.checkpoint.hf.table import Row, native_shapes
-from megagate.checkpoint.index import DTYPE_NAMES
 from megagate.config.model import ModelConfig
-from megagate.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """What classes of mixtures keep as one stack [E, ...] in memory, and the matrices of each expert in the file that it is made of."""
 
 
 class FolderTensors:
-    """The tensors of a folder by name. Read anew from the files, by another reader than any that wrote or adopted them.
+    """The tensors of a folder by name, the experts' one by one; views of its files.
 
     Args:
-        folder: With `model.safetensors`, or the files that `model.safetensors.index.json` names.
+        folder: With safetensors files.
 
     Raises:
         CheckpointError: A file is missing or damaged, or does not hold what the index says.
@@ -33,70 +28,35 @@ class FolderTensors:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        index = folder / INDEX
-        promised = read_json(index)["weight_map"] if index.exists() else None
-        names = sorted(set(promised.values())) if promised is not None else [SINGLE]
-        self._files = {name: _opened(folder / name) for name in names}
-        self._place = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118  it is no dict
-        if promised is not None and promised != self._place:
-            wrong = sorted({key for key, _ in set(promised.items()) ^ set(self._place.items())})
-            raise CheckpointError(f"{index}: {len(wrong)} tensors do not lie where it says, the first {wrong[0]}; write the folder again")
+        self._weights = Weights.open(folder)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
+        return iter(self._weights.held)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._place
+        return name in self._weights.held
 
     def shape(self, name: str) -> Shape:
         """Of a tensor."""
-        return tuple(self._slice(name).get_shape())
+        return self._weights.held[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor."""
-        found = self._slice(name).get_dtype()
-        return next(dtype for dtype, known in DTYPE_NAMES.items() if known == found)
+        return self._weights.held[name].dtype
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Some rows of a tensor."""
-        return self._slice(name)[rows]
+        return self._weights.tensor(name)[rows]
 
     def read_fp32(self, name: str) -> Tensor:
-        """A tensor, floating-point numbers as fp32."""
+        """A tensor, floating-point numbers as fp32; of its own memory."""
         tensor = self.read(name)
-        return tensor.float() if tensor.is_floating_point() else tensor
+        return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
     @property
     def elements(self) -> int:
         """Of all tensors."""
-        return sum(torch.Size(self.shape(name)).numel() for name in self._place)
-
-    def _slice(self, name: str) -> Any:
-        if name not in self._place:
-            raise CheckpointError(f"{self.folder}: {name} is missing; write the folder again")
-        return self._files[self._place[name]].get_slice(name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: There is no such file, or no JSON object in it.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); write the folder again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object; write the folder again")
-    return content
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); write the folder again") from error
+        return sum(prod(held.shape) for held in self._weights.held.values())
 
 
 class Rebuilt:
@@ -134,6 +94,19 @@ def _dtype(name: str) -> torch.dtype:
     return torch.float32 if name.startswith("master/") else torch.int32
 
 
+def without_place(tensors: FolderTensors, names: Iterable[str]) -> list[str]:
+    """Tensors of a folder that a class with a state of these names does not take."""
+    known = set(names)
+    return sorted(name for name in tensors if not known & {name, *_stacks(name)})
+
+
+def _stacks(name: str) -> Iterator[str]:
+    """Under which names a class may keep an expert's matrix in a stack."""
+    stem, _, last = name.rpartition(".experts.")
+    part = last.partition(".")[2].removesuffix(".weight")
+    yield from (f"{stem}.experts.{stack}" for stack, parts in STACKS.items() if stem and part in parts)
+
+
 def as_theirs(tensors: FolderTensors, prefix: str, wanted: Iterable[str]) -> dict[str, Tensor]:
     """The state of one of their modules, fp32, as the class in memory wants it, from the names of the file.
 
@@ -154,16 +127,9 @@ def _value(tensors: FolderTensors, name: str) -> Tensor:
         return tensors.read_fp32(name)
     first = [f"{stem}.0.{part}.weight" for part in STACKS[last]]
     rows, columns = sum(tensors.shape(part)[0] for part in first), tensors.shape(first[0])[1]
-    count = sum(1 for _ in _experts(tensors, stem, STACKS[last][0]))
+    count = sum(1 for name in tensors if name.startswith(f"{stem}.") and name.endswith(f".{STACKS[last][0]}.weight"))
     stack = torch.empty(count, rows, columns)
     for expert in range(count):
         torch.cat([tensors.read_fp32(f"{stem}.{expert}.{part}.weight") for part in STACKS[last]], out=stack[expert])
     return stack
-
-
-def _experts(tensors: FolderTensors, stem: str, part: str) -> Iterator[int]:
-    expert = 0
-    while f"{stem}.{expert}.{part}.weight" in tensors:
-        yield expert
-        expert += 1
 

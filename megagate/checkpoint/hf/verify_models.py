@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from megagate.backend.native import NativeBackend
 from megagate.checkpoint.hf.hf_config import CODE_PATTERN, REMOTE_MODEL_TYPE
 from megagate.checkpoint.hf.table import NAMES, Target
-from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt
+from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt, without_place
 from megagate.checkpoint.hf.verify_logits import LENGTH, NEW_TOKENS, PROMPT, SEQUENCES, Agreement, agreement, fixed_tokens
 from megagate.checkpoint.hf.verify_stream import give_buffers, streamed_ours, streamed_theirs
 from megagate.config.model import ModelConfig
+from megagate.errors import CheckpointError, MegagateError
 from megagate.model.lm import LanguageModel
 from megagate.nn.routes import watched_gaps
 from megagate.parallel.mesh import ParallelMesh
@@ -81,16 +82,22 @@ def foreign_code(folder: Path) -> list[str]:
 
 @torch.no_grad()
 def compare_whole(case: Case) -> Outcome:
-    """Both models in memory."""
+    """Both models in memory.
+
+    Raises:
+        CheckpointError: Transformers cannot load theirs, or run it; or its tensors cannot be ours.
+    """
     with _quiet():
-        theirs, flaws = _load(case)
-        if theirs is None:
-            return Outcome(None, None, 0, tuple(flaws))
+        flaws = config_flaws(_config(case), case.model)
+        with _running_theirs(case, flaws):
+            theirs, said = _load(case)
+        if said:
+            return Outcome(None, None, 0, (*said, *flaws))
         ours = _ours(case.model)
         ours.load_state_dict(case.weights.under(""), assign=True)
-        flaws += config_flaws(theirs.config, case.model)
-        logits, found = _compare_logits(case, ours, theirs)
-        greedy, count = _compare_greedy(case, ours, theirs)
+        with _running_theirs(case, flaws):
+            logits, found = _compare_logits(case, ours, theirs)
+            greedy, count = _compare_greedy(case, ours, theirs)
     if greedy.flaw and logits.flaw is None:
         found.append(f"in a greedy continuation with cache {greedy.flaw}")
     return Outcome(logits, greedy, count, (*flaws, *found))
@@ -98,17 +105,23 @@ def compare_whole(case: Case) -> Outcome:
 
 @torch.no_grad()
 def compare_streamed(case: Case) -> Outcome:
-    """One part of one model in memory at a time."""
+    """One part of one model in memory at a time.
+
+    Raises:
+        CheckpointError: As `compare_whole`.
+    """
     with _quiet():
-        try:
-            theirs = _on_meta(case)
-        except Exception as error:  # noqa: BLE001  whatever transformers raises is the reason
-            return Outcome(None, None, 0, (_cannot_load(case, error),))
-        give_buffers(theirs, theirs.config)
-        flaws = config_flaws(theirs.config, case.model)
+        config = _config(case)
+        flaws = config_flaws(config, case.model)
+        with _running_theirs(case, flaws):
+            theirs = _on_meta(case, config)
+            give_buffers(theirs, theirs.config)
+        if strange := without_place(case.tensors, theirs.state_dict()):
+            flaws.append(f"{type(theirs).__name__} by config.json has no place for {strange[:3]}, so that no logits were compared")
+            return Outcome(None, None, 0, tuple(flaws))
         ours = _ours(case.model)
         tied = case.model.tie_embeddings
-        with streamed_ours(ours, case.weights), streamed_theirs(theirs, case.target, case.tensors, tied=tied):
+        with streamed_ours(ours, case.weights), streamed_theirs(theirs, case.target, case.tensors, tied=tied), _running_theirs(case, flaws):
             logits, found = _compare_logits(case, ours, theirs)
     return Outcome(logits, None, 0, (*flaws, *found))
 
@@ -127,13 +140,22 @@ def config_flaws(config: Any, model: ModelConfig) -> list[str]:
     if model.is_moe:
         expected |= {"num_experts": moe.num_experts, "num_experts_per_tok": moe.top_k, "norm_topk_prob": moe.renormalize}
     flaws = [_contradiction(key, getattr(config, key), value) for key, value in expected.items() if getattr(config, key, value) != value]
-    if getattr(config, "use_sliding_window", None):
-        flaws.append(_contradiction("use_sliding_window", True, False))
+    flaws += _attention_flaws(config)
     for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
         settings = {"rope_theta": attention.rope.base, "partial_rotary_factor": 1.0, "rope_type": "default"}
         flaws += [_contradiction(key, rope[key], value) for key, value in settings.items() if rope.get(key, value) != value]
     entry = getattr(config, REMOTE_MODEL_TYPE, None)
     return flaws if entry is None else [*flaws, *_entry_flaws(entry.get("model", {}), model)]
+
+
+def _attention_flaws(config: Any) -> Iterator[str]:
+    """Layers that are not of full attention over all that the model was trained on."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    for kind in sorted(kinds - {"full_attention", "sliding_attention"}):
+        yield _contradiction("layer_types", kind, "full_attention")
+    window, positions = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", 0)
+    if "sliding_attention" in kinds and window is not None and window < positions:
+        yield _contradiction("sliding_window", window, f"{positions} positions, max_position_embeddings")
 
 
 def _entry_flaws(entry: Mapping[str, Any], model: ModelConfig) -> list[str]:
@@ -166,34 +188,48 @@ def _ours(model: ModelConfig) -> LanguageModel:
     return LanguageModel(model, dtype=torch.float32, backend=backend, mesh=ParallelMesh.single()).eval()
 
 
+def _config(case: Case) -> Any:
+    """As transformers reads it."""
+    from transformers import AutoConfig  # noqa: PLC0415  heavy
+
+    with _running_theirs(case, []):
+        return AutoConfig.from_pretrained(case.folder, local_files_only=True, trust_remote_code=case.remote)
+
+
 def _load(case: Case) -> tuple[Any, list[str]]:
     """Their model in fp32, and what its loading complained of."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415  heavy
 
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            case.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=case.remote, output_loading_info=True
-        )
-    except Exception as error:  # noqa: BLE001  whatever transformers raises is the reason
-        return None, [_cannot_load(case, error)]
-    flaws = [f"transformers, loading it, reports {kind}: {sorted(map(str, found))[:3]}" for kind, found in info.items() if found]
-    return model.eval(), flaws
+    model, info = AutoModelForCausalLM.from_pretrained(
+        case.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=case.remote, output_loading_info=True
+    )
+    said = [f"transformers, loading it, reports {kind}: {sorted(map(str, found))[:3]}" for kind, found in info.items() if found]
+    return model.eval(), said
 
 
-def _on_meta(case: Case) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  heavy
+def _on_meta(case: Case, config: Any) -> Any:
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415  heavy
 
-    config = AutoConfig.from_pretrained(case.folder, local_files_only=True, trust_remote_code=case.remote)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=case.remote).eval()
 
 
-def _cannot_load(case: Case, error: Exception) -> str:
-    import transformers  # noqa: PLC0415  heavy
+@contextmanager
+def _running_theirs(case: Case, flaws: list[str]) -> Iterator[None]:
+    """Whatever transformers raises inside is told as one error, with the flaws of the config that may have led to it."""
+    try:
+        yield
+    except MegagateError:
+        raise
+    except Exception as error:
+        import transformers  # noqa: PLC0415  heavy
 
-    reason = " ".join(str(error).split())[:300]
-    what = f"transformers {transformers.__version__} cannot load it as {case.target}, so that no logits were compared"
-    return f"{what}: {type(error).__name__}: {reason}"
+        reason = " ".join(str(error).split())[:300]
+        found = "".join(f"{flaw}; " for flaw in flaws)
+        raise CheckpointError(
+            f"{found}transformers {transformers.__version__} cannot load and run it as {case.target}, so that no logits were compared: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
 
 
 def _compare_logits(case: Case, ours: LanguageModel, theirs: nn.Module) -> tuple[Agreement, list[str]]:
@@ -226,7 +262,7 @@ def _their_parts(case: Case, model: nn.Module) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {"embedding": model.get_submodule("model.embed_tokens")}
     for index, block in enumerate(model.get_submodule("model.layers")):
         ffn = block.get_submodule(NAMES[case.target].ffn)
-        parts |= {f"layers.{index}.attention": block.self_attn, f"layers.{index}.ffn": ffn}
+        parts |= {f"layers.{index}.attention": block.get_submodule("self_attn"), f"layers.{index}.ffn": ffn}
     return parts
 
 

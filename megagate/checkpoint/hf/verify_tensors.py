@@ -3,7 +3,7 @@
 Streamed: a few rows, or one expert, are in memory at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -146,14 +146,14 @@ def _compare(rows: list[Row], pair: _Pair) -> Compared:
     return Compared(count, tuple(flaws), loadable=True)
 
 
-def _differing(row: Row, pair: _Pair) -> tuple[set[str], int]:
+def _differing(row: Row, pair: _Pair) -> tuple[Iterable[str], int]:
     """The tensors of a row that are not equal, and how many tensors there are."""
-    differing, names = set(), set()
+    differing, names = dict[str, None](), set()
     for part_of_row, part in _parts(row):
         found, expected = pair.found(part_of_row, part), pair.expected(part_of_row, part)
         labels = {name: name if part == slice(None) else _whole_name(name, row) for name in expected}
         names |= set(labels.values())
-        differing |= {labels[name] for name in expected if not _same_bits(found[name], expected[name])}
+        differing |= {labels[name]: None for name in expected if not _same_bits(found[name], expected[name])}
     return differing, len(names)
 
 
@@ -193,7 +193,7 @@ def _explained(wrong: dict[str, Row], pair: _Pair) -> list[str]:
         sentences[name] = _difference(is_, should)
     for name, digest in found.items():
         if digest in expected:
-            sentences[name] = f"it holds what belongs into {expected[digest]}"
+            sentences[name] = f"it holds what belongs in {expected[digest]}"
     rest = [f"and {len(wrong) - _NAMED} tensors more are not what the masters make of them"] if len(wrong) > _NAMED else []
     return [f"{name} is not what it should be: {sentence}" for name, sentence in sentences.items()] + rest
 
@@ -217,7 +217,9 @@ def _hint(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
     off = found - expected
     scale = expected.abs()
     ulp = torch.finfo(dtype).eps * scale if dtype.is_floating_point else torch.zeros_like(scale)
-    if (off.abs() <= ulp).all():
+    if torch.equal(found, expected.bfloat16().double()):
+        return "; they were rounded to bfloat16"
+    if off.count_nonzero() > 1 and (off.abs() <= ulp).all():
         return "; all by no more than a rounding: the numbers are right, and were rounded otherwise"
     if ((off - 1).abs() <= 1e-2).all():
         return "; all are 1 too large: this class multiplies by 1 + w, and w - 1 belongs here"
