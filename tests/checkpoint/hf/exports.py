@@ -28,6 +28,7 @@ class Exported(NamedTuple):
 
 def exported(folder: Path, model: ModelConfig, *, dtype: str = "fp32", **options: Any) -> Exported:
     config: RunConfig = replace(run_config(model, dtype=dtype))
+    folder.mkdir(exist_ok=True)
     run = save(folder / "run", masters(language_model(model)), config)
     export(run, folder / "out", **options)
     return Exported(run, folder / "out")
