@@ -1,12 +1,14 @@
 """Convert checkpoints to Hugging Face's form and back: `python tools/convert_checkpoint.py to-hf --help`, `from-hf --help`."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megagate.checkpoint.hf.adopt import Adopted
     from megagate.checkpoint.hf.export import Export
 
 
@@ -144,8 +146,53 @@ def _verify_export(done: "Export") -> bool:
 def _from_hf(options: argparse.Namespace) -> int:
     from megagate.checkpoint.hf.adopt import adopt
 
-    adopt(options.folder, options.output)
-    return 0
+    done = adopt(options.folder, options.output)
+    _tell_adopted(done)
+    passed = not options.verify or _compare_adopted(done)
+    files = shlex.join(["--config", str(options.output / "config.yaml"), "--train.resume", str(options.output)])
+    print(f"go on with: {files} --train.output_dir NEW" if passed else f"{done.folder} stays as it is, but do not train on it")
+    return 0 if passed else 1
+
+
+def _tell_adopted(done: "Adopted") -> None:
+    from megagate.config.count import count_parameters
+
+    origin = "written by to-hf" if done.exported else "not written by to-hf, so that training settings have their defaults"
+    parameters = count_parameters(done.config.model).total
+    print(f"{done.source} -> {done.folder}")
+    print(f"read as {done.layout}, {origin}")
+    print(f"{done.tensors:,} tensors ({', '.join(done.dtypes)}), {parameters:,} parameters, as fp32 masters")
+    if done.left_out:
+        print(f"left out, since they say nothing more: {', '.join(done.left_out[:3])}{', ...' if len(done.left_out) > 3 else ''}")
+    if done.rounding:
+        print(f"NOT EXACT: norms are stored as w - 1, and w was rounded by up to {done.rounding:.1e} in fp32")
+    if done.below_half:
+        print(f"{done.below_half:,} norm weights are below 1/2, and were rounded by up to {2**-25:.1e} when an fp32 file took them as w - 1")
+    print("the checkpoint has no moments and no place in the data: training begins at step 0 with a new optimizer")
+
+
+def _compare_adopted(done: "Adopted") -> bool:
+    """Print what was compared; returns whether all is equal."""
+    from megagate.checkpoint.hf.adopt import check_adopted
+    from megagate.errors import CheckpointError
+
+    try:
+        count = check_adopted(done)
+    except CheckpointError as error:
+        print(f"NOT VERIFIED: {error}", file=sys.stderr)
+        return False
+    print(f"verified: {count:,} tensors, made again of the checkpoint, are those of {done.source} bit by bit")
+    if done.layout == "gated_attention":
+        print("logits were NOT compared: the code that was released with these models is not run, and transformers has no class for them")
+        return True
+    if not done.plain:
+        print("logits were NOT compared: the files name their tensors otherwise than the class, or hold more")
+        return True
+    from megagate.checkpoint.hf.verify import verify_adopted
+
+    found = verify_adopted(done.source, done.folder)
+    print("\n".join(found.lines()))
+    return found.passed
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ Rows of the mapping stream from the mapped files of the directory to those of th
 never copied; of what does, at most `_COMPUTED_BYTES` are held at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,14 @@ _FILE_BYTES = 1 << 30
 _BLOCK_BYTES = 64 << 20
 """Of fp32, a tensor that only changes its numbers is taken at a time."""
 
+_OTHER_NAMES: Mapping[Source, Mapping[str, str]] = MappingProxyType(
+    {
+        "lfm3": {".self_attn.gate_proj.": ".self_attn.g_proj."},
+        "qwen3_5_text": {"model.language_model.": "model."},
+    }
+)
+"""Parts of names in files that transformers, when it loads a class, takes for others; it saves lfm3 so."""
+
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -44,6 +53,7 @@ class Adopted:
         tensors: Tensors in it.
         dtypes: Their types, sorted.
         left_out: Tensors that were not taken, since others say the same.
+        plain: The directory has each tensor of the class by the mapping's name and no other.
         rounding: The largest rounding of a norm's weight, 1 + w in fp32.
         below_half: Norm weights below 1/2 that were stored as w - 1, and so rounded by up to 2^-25 when that was done.
     """
@@ -56,6 +66,7 @@ class Adopted:
     tensors: int
     dtypes: tuple[str, ...]
     left_out: tuple[str, ...]
+    plain: bool
     rounding: float
     below_half: int
 
@@ -95,6 +106,7 @@ def adopt(source: Path, output: Path) -> Adopted:
         tensors=len(weights.held),
         dtypes=tuple(sorted({str(held.dtype).removeprefix("torch.") for held in weights.held.values()})),
         left_out=opened.left_out,
+        plain=not opened.left_out and all(name == held.key for name, held in weights.held.items()),
         rounding=writer.rounding,
         below_half=writer.below_half,
     )
@@ -159,7 +171,7 @@ def _open(source: Path) -> _Opened:
         state = "is a file" if source.exists() else "does not exist"
         raise CheckpointError(f"{source} {state}; give the directory of a Hugging Face model, with config.json and .safetensors files")
     described = describe(source)
-    weights = Weights.open(source)
+    weights = Weights.open(source).renamed(_OTHER_NAMES.get(described.source, {}))
     rows = mapping(described.model, described.source, keep_padding=described.keep_padding)
     if described.empty_shared_expert:
         rows = [row for row in rows if row.native or not row.theirs]

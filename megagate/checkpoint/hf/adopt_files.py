@@ -78,6 +78,16 @@ class Weights:
             _require_index(directory, named, held)
         return cls(directory, {name: part for key, tensor in held.items() for name, part in _unfused(key, tensor)})
 
+    def renamed(self, other_names: Mapping[str, str]) -> "Weights":
+        """The same with parts of names replaced, where no tensor has the new name already."""
+        held = {}
+        for name, tensor in self.held.items():
+            new = name
+            for part, ours in other_names.items():
+                new = new.replace(part, ours)
+            held[name if new in self.held else new] = tensor
+        return Weights(self.directory, held)
+
     def tensor(self, name: str) -> Tensor:
         """One tensor as a view of its file, to read; it takes no memory of the process's own."""
         held = self.held[name]

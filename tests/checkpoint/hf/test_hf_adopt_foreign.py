@@ -215,6 +215,7 @@ def changed(folder: Path, **settings: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
+BOTH_GATES = {"headwise_attn_output_gate": True, "elementwise_attn_output_gate": True}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sliding window": ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "layer_types is sliding_attention"),
@@ -227,7 +228,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "their bias": ("qwen3", {"qkv_bias": True}, "qkv_bias is True"),
     "activation": ("qwen3", {"hidden_act": "gelu"}, "hidden_act is gelu"),
     "quantised": ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config is present"),
-    "both gates": ("qwen3", {**dict.fromkeys(["headwise_attn_output_gate", "elementwise_attn_output_gate"], True)}, "so is elementwise_attn_output_gate"),
+    "both gates": ("qwen3", BOTH_GATES, "so is elementwise_attn_output_gate"),
     "gate switched off": ("qwen3_next", {"attn_output_gate": False}, "attn_output_gate is False"),
     "dense in the middle": ("qwen3_moe", {"mlp_only_layers": [1]}, "make layers 1 dense"),
     "convolutions": ("lfm3", {"layer_types": None}, "layer_types is conv"),
