@@ -167,7 +167,7 @@ def _tell_adopted(done: "Adopted") -> None:
     if done.rounding:
         print(f"NOT EXACT: norms are stored as w - 1, and w was rounded by up to {done.rounding:.1e} in fp32")
     if done.below_half:
-        print(f"{done.below_half:,} norm weights are below 1/2, and were rounded by up to {2**-25:.1e} when an fp32 file took them as w - 1")
+        print(f"{done.below_half:,} norm weights are below 1/2: rounded by up to {2**-25:.1e} when an fp32 file took them as w - 1")
     print("the checkpoint has no moments and no place in the data: training begins at step 0 with a new optimizer")
 
 
