@@ -174,23 +174,25 @@ def _tell_adopted(done: "Adopted") -> None:
 def _compare_adopted(done: "Adopted") -> bool:
     """Print what was compared; returns whether all is equal."""
     from megagate.checkpoint.hf.adopt import check_adopted
-    from megagate.errors import CheckpointError
+    from megagate.checkpoint.hf.verify import verify_adopted
+    from megagate.errors import MegagateError
 
     try:
         count = check_adopted(done)
-    except CheckpointError as error:
+        print(f"verified: {count:,} tensors, made again of the checkpoint, are those of {done.source} bit by bit")
+        if done.layout == "gated_attention":
+            print("logits were NOT compared: the code that was released with these models is not run, and no class of transformers is theirs")
+            return True
+        if not done.plain:
+            print("logits were NOT compared: the files name their tensors otherwise than the class, or hold more")
+            return True
+        found = verify_adopted(done.source, done.folder)
+    except MegagateError as error:
         print(f"NOT VERIFIED: {error}", file=sys.stderr)
         return False
-    print(f"verified: {count:,} tensors, made again of the checkpoint, are those of {done.source} bit by bit")
-    if done.layout == "gated_attention":
-        print("logits were NOT compared: the code that was released with these models is not run, and transformers has no class for them")
-        return True
-    if not done.plain:
-        print("logits were NOT compared: the files name their tensors otherwise than the class, or hold more")
-        return True
-    from megagate.checkpoint.hf.verify import verify_adopted
-
-    found = verify_adopted(done.source, done.folder)
+    except KeyboardInterrupt:
+        print(f"NOT VERIFIED: interrupted; {done.folder} stands, and --no-verify leaves verification out", file=sys.stderr)
+        return False
     print("\n".join(found.lines()))
     return found.passed
 

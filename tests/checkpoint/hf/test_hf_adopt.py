@@ -6,9 +6,8 @@ from typing import get_args
 
 import pytest
 import torch
-from hf_dirs import USE, export_of, random_state, theirs_of, write_directory
+from hf_dirs import USE, differing, export_of, near, random_state, tensors_of, theirs_of, write_directory
 from parity.variants import DENSE, MOE, VARIANTS, with_gate, with_moe
-from torch import Tensor
 
 from megagate.checkpoint.hf.adopt import Adopted, adopt, check_adopted
 from megagate.checkpoint.hf.hf_config import hf_config
@@ -30,37 +29,12 @@ FURTHER: dict[str, tuple[ModelConfig, Target]] = {
 }
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whose digests are right."""
-    with Checkpoint.open(path) as checkpoint:
-        assert checkpoint.verify()
-        return {name: checkpoint.read_whole(name) for name in checkpoint.tensors}
-
-
-def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not equal bit for bit; of norms below 1/2 that went through w - 1, not to one ulp of that."""
-    assert found.keys() == expected.keys()
-    assert {name: tensor.dtype for name, tensor in found.items()} == {name: tensor.dtype for name, tensor in expected.items()}
-    return [name for name, tensor in expected.items() if not torch.equal(found[name].view(torch.int32), tensor.view(torch.int32))]
-
-
-def near(found: dict[str, Tensor], expected: dict[str, Tensor], names: list[str]) -> bool:
-    """Whether the elements in which tensors differ are norms below 1/2, within one ulp of w - 1."""
-    for name in names:
-        off = found[name] != expected[name]
-        if not name.endswith("norm.weight") or (expected[name][off] >= 0.5).any():
-            return False
-        if ((found[name] - expected[name]).abs() > 2.0**-24).any():
-            return False
-    return True
-
-
 def round_trip(folder: Path, model: ModelConfig, target: Target) -> Adopted:
     state = random_state(model)
     source = export_of(folder / "hf", model, target, state)
     done = adopt(source, folder / "out")
     assert (done.config.model, done.layout, done.exported) == (model, target, True)
-    found = tensors(folder / "out")
+    found = tensors_of(folder / "out")
     different = differing(found, state)
     if target in ("qwen3_next", "qwen3_5_text"):
         assert near(found, state, different)
@@ -102,11 +76,11 @@ def test_padding_is_kept_where_the_file_has_it(tmp_path: Path) -> None:
     state = random_state(MOE, padding=0.7)
     export_of(tmp_path / "hf", MOE, "qwen3_next", state, keep_padding=True)
     assert adopt(tmp_path / "hf", tmp_path / "out").config.model == MOE
-    found = tensors(tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
     assert near(found, state, differing(found, state))
     export_of(tmp_path / "trimmed", MOE, "qwen3_next", state)
     adopt(tmp_path / "trimmed", tmp_path / "out2")
-    assert not tensors(tmp_path / "out2")["master/embedding.weight"][MOE.vocab_size :].any()
+    assert not tensors_of(tmp_path / "out2")["master/embedding.weight"][MOE.vocab_size :].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,7 +91,7 @@ def test_half_precision_is_widened_exactly(tmp_path: Path, dtype: torch.dtype) -
     done = adopt(tmp_path / "hf", tmp_path / "out")
     assert done.dtypes == (str(dtype).removeprefix("torch."),)
     expected = {name: tensor.to(dtype).float() for name, tensor in state.items()}
-    assert not differing(tensors(tmp_path / "out"), expected)
+    assert not differing(tensors_of(tmp_path / "out"), expected)
     assert check_adopted(done) == len(theirs)
 
 
@@ -136,7 +110,7 @@ def test_shards_and_fused_experts_are_the_same_model(tmp_path: Path) -> None:
     for kind in ("one", "many", "fused"):
         done = adopt(tmp_path / kind, tmp_path / f"out-{kind}")
         assert check_adopted(done)
-        found = tensors(tmp_path / f"out-{kind}")
+        found = tensors_of(tmp_path / f"out-{kind}")
         expected = expected or found
         assert not differing(found, expected)
     assert near(expected, state, differing(expected, state))
