@@ -48,9 +48,9 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "import-linter", "ruff", "megatron-core==0.16.1", "gigatoken"],
+        "test": ["pytest", "hypothesis", "import-linter", "ruff", "megatron-core==0.16.1", "gigatoken", "lm-eval[hf]"],
         "te": ["transformer-engine[pytorch]"],
         "fast": ["gigatoken"],  # tokenizing for tools/preprocess_data.py; the tests hold its ids to those of tokenizers
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval[hf]"],  # examples/evaluate
     },
 )

@@ -97,7 +97,7 @@ def compare_whole(case: Case) -> Outcome:
         ours.load_state_dict(case.weights.under(""), assign=True)
         with _running_theirs(case, flaws):
             logits, found = _compare_logits(case, ours, theirs)
-            greedy, count = _compare_greedy(case, ours, theirs)
+            greedy, count = compare_greedy(case, ours, theirs)
     if greedy.flaw and logits.flaw is None:
         found.append(f"in a greedy continuation with cache {greedy.flaw}")
     return Outcome(logits, greedy, count, (*flaws, *found))
@@ -285,7 +285,7 @@ def _watched(parts: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _compare_greedy(case: Case, ours: LanguageModel, theirs: Any) -> tuple[Agreement, int]:
+def compare_greedy(case: Case, ours: LanguageModel, theirs: Any) -> tuple[Agreement, int]:
     """Their greedy continuation with cache, the logits of each step against ours of the whole text without a cache.
 
     Where the logits agree, so do the tokens, but for ties within the error.

@@ -4,13 +4,15 @@
 import pytest
 import torch
 from exports import Config, Exported, Tensors, exported, spoil
-from hf_exports import CASES, DENSE, ELEMENTWISE, HEADWISE, gated, moe
+from hf_exports import CASES, DENSE, ELEMENTWISE, HEADWISE, gated, language_model, load_theirs, moe
 from remote_models import ALL_VARIANTS
 
 from megagate.checkpoint.hf.adopt import adopt
 from megagate.checkpoint.hf.table import mapping
 from megagate.checkpoint.hf.verify import verify_adopted, verify_export
+from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt
 from megagate.checkpoint.hf.verify_logits import LENGTH, NEW_TOKENS, SEQUENCES, agreement, fixed_tokens
+from megagate.checkpoint.hf.verify_models import Case, compare_greedy
 
 LITTLE = 1000
 """Bytes: no two models fit into them."""
@@ -199,6 +201,25 @@ def test_code_that_is_not_ours_is_not_run(change, tmp_path, modules_cache):
     name = "other.py" if change == "more" else code.name
     assert len(found.flaws) == 1 and found.flaws[0].startswith(name) and found.logits is None, found.flaws
     assert found.tensors and not trace.exists()
+
+
+def test_a_cache_that_is_used_wrongly_shows_in_the_continuation(tmp_path):
+    """Their model, but each step with the cache sees its token one place too early: logits of whole texts are right."""
+    made = exported(tmp_path, DENSE)
+    theirs, _ = load_theirs(made.folder)
+    tensors = FolderTensors(made.folder)
+    case = Case(made.folder, DENSE, "qwen3", tensors, Rebuilt(DENSE, mapping(DENSE, "qwen3"), tensors))
+    ours = language_model(DENSE).eval()
+    right, count = compare_greedy(case, ours, theirs)
+    assert right.flaw is None and count == SEQUENCES * NEW_TOKENS
+
+    def too_early(_: torch.nn.Module, args: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        states, positions = args
+        return states, positions - 1 if positions.shape[1] == 1 else positions
+
+    theirs.model.rotary_emb.register_forward_pre_hook(too_early)
+    wrong, _ = compare_greedy(case, ours, theirs)
+    assert wrong.flaw and wrong.at[1] > 0, wrong
 
 
 ADOPTED = {"dense, headwise": gated(DENSE, HEADWISE), "mixture, all": SHARED, "remote": REMOTE["router sigmoid with bias"]}
