@@ -17,7 +17,7 @@ from megagate.checkpoint.hf.verify_files import FolderTensors
 from megagate.checkpoint.store import Checkpoint
 from megagate.errors import CheckpointError
 
-CHUNK_ELEMENTS = 4 << 20
+CHUNK_ELEMENTS = 1 << 20
 """Of large tensors, whose op works element by element, so many are compared at a time."""
 _NAMED = 6
 """Differing tensors that are named one by one, and examined for what became of them."""
@@ -163,7 +163,7 @@ def _whole_name(name: str, row: Row) -> str:
 
 
 def _parts(row: Row) -> Iterator[tuple[Row, slice]]:
-    """A row in parts that are small where its op works element by element, and the rows of theirs that each is about."""
+    """A row in parts that are small, where its op works element by element, and the rows of theirs that each is about."""
     whole = row.native[0].box if len(row.native) == 1 else None
     if whole is None or len(row.theirs) != 1 or not isinstance(row.op, (Same, Scaled, LessOne)) or whole.volume <= CHUNK_ELEMENTS:
         yield row, slice(None)
@@ -183,33 +183,54 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
+@dataclass(frozen=True)
+class _Report:
+    """A tensor that differs.
+
+    Args:
+        found: Digest of what is there.
+        expected: Digest of what should be.
+        difference: How they differ, in words.
+    """
+
+    found: str
+    expected: str
+    difference: str
+
+
 def _explained(wrong: dict[str, Row], pair: _Pair) -> list[str]:
     """A sentence for each of the first tensors that differ: by how much, and what may have become of it."""
-    named = dict(list(wrong.items())[:_NAMED])
-    found, expected, sentences = {}, {}, {}
-    for name, row in named.items():
-        is_, should = pair.found(row, slice(None))[name], pair.expected(row, slice(None))[name]
-        found[name], expected[_digest(should)] = _digest(is_), name
-        sentences[name] = _difference(is_, should)
-    for name, digest in found.items():
-        if digest in expected:
-            sentences[name] = f"it holds what belongs in {expected[digest]}"
+    reports = {name: _examined(name, row, pair) for name, row in list(wrong.items())[:_NAMED]}
+    place = {report.expected: name for name, report in reports.items()}
+    sentences = []
+    for name, report in reports.items():
+        known = place.get(report.found) if report.found else None
+        why = f"it holds what belongs in {known}" if known else report.difference
+        sentences.append(f"{name} is not what it should be: {why}")
     rest = [f"and {len(wrong) - _NAMED} tensors more are not what the masters make of them"] if len(wrong) > _NAMED else []
-    return [f"{name} is not what it should be: {sentence}" for name, sentence in sentences.items()] + rest
+    return sentences + rest
 
 
-def _digest(tensor: Tensor) -> str:
-    return blake3(memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy())).hexdigest()
-
-
-def _difference(found: Tensor, expected: Tensor) -> str:
-    if found.dtype != expected.dtype:
-        return f"it is {found.dtype}, and {expected.dtype} is expected"
-    differs = _bits(found) != _bits(expected)
-    first = tuple(int(index) for index in differs.nonzero()[0])
-    values = f"{found[first]:.6g}, not {expected[first]:.6g}"
-    text = f"{int(differs.sum())} of {differs.numel()} elements differ, the first at {list(first)}: {values}"
-    return f"{text}{_hint(found.double(), expected.double(), found.dtype)}"
+def _examined(name: str, row: Row, pair: _Pair) -> _Report:
+    """Read a tensor again, in parts."""
+    digests, differing, elements, first = (blake3(), blake3()), 0, 0, ""
+    for part_of_row, part in _parts(row):
+        is_, should = (
+            next(tensor for key, tensor in source(part_of_row, part).items() if name in (key, _whole_name(key, row)))
+            for source in (pair.found, pair.expected)
+        )
+        for digest, tensor in zip(digests, (is_, should), strict=True):
+            digest.update(memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy()))
+        if is_.dtype != should.dtype:
+            return _Report("", "", f"it is {is_.dtype}, and {should.dtype} is expected")
+        differs = _bits(is_) != _bits(should)
+        if differs.any() and not first:
+            index = tuple(int(one) for one in differs.nonzero()[0])
+            place = [index[0] + (part.start or 0), *index[1:]]
+            first = f"the first at {place}: {is_[index]:.6g}, not {should[index]:.6g}{_hint(is_.double(), should.double(), is_.dtype)}"
+        differing, elements = differing + int(differs.sum()), elements + differs.numel()
+    found, expected = (digest.hexdigest() for digest in digests)
+    return _Report(found, expected, f"{differing} of {elements} elements differ, {first}")
 
 
 def _hint(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:

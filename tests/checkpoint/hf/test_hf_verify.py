@@ -1,6 +1,8 @@
 """Verification passes right exports, whole and streamed, and names what is wrong with others."""
 
 
+from dataclasses import replace
+
 import pytest
 import torch
 from exports import Config, Exported, Tensors, exported, spoil
@@ -13,6 +15,7 @@ from megagate.checkpoint.hf.verify import verify_adopted, verify_export
 from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt
 from megagate.checkpoint.hf.verify_logits import LENGTH, NEW_TOKENS, SEQUENCES, agreement, fixed_tokens
 from megagate.checkpoint.hf.verify_models import Case, compare_greedy
+from megagate.checkpoint.hf.verify_tensors import CHUNK_ELEMENTS
 
 LITTLE = 1000
 """Bytes: no two models fit into them."""
@@ -184,6 +187,21 @@ def test_bf16_is_compared_as_bf16(tmp_path):
     spoil(made.folder, lambda tensors, _: tensors[OUTPUT].view(torch.int16).sub_(1))
     found = verify_export(*made)
     assert [flaw.startswith(OUTPUT) and "were rounded otherwise" in flaw for flaw in found.flaws] == [True], found.flaws
+
+
+def test_large_tensors_are_compared_in_parts_to_their_end(tmp_path):
+    wide = replace(DENSE, vocab_size=40_000)
+    made = exported(tmp_path, wide)
+    place = (39_990, 3)
+    assert wide.vocab_size * wide.hidden_size > CHUNK_ELEMENTS > place[0] * wide.hidden_size - CHUNK_ELEMENTS
+    adopt(made.folder, tmp_path / "new")
+    spoil(made.folder, lambda tensors, _: tensors["lm_head.weight"].view(torch.int32)[place].bitwise_xor_(1))
+    for name, found in (
+        ("lm_head.weight", verify_export(*made)),
+        ("master/head.weight", verify_adopted(made.folder, tmp_path / "new")),
+    ):
+        (flaw,) = found.flaws
+        assert flaw.startswith(f"{name} is not") and "1 of 1280000 elements differ, the first at [39990, 3]" in flaw, flaw
 
 
 @pytest.mark.parametrize("change", ["other", "more", "missing"])
