@@ -181,7 +181,7 @@ def _compare_adopted(done: "Adopted") -> bool:
         count = check_adopted(done)
         print(f"verified: {count:,} tensors, made again of the checkpoint, are those of {done.source} bit by bit")
         if done.layout == "gated_attention":
-            print("logits were NOT compared: the code that was released with these models is not run, and no class of transformers is theirs")
+            print("logits were NOT compared: the code released with these models is not run, and no class of transformers is theirs")
             return True
         if not done.plain:
             print("logits were NOT compared: the files name their tensors otherwise than the class, or hold more")

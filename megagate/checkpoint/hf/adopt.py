@@ -21,6 +21,7 @@ from megagate.checkpoint.hf.ops import Expert, LessOne, Same, Scaled
 from megagate.checkpoint.hf.table import Region, Row, Source, mapping, native_shapes
 from megagate.checkpoint.rewrite import all_or_nothing, require_free, require_outside, require_root, write_checkpoint
 from megagate.checkpoint.store import Checkpoint, Piece, write_rank
+from megagate.config.model import ModelConfig
 from megagate.config.run import RunConfig, TrainConfig
 from megagate.errors import CheckpointError
 
@@ -172,12 +173,23 @@ def _open(source: Path) -> _Opened:
         raise CheckpointError(f"{source} {state}; give the directory of a Hugging Face model, with config.json and .safetensors files")
     described = describe(source)
     weights = Weights.open(source).renamed(_OTHER_NAMES.get(described.source, {}))
+    _require_enough(weights, described.model)
     rows = mapping(described.model, described.source, keep_padding=described.keep_padding)
     if described.empty_shared_expert:
         rows = [row for row in rows if row.native or not row.theirs]
     left_out = tuple(_left_out(weights, described))
     _require_fits(weights, rows, described, left_out)
     return _Opened(described, weights, rows, left_out)
+
+
+def _require_enough(weights: Weights, model: ModelConfig) -> None:
+    """Refuse a config that asks for far more than there is, before every layer and expert of it is gone through."""
+    needed = model.num_layers + model.num_moe_layers * model.moe.num_experts
+    if needed > len(weights.held):
+        raise CheckpointError(
+            f"{weights.directory}: by its config.json the model has {model.num_layers} layers, {model.num_moe_layers} of them of "
+            f"{model.moe.num_experts} experts, and there are {len(weights.held)} tensors; get the directory anew, with its own config.json"
+        )
 
 
 def _left_out(weights: Weights, described: Described) -> Iterator[str]:
@@ -198,7 +210,10 @@ def _left_out(weights: Weights, described: Described) -> Iterator[str]:
 
 def _require_fits(weights: Weights, rows: list[Row], described: Described, left_out: tuple[str, ...]) -> None:
     """The directory holds every tensor of the config's model in its shape and no other."""
-    expected = {name: shape for row in rows for name, shape in row.shapes().items()}
+    try:
+        expected = {name: shape for row in rows for name, shape in row.shapes().items()}
+    except RuntimeError as error:  # no tensor can be so large
+        raise CheckpointError(f"{weights.directory}: the sizes in config.json are impossible ({error}); get the directory anew") from error
     found = {name: held for name, held in weights.held.items() if name not in left_out}
     flaws = [f"{name} {list(expected[name])} is missing" for name in expected.keys() - found.keys()]
     flaws += [f"{name} {list(found[name].shape)} in {found[name].file} is not in that model" for name in found.keys() - expected.keys()]

@@ -13,6 +13,7 @@ from typing import Any
 from megagate.checkpoint.hf.adopt_files import read_json
 from megagate.checkpoint.hf.hf_config import ARCHITECTURES, REMOTE_MODEL_TYPE, Use, hf_config
 from megagate.checkpoint.hf.table import Source, Target
+from megagate.checkpoint.hf.targets import reasons
 from megagate.config.keys import from_dict
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig, RopeConfig
 from megagate.config.rules import check
@@ -22,6 +23,9 @@ from megagate.errors import CheckpointError, ConfigError
 CONFIG = "config.json"
 _USE_KEYS = ("max_position_embeddings", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 """Keys that say how a model is used, not what it is."""
+
+_MOST_LAYERS, _LARGEST = 1 << 16, (1 << 31) - 1
+"""Beyond these a config is damaged, and to go through its layers, or to allocate its lists, would never end."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ def describe(directory: Path) -> Described:
     """
     path = directory / CONFIG
     settings = read_json(path)
+    for key, value in _whole_numbers(settings):
+        most = _MOST_LAYERS if key in ("num_hidden_layers", "num_layers") else _LARGEST
+        if abs(value) > most:
+            raise _refusal(path, key, value, f"it may be {most} at most", "get the directory anew")
     kind, positions = settings.get("model_type"), settings.get("max_position_embeddings")
     source = _source(path, kind)
     _require_architecture(path, settings, source)
@@ -63,12 +71,21 @@ def describe(directory: Path) -> Described:
     elif source == "remote-code":
         raise CheckpointError(f"{path}: the key {REMOTE_MODEL_TYPE} with the model is missing, and to-hf writes it; export it again")
     else:
-        described = _foreign(path, settings, source)
+        described = _described_by(path, settings, source)
     try:
         check(RunConfig(model=described.model), world_size=1)
     except ConfigError as error:
         raise CheckpointError(f"{path} describes a model that megagate does not train: {error}") from error
     return Described(**{**vars(described), "max_positions": positions if isinstance(positions, int) and positions > 0 else 0})
+
+
+def _whole_numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """All of them, by the last part of their keys."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _whole_numbers(value)
+        elif isinstance(value, int):
+            yield key, value
 
 
 def _refusal(path: Path, key: str, value: object, why: str, remedy: str = "such a model cannot be adopted") -> CheckpointError:
@@ -99,6 +116,8 @@ def _exported(path: Path, settings: Mapping[str, Any], source: Target) -> Descri
         model = from_dict({"model": dict(said["model"])}).model
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: megagate.model is damaged, or of another version ({error}); export it again") from error
+    if found := reasons(model, source):
+        raise _refusal(path, "model_type", settings["model_type"], f"that class cannot hold megagate.model: {found[0]}", "export it again")
     keep_padding = settings.get("vocab_size") == model.padded_vocab_size != model.vocab_size
     positions = settings.get("max_position_embeddings")
     use = Use(max_positions=positions if isinstance(positions, int) else 1, keep_padding=keep_padding)
@@ -142,6 +161,13 @@ class _Config:
             raise _refusal(self.path, "layer_types", f"{strange[0]}, one of {len(strange)} other than {kind}", why)
 
 
+def _described_by(path: Path, settings: Mapping[str, Any], kind: Target) -> Described:
+    try:
+        return _foreign(path, settings, kind)
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # what transformers' own checks let pass
+        raise CheckpointError(f"{path}: a value is not of the kind that it has to be ({error}); get the directory anew") from error
+
+
 def _foreign(path: Path, settings: Mapping[str, Any], kind: Target) -> Described:
     config = _Config(path, _defaults(path, settings, kind))
     config.require("attention_bias", False, None, why="megagate's projections have no biases")
@@ -169,7 +195,7 @@ def _foreign(path: Path, settings: Mapping[str, Any], kind: Target) -> Described
         ffn_size=config["intermediate_size"] if has_dense else 0,
         tie_embeddings=bool(config["tie_word_embeddings"]),
         sandwich_norm=kind == "afmoe" or (kind == "lfm3" and config["use_sandwich_norm"]),
-        norm_eps=float(config["norm_eps" if kind == "lfm3" else "rms_norm_eps"]),
+        norm_eps=float(config["rms_norm_eps"]),
         init_std=float(config["initializer_range"]) or ModelConfig.init_std,
         attention=attention,
         moe=moe,

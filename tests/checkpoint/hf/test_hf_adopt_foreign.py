@@ -148,6 +148,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a text for a number": ("qwen3", {"hidden_size": "48"}, "transformers refuses this configuration of a qwen3"),
     "heads that do not divide": ("qwen3", {"num_key_value_heads": 4}, "model.attention.num_heads (6) must be divisible by"),
     "another head": ("qwen3", {"architectures": ["Qwen3ForSequenceClassification"]}, "architectures is ['Qwen3ForSequenceClassification']"),
+    "no tensor is so large": ("qwen3", {"vocab_size": 2**40}, "vocab_size is 1099511627776, and it may be 2147483647 at most"),
+    "no step": ("qwen3_moe", {"decoder_sparse_step": 0}, "a value is not of the kind that it has to be"),
     "unknown": ("qwen3", {"model_type": "mamba9"}, "model_type is mamba9"),
     "no kind": ("qwen3", {"model_type": None}, "model_type is None"),
 }
@@ -181,8 +183,20 @@ def test_the_base_of_these_refusals_is_read(tmp_path: Path) -> None:
     """The model of each class above, without the change, is one: only the tensors are not there."""
     for kind in {kind for kind, _, _ in REFUSED.values()}:
         base = STOCK[kind] | SIZES | {"model_type": kind}
-        write_directory(tmp_path / kind, base, {"unread": torch.zeros(1)})
+        write_directory(tmp_path / kind, base, {f"unread.{index}": torch.zeros(1) for index in range(20)})
         assert "of its tensors are not those of the model" in refused(lambda kind=kind: adopt(tmp_path / kind, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_hidden_layers": 60_000}, "by its config.json the model has 60000 layers"),
+        ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 2, "num_attention_heads": 2**30, "num_key_value_heads": 2}, "are impossible"),
+    ],
+)
+def test_sizes_beyond_all_tensors(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+    write_directory(tmp_path / "hf", SIZES | {"model_type": "qwen3"} | settings, {str(key): torch.zeros(1) for key in range(2)})
+    assert told in refused(lambda: adopt(tmp_path / "hf", tmp_path / "out"))
 
 
 def test_defaults_of_absent_keys_are_the_classes(tmp_path: Path) -> None:

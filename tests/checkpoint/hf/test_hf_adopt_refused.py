@@ -69,6 +69,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 
 
 CONTRADICTIONS: dict[str, tuple[Any, str]] = {
+    "num_hidden_layers": (10**30, "it may be 65536 at most"),
     "hidden_size": (64, "by megagate.model it is 32"),
     "vocab_size": (251, "by megagate.model it is 250"),
     "num_experts_per_tok": (2, "by megagate.model it is 3"),
@@ -96,6 +97,14 @@ def test_a_config_that_contradicts_itself(tmp_path: Path, key: str) -> None:
     message = refused(source, tmp_path / "out")
     assert message.startswith(f"{path}: ") and told in message
     assert key in message or key == "model_type"
+
+
+def test_a_class_that_cannot_hold_the_model(tmp_path: Path) -> None:
+    source = directory(tmp_path / "hf")
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}))
+    told = "model_type is qwen3_moe, and that class cannot hold megagate.model: model.attention.gate.position (G1)"
+    assert told in refused(source, tmp_path / "out")
 
 
 def test_a_config_that_was_rewritten_without_some_keys_says_the_same(tmp_path: Path) -> None:
