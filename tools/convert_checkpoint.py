@@ -166,7 +166,7 @@ def _tell_adopted(done: "Adopted") -> None:
         print(f"left out, since they say nothing more: {', '.join(done.left_out[:3])}{', ...' if len(done.left_out) > 3 else ''}")
     if done.rounding:
         print(f"NOT EXACT: norms are stored as w - 1, and w was rounded by up to {done.rounding:.1e} in fp32")
-    if done.below_half:
+    if done.below_half and done.exported:
         print(f"{done.below_half:,} norm weights are below 1/2: rounded by up to {2**-25:.1e} when an fp32 file took them as w - 1")
     print("the checkpoint has no moments and no place in the data: training begins at step 0 with a new optimizer")
 

@@ -74,8 +74,8 @@ def describe(directory: Path) -> Described:
         described = _described_by(path, settings, source)
     try:
         check(RunConfig(model=described.model), world_size=1)
-    except ConfigError as error:
-        raise CheckpointError(f"{path} describes a model that megagate does not train: {error}") from error
+    except (ConfigError, TypeError) as error:  # the latter of a text where a number belongs, which not every class of theirs refuses
+        raise CheckpointError(f"{path} describes a model that megagate does not train: {error}; get the directory anew") from error
     return Described(**{**vars(described), "max_positions": positions if isinstance(positions, int) and positions > 0 else 0})
 
 

@@ -149,6 +149,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "heads that do not divide": ("qwen3", {"num_key_value_heads": 4}, "model.attention.num_heads (6) must be divisible by"),
     "another head": ("qwen3", {"architectures": ["Qwen3ForSequenceClassification"]}, "architectures is ['Qwen3ForSequenceClassification']"),
     "no tensor is so large": ("qwen3", {"vocab_size": 2**40}, "vocab_size is 1099511627776, and it may be 2147483647 at most"),
+    "a text for experts": ("qwen3_moe", {"num_local_experts": "x"}, "describes a model that megagate does not train"),
     "no step": ("qwen3_moe", {"decoder_sparse_step": 0}, "a value is not of the kind that it has to be"),
     "unknown": ("qwen3", {"model_type": "mamba9"}, "model_type is mamba9"),
     "no kind": ("qwen3", {"model_type": None}, "model_type is None"),
