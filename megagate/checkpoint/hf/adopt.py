@@ -81,7 +81,7 @@ def adopt(source: Path, output: Path) -> Adopted:
         RunError: `output` cannot be written, or there is no space.
     """
     name = "OUT"
-    opened = _open(source)
+    opened = open_directory(source)
     require_free(output, name=name)
     require_outside(output, source, name=name)
     require_root(output, name=name)
@@ -122,7 +122,7 @@ def check_adopted(adopted: Adopted) -> int:
     Raises:
         CheckpointError: One differs, or a file of the checkpoint is damaged.
     """
-    opened = _open(adopted.source)
+    opened = open_directory(adopted.source)
     with Checkpoint.open(adopted.folder) as checkpoint:
         checkpoint.verify()
         for cut in (cut for row in opened.rows for cut in _cuts(row)):
@@ -132,7 +132,7 @@ def check_adopted(adopted: Adopted) -> int:
     return len({name for row in opened.rows for name in row.theirs})
 
 
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
     """A directory that fits its config.
 
     Args:
@@ -166,8 +166,12 @@ def _training(described: Described) -> TrainConfig:
     return replace(default, seq_len=min(described.max_positions, default.seq_len)) if described.max_positions else default
 
 
-def _open(source: Path) -> _Opened:
-    """Read the config and the headers, and check that they fit together."""
+def open_directory(source: Path) -> Opened:
+    """Read the config and the headers, and check that they fit together.
+
+    Raises:
+        CheckpointError: As `adopt`.
+    """
     if not source.is_dir():
         state = "is a file" if source.exists() else "does not exist"
         raise CheckpointError(f"{source} {state}; give the directory of a Hugging Face model, with config.json and .safetensors files")
@@ -179,7 +183,7 @@ def _open(source: Path) -> _Opened:
         rows = [row for row in rows if row.native or not row.theirs]
     left_out = tuple(_left_out(weights, described))
     _require_fits(weights, rows, described, left_out)
-    return _Opened(described, weights, rows, left_out)
+    return Opened(described, weights, rows, left_out)
 
 
 def _require_enough(weights: Weights, model: ModelConfig) -> None:
@@ -267,7 +271,7 @@ class _Writer:
         opened: What is read.
     """
 
-    def __init__(self, opened: _Opened) -> None:
+    def __init__(self, opened: Opened) -> None:
         self._weights, self._rows = opened.weights, opened.rows
         self._shapes = native_shapes(opened.described.model)
         self.rounding, self.below_half = 0.0, 0

@@ -3,29 +3,30 @@
 `verify_export` asks it of what was exported, `verify_adopted` of what was adopted. Neither changes or removes anything.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
+from megagate.checkpoint.hf.adopt import open_directory
 from megagate.checkpoint.hf.adopt_files import read_json
 from megagate.checkpoint.hf.hf_config import REMOTE_MODEL_TYPE
 from megagate.checkpoint.hf.source import run_of
-from megagate.checkpoint.hf.table import Row, Target, mapping
+from megagate.checkpoint.hf.table import Target, mapping
 from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt
 from megagate.checkpoint.hf.verify_logits import Agreement
-from megagate.checkpoint.hf.verify_models import Case, Outcome, compare_streamed, compare_whole, foreign_code
+from megagate.checkpoint.hf.verify_models import Case, Outcome, compare_streamed, compare_whole, foreign_code, model_flaws
 from megagate.checkpoint.hf.verify_tensors import Compared, compare_adopted, compare_export
 from megagate.checkpoint.store import Checkpoint
-from megagate.config.model import ModelConfig
 from megagate.errors import CheckpointError, MegagateError
 
 How = Literal["whole", "streamed", "tensors"]
 """Both models in memory, a part of one at a time, or no model was run."""
 _HEADROOM = 1.2
 """Memory that has to be there, as a multiple of what both models take."""
+
+_NOT_RUN = "logits were NOT compared: the code that was released with these models is not run, and transformers has no class for them"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Verification:
         greedy: Of a cached greedy continuation; None where none was made.
         greedy_tokens: Tokens of that continuation.
         flaws: What is wrong, or could not be verified; each a sentence.
+        notes: What is not compared for models of this kind.
     """
 
     how: How
@@ -47,6 +49,7 @@ class Verification:
     greedy: Agreement | None = None
     greedy_tokens: int = 0
     flaws: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -63,7 +66,7 @@ class Verification:
             lines.append(f"greedy continuation with cache: {self.greedy_tokens} tokens, {_of(self.greedy)}")
         elif self.how == "streamed":
             lines.append("greedy continuation: not made, each token would read the whole model from the disk")
-        return lines + [f"WRONG: {flaw}" for flaw in self.flaws]
+        return [*lines, *self.notes, *(f"WRONG: {flaw}" for flaw in self.flaws)]
 
 
 def verify_export(checkpoint: Path, folder: Path, *, memory: int | None = None) -> Verification:
@@ -75,13 +78,24 @@ def verify_export(checkpoint: Path, folder: Path, *, memory: int | None = None) 
         memory: Bytes that both models may take together; None for what is available.
 
     Raises:
-        CheckpointError: The checkpoint is damaged. What is wrong with the export is told in the result.
+        CheckpointError: There is no such checkpoint, or its index is damaged. What is wrong with the export is told in the result.
     """
-    return _verify(checkpoint, folder, _export_tensors, memory=memory)
+    with Checkpoint.open(checkpoint) as opened:
+        model = run_of(opened).model
+        try:
+            config = read_json(folder / "config.json")
+            target, tensors = _target(folder, config), FolderTensors(folder)
+            rows = mapping(model, target, keep_padding=config.get("vocab_size") == model.padded_vocab_size)
+            compared = compare_export(rows, opened, tensors, dtype=_dtype(folder, config))
+        except MegagateError as error:
+            return Verification("tensors", 0, flaws=(str(error),))
+    return _with_models(Case(folder, model, target, tensors, Rebuilt(model, rows, tensors)), compared, memory=memory)
 
 
 def verify_adopted(source: Path, checkpoint: Path, *, memory: int | None = None) -> Verification:
-    """Compare a checkpoint with the folder that it was adopted from, of a class that transformers has, or of our own.
+    """Compare a checkpoint with the folder that it was adopted from.
+
+    Of models that were released with code of their own tensors alone are compared, since that code is not run.
 
     Args:
         source: The folder.
@@ -89,44 +103,39 @@ def verify_adopted(source: Path, checkpoint: Path, *, memory: int | None = None)
         memory: As for `verify_export`.
 
     Raises:
-        CheckpointError: The checkpoint is damaged. What does not fit the source is told in the result.
+        CheckpointError: There is no such checkpoint, or its index is damaged. What does not fit the source is told in the result.
     """
-    return _verify(checkpoint, source, _adopted_tensors, memory=memory)
-
-
-CompareTensors = Callable[[list[Row], Checkpoint, FolderTensors, dict[str, object]], Compared]
-
-
-def _export_tensors(rows: list[Row], checkpoint: Checkpoint, tensors: FolderTensors, config: dict[str, object]) -> Compared:
-    name = str(config.get("dtype", config.get("torch_dtype", "float32")))
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name)
-    if dtype is None:
-        raise CheckpointError(f"{tensors.folder}: config.json has dtype {name}, an export has float32 or bfloat16; write the folder again")
-    return compare_export(rows, checkpoint, tensors, dtype=dtype)
-
-
-def _adopted_tensors(rows: list[Row], checkpoint: Checkpoint, tensors: FolderTensors, config: dict[str, object]) -> Compared:
-    return compare_adopted(rows, checkpoint, tensors)
-
-
-def _verify(checkpoint: Path, folder: Path, compare: CompareTensors, *, memory: int | None) -> Verification:
-    with Checkpoint.open(checkpoint) as opened:
-        model = run_of(opened).model
+    with Checkpoint.open(checkpoint) as saved:
+        model = run_of(saved).model
         try:
-            case, compared = _compare_tensors(opened, folder, model, compare)
+            opened = open_directory(source)
+            if flaws := model_flaws(asdict(opened.described.model), model):
+                return Verification("tensors", 0, flaws=tuple(flaws))
+            tensors, target = FolderTensors(source, opened.weights), opened.described.source
+            compared = compare_adopted(opened.rows, saved, tensors, left_out=opened.left_out)
         except MegagateError as error:
             return Verification("tensors", 0, flaws=(str(error),))
-    flaws = [*compared.flaws, *([] if compared.loadable else ["no logits were compared, since names or shapes are wrong"])]
-    if case.remote and (strange := foreign_code(folder)):
-        compared = Compared(compared.tensors, compared.flaws, loadable=False)
+    if target == "gated_attention":
+        return Verification("tensors", compared.tensors, flaws=compared.flaws, notes=(_NOT_RUN,))
+    weights = Rebuilt(model, opened.rows, tensors)
+    return _with_models(Case(source, model, target, tensors, weights, frozenset(opened.left_out)), compared, memory=memory)
+
+
+def _with_models(case: Case, compared: Compared, *, memory: int | None) -> Verification:
+    """After the tensors, what the models compute."""
+    flaws, loadable = list(compared.flaws), compared.loadable
+    if not loadable:
+        flaws.append("no logits were compared, since names or shapes are wrong")
+    elif case.remote and (strange := foreign_code(case.folder)):
         flaws.append(f"{' and '.join(strange)}: not as in this version, and no other code is run, so that no logits were compared")
-    if not compared.loadable:
+        loadable = False
+    if not loadable:
         return Verification("tensors", compared.tensors, flaws=tuple(flaws))
     limit = available_memory() if memory is None else memory
     whole = limit is None or _HEADROOM * case.bytes_whole <= limit
     try:
         outcome = compare_whole(case) if whole else compare_streamed(case)
-    except CheckpointError as error:  # an op that cannot take a tensor back
+    except CheckpointError as error:  # transformers cannot run it, or an op cannot take a tensor back
         outcome = Outcome(None, None, 0, (str(error),))
     return Verification(
         how="whole" if whole else "streamed",
@@ -138,17 +147,16 @@ def _verify(checkpoint: Path, folder: Path, compare: CompareTensors, *, memory: 
     )
 
 
-def _compare_tensors(checkpoint: Checkpoint, folder: Path, model: ModelConfig, compare: CompareTensors) -> tuple[Case, Compared]:
-    config = read_json(folder / "config.json")
-    target = _target(folder, config)
-    tensors = FolderTensors(folder)
-    padded = config.get("vocab_size") == model.padded_vocab_size
-    rows = mapping(model, target, keep_padding=padded)
-    case = Case(folder, model, target, tensors, Rebuilt(model, rows, tensors))
-    return case, compare(rows, checkpoint, tensors, config)
+def _dtype(folder: Path, config: dict[str, Any]) -> torch.dtype:
+    """In which an export's weights were used."""
+    name = config.get("dtype", config.get("torch_dtype", "float32"))
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name)
+    if dtype is None:
+        raise CheckpointError(f"{folder}: config.json has dtype {name}, an export has float32 or bfloat16; write the folder again")
+    return dtype
 
 
-def _target(folder: Path, config: dict[str, object]) -> Target:
+def _target(folder: Path, config: dict[str, Any]) -> Target:
     kind = config.get("model_type")
     if kind == REMOTE_MODEL_TYPE:
         return "remote-code"

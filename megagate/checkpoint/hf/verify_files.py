@@ -21,14 +21,15 @@ class FolderTensors:
 
     Args:
         folder: With safetensors files.
+        weights: Of the folder, where it is open already.
 
     Raises:
         CheckpointError: A file is missing or damaged, or does not hold what the index says.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, weights: Weights | None = None):
         self.folder = folder
-        self._weights = Weights.open(folder)
+        self._weights = weights or Weights.open(folder)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights.held)

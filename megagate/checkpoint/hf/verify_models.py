@@ -54,6 +54,7 @@ class Case:
         target: Its class.
         tensors: Its tensors.
         weights: What they are in our model.
+        left_out: Of the tensors, those that say nothing more.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Case:
     target: Target
     tensors: FolderTensors
     weights: Rebuilt
+    left_out: frozenset[str] = frozenset()
 
     @property
     def remote(self) -> bool:
@@ -116,7 +118,7 @@ def compare_streamed(case: Case) -> Outcome:
         with _running_theirs(case, flaws):
             theirs = _on_meta(case, config)
             give_buffers(theirs, theirs.config)
-        if strange := without_place(case.tensors, theirs.state_dict()):
+        if strange := sorted(set(without_place(case.tensors, theirs.state_dict())) - case.left_out):
             flaws.append(f"{type(theirs).__name__} by config.json has no place for {strange[:3]}, so that no logits were compared")
             return Outcome(None, None, 0, tuple(flaws))
         ours = _ours(case.model)
@@ -145,7 +147,7 @@ def config_flaws(config: Any, model: ModelConfig) -> list[str]:
         settings = {"rope_theta": attention.rope.base, "partial_rotary_factor": 1.0, "rope_type": "default"}
         flaws += [_contradiction(key, rope[key], value) for key, value in settings.items() if rope.get(key, value) != value]
     entry = getattr(config, REMOTE_MODEL_TYPE, None)
-    return flaws if entry is None else [*flaws, *_entry_flaws(entry.get("model", {}), model)]
+    return flaws if entry is None else [*flaws, *model_flaws(entry.get("model", {}), model)]
 
 
 def _attention_flaws(config: Any) -> Iterator[str]:
@@ -158,7 +160,8 @@ def _attention_flaws(config: Any) -> Iterator[str]:
         yield _contradiction("sliding_window", window, f"{positions} positions, max_position_embeddings")
 
 
-def _entry_flaws(entry: Mapping[str, Any], model: ModelConfig) -> list[str]:
+def model_flaws(entry: Mapping[str, Any], model: ModelConfig) -> list[str]:
+    """Where a model, as nested settings, is not this one."""
     ours = dict(_leaves(asdict(model)))
     theirs = dict(_leaves(entry))
     return [_contradiction(f"megagate.model.{key}", theirs.get(key), value) for key, value in ours.items() if theirs.get(key) != value]
@@ -203,8 +206,8 @@ def _load(case: Case) -> tuple[Any, list[str]]:
     model, info = AutoModelForCausalLM.from_pretrained(
         case.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=case.remote, output_loading_info=True
     )
-    said = [f"transformers, loading it, reports {kind}: {sorted(map(str, found))[:3]}" for kind, found in info.items() if found]
-    return model.eval(), said
+    told = {kind: sorted(map(str, set(found) - case.left_out)) for kind, found in info.items()}
+    return model.eval(), [f"transformers, loading it, reports {kind}: {names[:3]}" for kind, names in told.items() if names]
 
 
 def _on_meta(case: Case, config: Any) -> Any:

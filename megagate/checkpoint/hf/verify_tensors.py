@@ -3,7 +3,7 @@
 Streamed: a few rows, or one expert, are in memory at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,11 +51,11 @@ class _Pair:
         self.found, self.expected = found, expected
 
 
-def compare_names(rows: list[Row], tensors: FolderTensors) -> list[str]:
-    """What is missing in the folder, what is there beside the mapping, and what has another shape."""
+def compare_names(rows: list[Row], tensors: FolderTensors, *, left_out: Collection[str] = ()) -> list[str]:
+    """What is missing in the folder, what is there beside the mapping and is not left out on purpose, and what has another shape."""
     shapes = {name: shape for row in rows for name, shape in row.shapes().items()}
     missing = sorted(shapes.keys() - set(tensors))
-    extra = sorted(set(tensors) - shapes.keys())
+    extra = sorted(set(tensors) - shapes.keys() - set(left_out))
     flaws = [_listed(missing, "missing, and the model has {}")] if missing else []
     flaws += [_listed(extra, "in the folder, and no part of the model is in {}")] if extra else []
     wrong = {name: tensors.shape(name) for name, shape in shapes.items() if name in tensors and tensors.shape(name) != shape}
@@ -85,15 +85,16 @@ def compare_export(rows: list[Row], checkpoint: Checkpoint, tensors: FolderTenso
     return _compare([row for row in rows if row.theirs], _Pair(found, expected))
 
 
-def compare_adopted(rows: list[Row], checkpoint: Checkpoint, tensors: FolderTensors) -> Compared:
+def compare_adopted(rows: list[Row], checkpoint: Checkpoint, tensors: FolderTensors, *, left_out: Collection[str]) -> Compared:
     """Each master of a checkpoint is what the op gives back of the tensors of the folder that was adopted.
 
     Args:
         rows: The mapping.
         checkpoint: That was made.
         tensors: Of the folder.
+        left_out: Those that say nothing more.
     """
-    if flaws := compare_names(rows, tensors):
+    if flaws := compare_names(rows, tensors, left_out=left_out):
         return Compared(0, tuple(flaws), loadable=False)
 
     def expected(row: Row, part: slice) -> dict[str, Tensor]:
