@@ -237,7 +237,7 @@ def _running_theirs(case: Case, flaws: list[str]) -> Iterator[None]:
 
 def _compare_logits(case: Case, ours: LanguageModel, theirs: nn.Module) -> tuple[Agreement, list[str]]:
     """On the fixed tokens; where they differ, with the first part that does."""
-    tokens = fixed_tokens(case.model.vocab_size)
+    tokens = fixed_tokens(case.model.vocab_size)[:, : _window(theirs.config)]
     with watched_gaps(ours) as gaps, _watched(_our_parts(case, ours)) as mine:
         our_logits = ours.logits(tokens)
     with _watched(_their_parts(case, theirs)) as other:
@@ -248,6 +248,12 @@ def _compare_logits(case: Case, ours: LanguageModel, theirs: nn.Module) -> tuple
     first = next((name for name in mine if _apart(mine[name], other[name])), None)
     where = f"the first part whose output differs is {first}" if first else "attention and feed-forwards agree, what follows them does not"
     return found, [f"{found.flaw}; {where}"]
+
+
+def _window(config: Any) -> int:
+    """Tokens that all layers attend to: a window may be as short as the longest sequence of the training."""
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return (getattr(config, "sliding_window", None) or LENGTH) if slides else LENGTH
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> bool:
@@ -295,9 +301,10 @@ def compare_greedy(case: Case, ours: LanguageModel, theirs: Any) -> tuple[Agreem
     """
     from transformers import GenerationConfig  # noqa: PLC0415  heavy
 
-    prompt = fixed_tokens(case.model.vocab_size)[:, :PROMPT]
+    new = min(NEW_TOKENS, _window(theirs.config) // 2)
+    prompt = fixed_tokens(case.model.vocab_size)[:, : min(PROMPT, _window(theirs.config) - new)]
     # No token ends a text here; their own config would stop at the first of them.
-    theirs.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    theirs.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
     made = theirs.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True, output_logits=True, return_dict_in_generate=True
     )

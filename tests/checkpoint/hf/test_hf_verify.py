@@ -7,7 +7,9 @@ import pytest
 import torch
 from exports import Config, Exported, Tensors, exported, spoil
 from hf_exports import CASES, DENSE, ELEMENTWISE, HEADWISE, gated, language_model, load_theirs, moe
+from hf_released import released
 from remote_models import ALL_VARIANTS
+from test_hf_adopt_foreign import STOCK, stock
 
 from megagate.checkpoint.hf.adopt import adopt
 from megagate.checkpoint.hf.table import mapping
@@ -255,6 +257,41 @@ def test_adopted_checkpoints_pass_and_others_do_not(model, tmp_path, modules_cac
     name = "master/layers.1.attention.o.weight"
     assert len(changed.flaws) == 1 and changed.flaws[0].startswith(f"{name} is not what it should be: 1 of"), changed.flaws
     assert "the first at [5, 6]" in changed.flaws[0]
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_what_transformers_wrote_is_verified_after_adoption(name, tmp_path):
+    """Whatever it names, fuses or keeps twice otherwise than our exports."""
+    folder, _ = stock(tmp_path / "hf", name.split()[0], **STOCK[name])
+    adopt(folder, tmp_path / "new")
+    for memory in (None, LITTLE):
+        found = verify_adopted(folder, tmp_path / "new", memory=memory)
+        assert found.flaws == () and found.logits.max_error <= 1e-5 and found.tensors, found.lines()
+
+
+def test_a_tied_projection_that_is_there_twice_is_left_out(tmp_path):
+    made = exported(tmp_path, replace(DENSE, tie_embeddings=True))
+    spoil(made.folder, lambda tensors, _: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    adopt(made.folder, tmp_path / "new")
+    for memory in (None, LITTLE):
+        assert verify_adopted(made.folder, tmp_path / "new", memory=memory).flaws == ()
+    assert not verify_export(*made).passed, "an export holds it once"
+
+
+def test_a_released_model_is_compared_without_its_code(tmp_path):
+    folder, weights = released(tmp_path / "hf", "headwise")
+    adopt(folder, tmp_path / "new")
+    found = verify_adopted(folder, tmp_path / "new")
+    # Ours are more: a gate in each layer, and the rows that pad embedding and head.
+    assert found.passed and found.tensors == len(weights) + 4 and "logits were NOT compared" in "\n".join(found.lines())
+
+
+def test_another_config_is_not_the_checkpoints(tmp_path):
+    made = exported(tmp_path, DENSE)
+    adopt(made.folder, tmp_path / "new")
+    other = exported(tmp_path / "other", replace(DENSE, norm_eps=1e-6))
+    found = verify_adopted(other.folder, tmp_path / "new")
+    assert len(found.flaws) == 1 and "norm_eps 1e-06, and the model 1e-05" in found.flaws[0], found.flaws
 
 
 def test_tokens_cover_the_vocabulary() -> None:
