@@ -311,7 +311,8 @@ class TestNearTies:
     def gaps(self, *sequences: int) -> list[torch.Tensor]:
         gaps = torch.ones(3, 80, dtype=torch.float64)
         gaps[list(sequences), self.FLIP] = 1e-7
-        return [torch.ones(3, 80, dtype=torch.float64), gaps]
+        ones = torch.ones(3, 80, dtype=torch.float64)
+        return [ones, gaps, ones]
 
     def flipped(self, *sequences: int) -> torch.Tensor:
         theirs = self.OURS.clone()
