@@ -86,4 +86,4 @@ def test_a_released_model_says_that_logits_were_not_compared(
     assert main("from-hf", folder, tmp_path / "out") == 0
     told = capsys.readouterr().out
     assert "read as gated_attention, not written by to-hf" in told
-    assert "bit by bit" in told and "logits were NOT compared: the code released" in told
+    assert "bit by bit" in told and "logits were NOT compared: the code that was released" in told

@@ -54,7 +54,6 @@ class Adopted:
         tensors: Tensors in it.
         dtypes: Their types, sorted.
         left_out: Tensors that were not taken, since others say the same.
-        plain: The directory has each tensor of the class by the mapping's name and no other.
         rounding: The largest rounding of a norm's weight, 1 + w in fp32.
         below_half: Norm weights below 1/2 that were stored as w - 1, and so rounded by up to 2^-25 when that was done.
     """
@@ -67,7 +66,6 @@ class Adopted:
     tensors: int
     dtypes: tuple[str, ...]
     left_out: tuple[str, ...]
-    plain: bool
     rounding: float
     below_half: int
 
@@ -107,7 +105,6 @@ def adopt(source: Path, output: Path) -> Adopted:
         tensors=len(weights.held),
         dtypes=tuple(sorted({str(held.dtype).removeprefix("torch.") for held in weights.held.values()})),
         left_out=opened.left_out,
-        plain=not opened.left_out and all(name == held.key for name, held in weights.held.items()),
         rounding=writer.rounding,
         below_half=writer.below_half,
     )

@@ -10,9 +10,11 @@ import torch
 from hf_dirs import write_directory
 from hf_released import SIZES, TOKENS, released, released_logits
 from parity.sharded import BACKEND
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megagate.checkpoint.hf.adopt import Adopted, adopt, check_adopted
+from megagate.checkpoint.hf.verify import verify_adopted
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.keys import from_dict
 from megagate.config.model import ModelConfig
@@ -92,6 +94,23 @@ def test_a_stock_model_computes_the_same(tmp_path: Path, name: str) -> None:
     assert check_adopted(done)
     assert not done.exported
     assert (logits_of(tmp_path / "out") - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["lfm3", "qwen3 tied"])
+def test_logits_are_verified_where_files_have_other_names_or_a_copy_of_the_embedding(tmp_path: Path, name: str) -> None:
+    folder, _ = stock(tmp_path / "hf", name.split()[0], **STOCK[name])
+    tensors = load_file(folder / "model.safetensors")
+    if name == "lfm3":
+        assert "model.layers.0.self_attn.gate_proj.weight" in tensors, "transformers saves g_proj so"
+    else:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = adopt(folder, tmp_path / "out")
+    assert done.tensors == len(tensors)
+    for memory in (None, 1):  # whole, and block by block
+        found = verify_adopted(folder, tmp_path / "out", memory=memory)
+        assert found.passed, found.lines()
+        assert found.logits is not None
 
 
 # ---- the models released with the paper
