@@ -1,10 +1,12 @@
 """A checkpoint to train on from, of the model in a Hugging Face directory.
 
 Rows of the mapping stream from the mapped files of the directory to those of the checkpoint. What is fp32 there and needs no change is
-never copied; of what does, at most `_COMPUTED_BYTES` are held at a time.
+never copied; of what does, about `_COMPUTED_BYTES` are held for each file that is written.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,8 +27,10 @@ from megagate.config.model import ModelConfig
 from megagate.config.run import RunConfig, TrainConfig
 from megagate.errors import CheckpointError
 
-_COMPUTED_BYTES = 256 << 20
-_FILE_BYTES = 1 << 30
+_COMPUTED_BYTES = 128 << 20
+_FILE_BYTES = 512 << 20
+_WRITERS = 2
+"""Files that are written at a time."""
 _BLOCK_BYTES = 64 << 20
 """Of fp32, a tensor that only changes its numbers is taken at a time."""
 
@@ -276,13 +280,19 @@ class _Writer:
     def write(self, staging: Path) -> int:
         """Write all tensors as the parts of some ranks; returns how many.
 
-        `write_rank` takes all pieces of its file before it writes the first, which bounds the file.
+        `write_rank` takes all pieces of its file before it writes the first, which bounds the file; while one waits for the disk the next
+        is digested.
         """
         ranks = 0
-        for pieces in self._files():
-            write_rank(staging, ranks, pieces)
-            ranks += 1
-            pieces.clear()
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            writing: deque[Future[None]] = deque()
+            for pieces in self._files():
+                if len(writing) == _WRITERS:
+                    writing.popleft().result()
+                writing.append(pool.submit(write_rank, staging, ranks, pieces))
+                ranks += 1
+            for one in writing:
+                one.result()
         return ranks
 
     def _files(self) -> Iterator[list[Piece]]:
