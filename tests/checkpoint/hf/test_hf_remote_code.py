@@ -24,20 +24,6 @@ MIXTURE = with_moe(score="sigmoid", z_loss_coef=0.0, bias_update_rate=0.02, shar
 EVERYTHING = replace(MIXTURE, ffn_size=48, sandwich_norm=True)
 
 
-@pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """Its own place for code that is loaded from folders, and no network."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    loaded = [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
-    for name in loaded:
-        monkeypatch.delitem(sys.modules, name)
-    yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
-
-
 def load(folder: Path, **settings):
     """The model, after all of its weights were found, and no others."""
     peer, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True, **settings)
@@ -46,11 +32,11 @@ def load(folder: Path, **settings):
 
 
 @pytest.mark.parametrize("model", [EVERYTHING, replace(DENSE, tie_embeddings=True)], ids=["mixture", "tied"])
-def test_a_folder_loads_and_is_saved_with_its_code(model, modules, tmp_path):
+def test_a_folder_loads_and_is_saved_with_its_code(model, modules_cache, tmp_path):
     ours = our_model(model)
     first = load(write_export(tmp_path / "first", ours, eos_token_id=9))
     tokens = random_ids(2, 12)
-    assert Path(sys.modules[type(first).__module__].__file__).is_relative_to(tmp_path / "modules")
+    assert Path(sys.modules[type(first).__module__].__file__).is_relative_to(modules_cache)
     assert first.config.eos_token_id == 9
     assert_close(first(tokens).logits, ours.logits(tokens), to=1e-5, what="logits")
     if model.tie_embeddings:
@@ -64,7 +50,7 @@ def test_a_folder_loads_and_is_saved_with_its_code(model, modules, tmp_path):
     assert second.config.megagate == first.config.megagate == {"format": 1, "model": asdict(model)}
 
 
-def test_counts_of_the_routers_bias_are_loaded_as_whole_numbers(modules, tmp_path):
+def test_counts_of_the_routers_bias_are_loaded_as_whole_numbers(modules_cache, tmp_path):
     ours = our_model(EVERYTHING)
     peer = load(write_export(tmp_path / "export", ours), torch_dtype=torch.bfloat16)
     gate = peer.model.layers[1].mlp.gate
@@ -74,7 +60,7 @@ def test_counts_of_the_routers_bias_are_loaded_as_whole_numbers(modules, tmp_pat
     assert torch.equal(gate.bias_steps, ours.layers[1].moe.router.bias_steps)
 
 
-def test_a_model_without_weights_begins_as_a_new_one(modules, tmp_path):
+def test_a_model_without_weights_begins_as_a_new_one(modules_cache, tmp_path):
     folder = write_export(tmp_path / "export", our_model(EVERYTHING))
     torch.manual_seed(0)
     peer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True)
