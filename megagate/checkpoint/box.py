@@ -40,6 +40,10 @@ class Box(NamedTuple):
         """The slices that cut this box out of a tensor that holds the box `outer` around it."""
         return tuple(slice(a - b, a - b + n) for a, n, b in zip(self.offset, self.shape, outer.offset, strict=True))
 
+    def within(self, outer: "Box") -> "Box":
+        """The same box with its offset counted from the corner of `outer`."""
+        return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.shape)
+
     def __str__(self) -> str:
         return "[" + ", ".join(f"{offset}:{offset + size}" for offset, size in zip(self.offset, self.shape, strict=True)) + "]"
 

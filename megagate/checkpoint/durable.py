@@ -11,6 +11,7 @@ from megagate.data.files import sync_folder
 from megagate.errors import RunError
 
 _STRETCH = 16 << 20
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
@@ -45,10 +46,10 @@ def write_file(path: Path, content: bytes) -> None:
     """Replace the small file `path` at once: a reader, or a crash, meets the old content or the new, never a part.
 
     Raises:
-        RunError: no space; the old content stays.
+        RunError: no space or no permission; the old content stays.
     """
     unfinished = path.with_name(path.name + ".tmp")
-    with explaining_no_space(path, len(content)):
+    with explaining(path, len(content)):
         try:
             with create(unfinished) as descriptor:
                 write_all(descriptor, memoryview(content))
@@ -60,15 +61,20 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def explaining_no_space(path: Path, size: int) -> Iterator[None]:
-    """Turn "no space" and "over quota" while writing `size` bytes to `path` into a message that helps.
+def explaining(path: Path, size: int) -> Iterator[None]:
+    """Turn "no space", "over quota" and "no permission" while writing `size` bytes to `path` into a message that helps.
 
     Raises:
-        RunError: the disk or the quota is full.
+        RunError: the disk or the quota is full, or the folder may not be written to.
     """
     try:
         yield
     except OSError as error:
+        if error.errno in _NO_PERMISSION:
+            raise RunError(
+                f"{path}: cannot be written ({error.strerror}); checkpoints written before are untouched; change the folder's permissions, "
+                "or move the run's folder to where this user may write, then start the same command again"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         existing = next(parent for parent in path.absolute().parents if parent.exists())

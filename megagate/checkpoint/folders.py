@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from megagate.checkpoint.durable import explaining_no_space, write_file
+from megagate.checkpoint.durable import explaining, write_file
 from megagate.data.files import sync_folder
 from megagate.errors import CheckpointError
 
@@ -47,10 +47,10 @@ def begin(root: Path, step: int) -> Path:
     """Make the empty folder into which all ranks then write; what a dead run left under that name is removed.
 
     Raises:
-        RunError: no space.
+        RunError: no space or no permission.
     """
     staging = staging_path(root, step)
-    with explaining_no_space(staging, 0):
+    with explaining(staging, 0):
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     return staging
@@ -93,7 +93,7 @@ def set_pointer(root: Path, name: PointerName, step: int) -> None:
 
     Raises:
         CheckpointError: that checkpoint is not complete.
-        RunError: no space.
+        RunError: no space or no permission.
     """
     if _folder(root, step) is None:
         raise CheckpointError(

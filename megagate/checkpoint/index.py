@@ -7,10 +7,13 @@ A piece's key in its file is not stored: `piece_key` gives it.
 """
 
 import json
-from collections.abc import Mapping
+import re
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from blake3 import blake3
@@ -40,6 +43,12 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _DIGEST_START = b'{"digest":"'
 _DIGEST_END = b'",'
+_DIGEST_LENGTH = 64
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+_MOST_BYTES = 1 << 32
+_MOST_ELEMENTS = (1 << 63) - 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,21 +101,13 @@ class Contents:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Contents":
-        """The inverse of `to_json`."""
-        return cls(
-            files=dict(values["files"]),
-            tensors={
-                name: StoredTensor(
-                    shape=tuple(tensor["shape"]),
-                    dtype=_DTYPES[tensor["dtype"]],
-                    pieces=tuple(
-                        StoredPiece(piece["file"], Box(tuple(piece["offset"]), tuple(piece["shape"])), piece["digest"])
-                        for piece in tensor["pieces"]
-                    ),
-                )
-                for name, tensor in values["tensors"].items()
-            },
-        )
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: These are not the values of any contents; it says which and why.
+        """
+        files = {_plain_name(name): _natural(size, name) for name, size in values["files"].items()}
+        return cls(files, {name: _stored_tensor(name, tensor, files) for name, tensor in values["tensors"].items()})
 
     def require_files(self, folder: Path) -> None:
         """Require each file in `folder` to be there and to have its recorded size.
@@ -117,9 +118,14 @@ class Contents:
         for name, size in self.files.items():
             path = folder / name
             try:
-                actual = path.stat().st_size
+                found = path.stat()
             except FileNotFoundError as error:
                 raise CheckpointError(f"{path} is missing, {size} bytes are recorded; restore it or load another step") from error
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be reached ({error.strerror}); mend that, or load another step") from error
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{path} is no file, {size} bytes are recorded under that name; restore it or load another step")
+            actual = found.st_size
             if actual != size:
                 raise CheckpointError(f"{path} has {actual} bytes, {size} are recorded: it was cut or changed; load another step")
 
@@ -156,13 +162,10 @@ def read_index(folder: Path) -> Index:
     """Read and check the index of the step folder `folder`.
 
     Raises:
-        CheckpointError: the index is missing, damaged, or of a newer format.
+        CheckpointError: the index is missing, damaged, of a newer format, or contradicts itself.
     """
     path = folder / INDEX_NAME
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: {folder} is no complete checkpoint; load another step") from error
+    content = read_limited(path, missing=f"{folder} is no complete checkpoint; load another step")
     head, mark, tail = content.partition(_DIGEST_END)
     rest = b"{" + tail
     actual = blake3(rest).hexdigest()
@@ -171,9 +174,108 @@ def read_index(folder: Path) -> Index:
         raise CheckpointError(
             f"{path} is damaged or was edited: its content has the digest {actual}, it records {recorded!r}; load another step"
         )
-    values = json.loads(rest)
-    if values["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path}: format {values['format']}, and this megagate reads format {FORMAT}; load it with the version that wrote it"
-        )
-    return Index(values["step"], values["metadata"], Contents.from_json(values))
+
+    def build(values: Any) -> Index:
+        if values["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: format {values['format']!r:.40}, and this megagate reads format {FORMAT}; load it with the version that wrote it"
+            )
+        return _index(values)
+
+    return decode(rest, path, build)
+
+
+def read_limited(path: Path, *, missing: str) -> bytes:
+    """The bytes of a JSON file of a checkpoint.
+
+    Args:
+        path: The file.
+        missing: What it means that it is not there, and what to do.
+
+    Raises:
+        CheckpointError: It is missing, cannot be read, or is larger than any that is written.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes, no such file has more than {_MOST_BYTES}; it is damaged, load another step")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: {missing}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); mend that, or load another step") from error
+
+
+def decode(content: bytes, path: Path, build: Callable[[Any], T]) -> T:
+    """What `build` makes of the JSON value that `content`, of the file `path`, holds.
+
+    Raises:
+        CheckpointError: It is no JSON, or `build` does not take it.
+    """
+    try:
+        return build(json.loads(content))
+    except KeyError as error:
+        reason = f"{error} is missing"
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        reason = str(error)
+    raise CheckpointError(f"{path} is damaged or was edited: {reason}; load another step")
+
+
+def _index(values: Any) -> Index:
+    metadata = values["metadata"]
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata is {metadata!r:.80}, not an object")
+    contents = Contents.from_json(values)
+    held = dict.fromkeys(contents.files, 0)
+    for name, tensor in contents.tensors.items():
+        volumes = [piece.box.volume for piece in tensor.pieces]
+        # Whether any two overlap, `Checkpoint.read` proves for what it reads.
+        if sum(volumes) != prod(tensor.shape):
+            raise ValueError(f"the pieces of {name} hold {sum(volumes)} elements, its shape {tensor.shape} has {prod(tensor.shape)}")
+        for piece, volume in zip(tensor.pieces, volumes, strict=True):
+            held[piece.file] += volume * tensor.dtype.itemsize
+    for file, size in contents.files.items():
+        if held[file] > size:
+            raise ValueError(f"the pieces in {file} have {held[file]} bytes, the file {size}")
+    return Index(_natural(values["step"], "step"), metadata, contents)
+
+
+def _stored_tensor(name: str, values: Any, files: Mapping[str, int]) -> StoredTensor:
+    shape = _shape(values["shape"], name)
+    if values["dtype"] not in _DTYPES:
+        raise ValueError(f"the dtype of {name} is {values['dtype']!r:.80}; this megagate knows {', '.join(_DTYPES)}")
+    pieces = []
+    for piece in values["pieces"]:
+        file, digest = piece["file"], piece["digest"]
+        box = Box(_shape(piece["offset"], name), _shape(piece["shape"], name))
+        if not box.fits(shape):
+            raise ValueError(f"a piece of {name} is {box}, which does not lie in its shape {shape}")
+        if file not in files:
+            raise ValueError(f"a piece of {name} lies in {file!r:.80}, which is not among the files")
+        if not isinstance(digest, str) or len(digest) != _DIGEST_LENGTH:
+            raise ValueError(f"a piece of {name} has the digest {digest!r:.80}; digests have {_DIGEST_LENGTH} characters")
+        pieces.append(StoredPiece(file, box, digest))
+    return StoredTensor(shape, _DTYPES[values["dtype"]], tuple(pieces))
+
+
+def _shape(values: Any, name: str) -> Shape:
+    shape = tuple(values)
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= _MOST_ELEMENTS:
+            raise ValueError(f"{name} has {values!r:.80} for a shape or an offset; it must be a list of whole numbers from 0 on")
+    if prod(max(1, size) for size in shape) > _MOST_ELEMENTS:
+        raise ValueError(f"{name} has the shape {values!r:.80}, larger than any tensor")
+    return shape
+
+
+def _natural(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 <= value <= _MOST_ELEMENTS:
+        raise ValueError(f"{what} is {value!r:.80}, and must be a whole number from 0 on")
+    return value
+
+
+def _plain_name(name: str) -> str:
+    """A file's name, which must not lead out of the folder."""
+    if not _PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"it names the file {name!r:.80}; files of a checkpoint lie in its folder, their names are letters, digits, . _ -")
+    return name

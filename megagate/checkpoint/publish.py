@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megagate.checkpoint.box import find_flaw
+import torch
+
+from megagate.checkpoint.box import Box, Shape, find_flaw
 from megagate.checkpoint.durable import write_file
 from megagate.checkpoint.folders import INDEX_NAME, discard, install, staging_path
-from megagate.checkpoint.index import Contents, Index, StoredTensor, encode_index
+from megagate.checkpoint.index import Contents, Index, StoredPiece, StoredTensor, encode_index
 from megagate.checkpoint.rankfile import manifest_path, rank_file, read_manifest
 from megagate.data.files import sync_folder
 from megagate.errors import CheckpointError, RunError
@@ -34,8 +36,9 @@ def publish(root: Path, step: int, *, world_size: int, metadata: Mapping[str, An
     """
     staging = staging_path(root, step)
     contents = _merge(staging, world_size)
+    proved: set[tuple[Shape, tuple[Box, ...]]] = set()
     for name, tensor in contents.tensors.items():
-        _require_each_once(name, tensor)
+        _require_each_once(name, tensor, proved)
     content = encode_index(Index(step, dict(metadata), contents))
     try:
         write_file(staging / INDEX_NAME, content)
@@ -59,25 +62,34 @@ def _merge(staging: Path, world_size: int) -> Contents:
     strange = sorted(path.name for path in staging.iterdir() if path.name not in expected)
     if strange:
         raise CheckpointError(f"{staging}: holds {strange}, which none of the {world_size} ranks of this save wrote; save again")
-    merged = Contents({}, {})
+    files: dict[str, int] = {}
+    kinds: dict[str, tuple[Shape, torch.dtype]] = {}
+    pieces: dict[str, list[StoredPiece]] = {}
     for rank in range(world_size):
         part = read_manifest(manifest_path(staging, rank))
         for name, tensor in part.tensors.items():
-            known = merged.tensors.get(name, StoredTensor(tensor.shape, tensor.dtype, ()))
-            if (known.shape, known.dtype) != (tensor.shape, tensor.dtype):
+            shape, dtype = kinds.setdefault(name, (tensor.shape, tensor.dtype))
+            if (shape, dtype) != (tensor.shape, tensor.dtype):
                 raise CheckpointError(
-                    f"{name}: rank {rank} gives it shape {tensor.shape} and {tensor.dtype}, another rank {known.shape} and {known.dtype}; "
-                    "all ranks must give the full shape and one dtype"
+                    f"{name}: rank {rank} gives it shape {tensor.shape} and {tensor.dtype}, another rank {shape} and {dtype}; all ranks "
+                    "must give the full shape and one dtype"
                 )
-            merged.tensors[name] = StoredTensor(known.shape, known.dtype, known.pieces + tensor.pieces)
-        merged.files.update(part.files)
+            pieces.setdefault(name, []).extend(tensor.pieces)
+        files.update(part.files)
+    merged = Contents(files, {name: StoredTensor(*kinds[name], tuple(pieces[name])) for name in pieces})
     merged.require_files(staging)
     return merged
 
 
-def _require_each_once(name: str, tensor: StoredTensor) -> None:
-    flaw = find_flaw(tensor.shape, [piece.box for piece in tensor.pieces])
+def _require_each_once(name: str, tensor: StoredTensor, proved: set[tuple[Shape, tuple[Box, ...]]]) -> None:
+    """Refuse what is not held exactly once; a master and its moments are cut alike, so that one proof, kept in `proved`, is enough."""
+    boxes = [piece.box for piece in tensor.pieces]
+    cut = (tensor.shape, tuple(boxes))
+    if cut in proved:
+        return
+    flaw = find_flaw(tensor.shape, boxes)
     if flaw is None:
+        proved.add(cut)
         return
     holders = [tensor.pieces[i].file for i in flaw.holders]
     held = f"{len(holders)} pieces (in {', '.join(holders[:4])})" if holders else "no piece"

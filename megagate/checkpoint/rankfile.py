@@ -14,9 +14,9 @@ import torch
 from blake3 import blake3
 
 from megagate.checkpoint.box import Box, Shape
-from megagate.checkpoint.durable import create, explaining_no_space, write_all, write_file
-from megagate.checkpoint.index import DTYPE_NAMES, Contents, StoredPiece, StoredTensor, piece_key
-from megagate.checkpoint.safefile import CHUNK_BYTES, LENGTH_BYTES, Entry, encode_header, write_tensor
+from megagate.checkpoint.durable import create, explaining, write_all, write_file
+from megagate.checkpoint.index import DTYPE_NAMES, Contents, StoredPiece, StoredTensor, decode, piece_key, read_limited
+from megagate.checkpoint.safefile import CHUNK_BYTES, Entry, decode_header, encode_header, write_tensor
 from megagate.errors import CheckpointError
 
 
@@ -73,7 +73,7 @@ def write_rank(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
 
     Raises:
         CheckpointError: two pieces begin at the same offset of one tensor, or disagree on its shape or dtype.
-        RunError: no space.
+        RunError: no space or no permission.
     """
     # Larger items first: the format allows no gaps, and this keeps every piece aligned to its item size.
     ordered = sorted(
@@ -85,7 +85,7 @@ def write_rank(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
     size = len(header) + sum(piece.tensor.nbytes for piece in ordered)
     path, manifest = directory / rank_file(rank), manifest_path(directory, rank)
     try:
-        with explaining_no_space(path, size), create(path) as descriptor:
+        with explaining(path, size), create(path) as descriptor:
             write_all(descriptor, memoryview(header))
             for piece in ordered:
                 hasher = blake3()
@@ -103,8 +103,12 @@ def write_rank(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
 
 
 def read_manifest(path: Path) -> Contents:
-    """What the manifest `path` says that its rank wrote."""
-    return Contents.from_json(json.loads(path.read_bytes()))
+    """What the manifest `path` says that its rank wrote.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    return decode(read_limited(path, missing="its rank has not finished; save again"), path, Contents.from_json)
 
 
 class PieceFile:
@@ -114,20 +118,18 @@ class PieceFile:
     under one that is still alive (in the traceback of an error, say) would crash the process.
 
     Raises:
-        CheckpointError: the header is damaged.
+        CheckpointError: the file cannot be read, or its header is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with path.open("rb") as file:
-            # A private writable mapping: torch warns about read-only ones, and nothing is ever written to it.
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._start = LENGTH_BYTES + int.from_bytes(self._bytes[:LENGTH_BYTES], "little")
         try:
-            entries = json.loads(self._bytes[LENGTH_BYTES : self._start])
-            self._entries = {key: (entry["dtype"], entry["shape"], *entry["data_offsets"]) for key, entry in entries.items() if "@" in key}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path}: its header is damaged ({error!r}); load another step") from error
+            with path.open("rb") as file:
+                # A private writable mapping: torch warns about read-only ones, and nothing is ever written to it.
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped, which is a ValueError
+            raise CheckpointError(f"{path} cannot be read ({error}); mend that, or load another step") from error
+        self._start, self._entries = decode_header(self._bytes, path)
 
     def span(self, name: str, box: Box, dtype: torch.dtype) -> tuple[int, int]:
         """The range of bytes in the file that holds a piece.
@@ -136,14 +138,13 @@ class PieceFile:
             CheckpointError: the file's header says otherwise than the index.
         """
         entry = self._entries.get(piece_key(name, box))
-        begin = entry[2] if entry else 0
-        end = begin + box.volume * dtype.itemsize
-        if entry != (DTYPE_NAMES[dtype], list(box.shape), begin, end) or not 0 <= begin <= end <= len(self._bytes) - self._start:
+        if entry is None or entry[:2] != (DTYPE_NAMES[dtype], box.shape):
+            there = "no such tensor" if entry is None else f"{entry.dtype} and {list(entry.shape)}"
             raise CheckpointError(
-                f"{name}, piece at {list(box.offset)} in {self._path}: the file's header gives {entry} (dtype, shape, bytes from, to), "
-                f"the index {DTYPE_NAMES[dtype]} and {list(box.shape)}; the file is damaged, load another step"
+                f"{name}, piece at {list(box.offset)} in {self._path}: the file's header has {there}, the index {DTYPE_NAMES[dtype]} and "
+                f"{list(box.shape)}; the file is damaged, load another step"
             )
-        return self._start + begin, self._start + end
+        return self._start + entry.begin, self._start + entry.end
 
     def tensor(self, name: str, box: Box, dtype: torch.dtype) -> torch.Tensor:
         """A piece with at least one element as a tensor of `box.shape` on the mapped file."""

@@ -2,14 +2,14 @@
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
 
-from megagate.checkpoint.box import Box, Shape
+from megagate.checkpoint.box import Box, Shape, find_flaw
 from megagate.checkpoint.folders import resolve
 from megagate.checkpoint.index import Index, StoredPiece, StoredTensor, read_index
 from megagate.checkpoint.rankfile import PieceFile
@@ -86,15 +86,11 @@ class Checkpoint:
         if not wanted.fits(stored.shape):
             raise CheckpointError(f"{name}: the box {wanted} asked for does not lie in its shape {stored.shape} in {self.folder}")
         target = out.detach()
-        filled = 0
-        for piece in stored.pieces:
-            common = piece.box.overlap(wanted)
-            if common is not None:
-                source = self._file(piece.file).tensor(name, piece.box, stored.dtype)
-                target[common.slices_of(wanted)] = source[common.slices_of(piece.box)]
-                filled += common.volume
-        if filled != wanted.volume:
-            raise CheckpointError(f"{name}: its pieces in {self.folder} hold {filled} of the {wanted.volume} elements of {wanted}")
+        found = [(piece, common) for piece in stored.pieces if (common := piece.box.overlap(wanted)) is not None]
+        self._require_each_once(name, wanted, found)
+        for piece, common in found:
+            source = self._file(piece.file).tensor(name, piece.box, stored.dtype)
+            target[common.slices_of(wanted)] = source[common.slices_of(piece.box)]
 
     def read_whole(self, name: str) -> torch.Tensor:
         """The whole logical tensor `name`, on the CPU.
@@ -152,6 +148,18 @@ class Checkpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _require_each_once(self, name: str, wanted: Box, found: Sequence[tuple[StoredPiece, Box]]) -> None:
+        """Refuse a box of which the index has no piece, or several, for some element."""
+        flaw = find_flaw(wanted.shape, [common.within(wanted) for _, common in found])
+        if flaw is not None:
+            files = [found[holder][0].file for holder in flaw.holders]
+            held = f"{len(files)} pieces (in {', '.join(files[:4])})" if files else "no piece"
+            region = Box(tuple(a + b for a, b in zip(flaw.region.offset, wanted.offset, strict=True)), flaw.region.shape)
+            raise CheckpointError(
+                f"{name}: elements {region} are held by {held} in {self.folder}, each must be held by exactly one; the index is damaged, "
+                "load another step"
+            )
 
     def _file(self, name: str) -> PieceFile:
         """The open data file `name`; the one unused for longest is closed when too many are open."""

@@ -135,16 +135,32 @@ def test_closing_does_not_pull_the_file_from_under_a_tensor(saved: Path) -> None
     assert (held == 30).all()
 
 
-def test_an_index_with_a_gap_is_found_when_reading(saved: Path) -> None:
+def test_an_index_with_a_gap_is_found_at_once(saved: Path) -> None:
     folder = saved / "step-00000030"
     index = read_index(folder)
     tensor = index.contents.tensors["w"]
     index.contents.tensors["w"] = StoredTensor(tensor.shape, tensor.dtype, tensor.pieces[:1])
     (folder / "index.json").write_bytes(encode_index(index))
+    with pytest.raises(CheckpointError, match=r"index.json is damaged .*: the pieces of w hold 18 elements, its shape \(4, 6\) has 24"):
+        Checkpoint.open(saved)
+
+
+def test_an_index_with_a_gap_and_as_large_an_overlap_is_found_where_it_is_read(saved: Path) -> None:
+    state = numbered((4, 6))
+    folder = save_pieces(saved, 40, [[Piece("w", (4, 6), (row, 0), state[row : row + 1])] for row in range(4)])
+    index = read_index(folder)
+    tensor = index.contents.tensors["w"]
+    index.contents.tensors["w"] = StoredTensor(tensor.shape, tensor.dtype, (*tensor.pieces[:3], tensor.pieces[1]))
+    (folder / "index.json").write_bytes(encode_index(index))
+    out = torch.full((2, 6), -1.0)
     with Checkpoint.open(saved) as checkpoint:
-        checkpoint.read("w", (1, 0), torch.zeros(2, 6))
-        with pytest.raises(CheckpointError, match=r"w: its pieces in .* hold 6 of the 12 elements of \[2:4, 0:6\]"):
-            checkpoint.read("w", (2, 0), torch.zeros(2, 6))
+        with pytest.raises(CheckpointError, match=r"w: elements \[3:4, 1:6\] are held by no piece in .*step-00000040"):
+            checkpoint.read("w", (2, 1), out[:, 1:])
+        with pytest.raises(CheckpointError, match=r"w: elements \[1:2, 0:6\] are held by 2 pieces \(in rank-00001.safetensors, rank-00001"):
+            checkpoint.read("w", (0, 0), out)
+        assert (out == -1).all()
+        checkpoint.read("w", (2, 0), out[:1])
+    assert torch.equal(out[0], state[2])
 
 
 def flip(path: Path, position: int) -> None:
@@ -239,7 +255,7 @@ def test_a_header_that_points_behind_the_file_is_found(saved: Path) -> None:
     content = path.read_bytes()
     assert content.count(b"[0,72]") == 1
     path.write_bytes(content.replace(b"[0,72]", b"[9,81]"))
-    with Checkpoint.open(saved) as checkpoint, pytest.raises(CheckpointError, match=r"w, piece at \[0, 0\] .* the file is damaged"):
+    with Checkpoint.open(saved) as checkpoint, pytest.raises(CheckpointError, match="begins at byte 9, what stands before it ends at 0"):
         checkpoint.read_whole("w")
 
 
