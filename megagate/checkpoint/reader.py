@@ -54,6 +54,11 @@ class Checkpoint:
         return self._index.metadata
 
     @property
+    def files(self) -> Mapping[str, int]:
+        """The bytes of every data file, by its name."""
+        return MappingProxyType(self._index.contents.files)
+
+    @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every logical tensor by name: its full shape, dtype and pieces."""
         return MappingProxyType(self._index.contents.tensors)
@@ -126,18 +131,26 @@ class Checkpoint:
         Raises:
             CheckpointError: the first damaged piece, by tensor, offset and file.
         """
-        tensors = self._index.contents.tensors
-        pieces = [(piece, name) for name in (tensors if names is None else names) for piece in self.stored(name).pieces]
+        wanted = self._index.contents.tensors if names is None else names
+        pieces = [(piece, name) for name in wanted for piece in self.stored(name).pieces]
         # By file, so that each is opened once however many there are.
         mine = sorted(pieces, key=lambda item: item[0].file)[rank::world_size]
         for piece, name in mine:
-            actual = self._file(piece.file).digest(name, piece.box, tensors[name].dtype)
-            if actual != piece.digest:
-                raise CheckpointError(
-                    f"{name}, piece at {list(piece.box.offset)} in {self.folder / piece.file}: its bytes have the digest {actual}, "
-                    f"{piece.digest} was recorded when it was saved; the file is damaged, load another step"
-                )
+            self.verify_piece(name, piece)
         return len(mine)
+
+    def verify_piece(self, name: str, piece: StoredPiece) -> None:
+        """Digest the bytes of one piece of the tensor `name` again.
+
+        Raises:
+            CheckpointError: They are not those that were saved.
+        """
+        actual = self._file(piece.file).digest(name, piece.box, self.stored(name).dtype)
+        if actual != piece.digest:
+            raise CheckpointError(
+                f"{name}, piece at {list(piece.box.offset)} in {self.folder / piece.file}: its bytes have the digest {actual}, "
+                f"{piece.digest} was recorded when it was saved; the file is damaged, load another step"
+            )
 
     def close(self) -> None:
         """Close all files."""
