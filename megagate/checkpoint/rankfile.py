@@ -19,6 +19,8 @@ from megagate.checkpoint.index import DTYPE_NAMES, Contents, StoredPiece, Stored
 from megagate.checkpoint.safefile import CHUNK_BYTES, Entry, decode_header, encode_header, write_tensor
 from megagate.errors import CheckpointError
 
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has no name for it before 3.13
+
 
 @dataclass(frozen=True, eq=False)
 class Piece:
@@ -125,8 +127,9 @@ class PieceFile:
         self._path = path
         try:
             with path.open("rb") as file:
-                # A private writable mapping: torch warns about read-only ones, and nothing is ever written to it.
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                # Private and writable, since torch warns about read-only ones, though nothing is ever written to it; without a reserve
+                # of memory for such writes, which the kernel would refuse for a file larger than the machine's memory.
+                self._bytes = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped, which is a ValueError
             raise CheckpointError(f"{path} cannot be read ({error}); mend that, or load another step") from error
         self._start, self._entries = decode_header(self._bytes, path)

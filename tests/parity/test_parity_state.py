@@ -1,6 +1,7 @@
 """Masters, moments and step counters through a checkpoint, to the same layout and to others: the next AdamW step is the same."""
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def assert_same_bits(outcomes: list[Outcome], expected: list[Outcome], *, steps:
     assert all(torch.equal(value, expected_state[name]) for name, value in state.items())
 
 
+def assert_each_byte_once(root: Path, run: Run, layout: Layout) -> None:
+    """All ranks' files together hold as many bytes as the logical tensors, and none of them nothing, or much more than its share."""
+    folder = store.step_path(root, STEPS)
+    data = [path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in sorted(folder.glob("rank-*"))]
+    kinds = 3 if run.optimizer == "adamw" else 1
+    assert sum(data) == 4 * kinds * sum(map(prod, parameter_shapes(run.model).values()))
+    assert len(data) == layout.world_size
+    if layout.zero_stage:
+        assert min(data) > 0 and max(data) < 1.6 * sum(data) / len(data), data
+
+
 def assert_same_state(outcomes: list[Outcome], expected: list[Outcome]) -> None:
     """To rounding: the loss of the step that follows, and the weights and moments after it."""
     for one in outcomes:
@@ -75,7 +87,9 @@ def assert_same_state(outcomes: list[Outcome], expected: list[Outcome]) -> None:
 def saved(tmp_path_factory) -> tuple[Path, list[Outcome]]:
     """Of dp2 x tp2 ep4."""
     root, layout = tmp_path_factory.mktemp("folded"), Layout(4, tp=2, ep=4)
-    return root, ranks.run_ranks(train_and_save, 4, RUN, layout, root)
+    outcomes = ranks.run_ranks(train_and_save, 4, RUN, layout, root)
+    assert_each_byte_once(root, RUN, layout)
+    return root, outcomes
 
 
 def test_the_checkpoint_holds_every_logical_tensor_once(saved):
@@ -155,6 +169,7 @@ DENSE = Run(optimizer="adamw", dense=True)
 )
 def test_other_models_and_back(run, first, second, tmp_path):
     expected = ranks.run_ranks(train_and_save, first.world_size, run, first, tmp_path)
+    assert_each_byte_once(tmp_path, run, first)
     assert_same_bits(ranks.run_ranks(load_and_train, first.world_size, run, first, tmp_path), expected)
     assert_same_state(ranks.run_ranks(load_and_train, second.world_size, run, second, tmp_path), expected)
 
@@ -170,7 +185,9 @@ def test_ranks_that_hold_only_padding_of_a_parameter(tmp_path):
 
 
 def test_the_reference_goes_on_from_stage_3(tmp_path):
-    expected = ranks.run_ranks(train_and_save, 4, RUN, Layout(4, tp=1, ep=4, zero_stage=3), tmp_path)
+    layout = Layout(4, tp=1, ep=4, zero_stage=3)
+    expected = ranks.run_ranks(train_and_save, 4, RUN, layout, tmp_path)
+    assert_each_byte_once(tmp_path, RUN, layout)
     assert_same_state([load_and_train(None, RUN, Layout(), tmp_path)], expected)
 
 
@@ -178,6 +195,7 @@ def test_the_reference_goes_on_from_stage_3(tmp_path):
 def test_bf16_goes_on_with_the_same_bits(zero_stage, tmp_path):
     run, layout = Run(optimizer="adamw", dtype="bf16"), Layout(4, tp=2, ep=2, zero_stage=zero_stage)
     expected = ranks.run_ranks(train_and_save, 4, run, layout, tmp_path)
+    assert_each_byte_once(tmp_path, run, layout)
     assert_same_bits(ranks.run_ranks(load_and_train, 4, run, layout, tmp_path), expected)
     assert_same_bits(ranks.run_ranks(load_and_train, 4, run, layout, tmp_path, STEPS, True), expected)
 
