@@ -88,7 +88,10 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
 
 
 def gather_objects(value: Any, axis: Axis) -> list[Any]:
-    """Small Python values (error texts, file names) of all ranks, in rank order."""
+    """Small Python values (error texts, file names) of all ranks, in rank order.
+
+    They are pickled on the way, in memory, between the ranks of one run; nothing pickled is ever read from a disk.
+    """
     if axis.size == 1:
         return [value]
     values = [None] * axis.size

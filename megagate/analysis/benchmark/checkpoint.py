@@ -72,7 +72,7 @@ def stall(bench: Bench[Options]) -> None:
 def _beside_cp(bench: Bench[Options], ranks: int) -> None:
     folder = bench.options.folder / bench.key
     ours = _ranks(bench, "save", _layout(ranks), warmup=1)
-    peer = entrant("cp", "checkpoint_ranks:copy", warmup=1, source=f"{folder}/step-00000001", output=f"{folder}-copy")
+    peer = entrant("cp", "copying:copy", warmup=1, source=f"{folder}/step-00000001", output=f"{folder}-copy")
     if series := bench.run([ours, peer]):
         ratio = paired_ratio(_seconds(series["cp"]), _seconds(series["save"]))
         title = f"{_named(_layout(ranks))}, blake3 and fsync; peer: cp and fsync of the same files"

@@ -1,14 +1,11 @@
-"""What is measured in the rows of `tools/benchmark.py checkpoint`: ranks that save, load, read or copy a state, and `cp`.
+"""What is measured in the rows of `tools/benchmark.py checkpoint`: ranks that save, load, read or copy a state.
 
 The ranks are processes of their own in a gloo group. They do one unit of work at a time, from a barrier to a barrier; what makes room for
 it, and takes its files away, is not timed.
 """
 
 import multiprocessing
-import os
-import resource
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +18,7 @@ import torch
 from megagate.analysis.benchmark.checkpoint_state import KINDS, Cut, Layout, cut, made_up_shapes
 from megagate.analysis.benchmark.interleave import Work
 from megagate.checkpoint import reshard, store
+from megagate.checkpoint.staging import HostCopy
 from megagate.errors import RunError
 from megagate.parallel.comm import barrier
 from megagate.parallel.init import LaunchEnv, init_process_group
@@ -34,7 +32,7 @@ STEP = 1
 def ranks(job: str, folder: str, layout: dict[str, int], megabytes: float) -> Work:
     """Ranks that do `job` of this module; notes: seconds from barrier to barrier, processor time of all, bytes of the state."""
     one = Layout(**layout)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # torch is loaded once, and has no threads yet
     pipes = []
     # A file of its own: the folder may lie on a disk that knows no locks.
     rendezvous = Path(tempfile.mkdtemp(prefix="megagate-")) / "ranks"
@@ -56,47 +54,11 @@ def ranks(job: str, folder: str, layout: dict[str, int], megabytes: float) -> Wo
     return work
 
 
-def copy(source: str, output: str) -> Work:
-    """`cp` of all files of a folder, then an fsync of each; notes as `ranks`."""
-
-    def work() -> dict[str, float]:
-        shutil.rmtree(output, ignore_errors=True)
-        os.mkdir(output)
-        files = sorted(Path(source).iterdir())
-        for path in files:
-            touch(path)
-        before, begin = _cpu(), time.perf_counter()
-        subprocess.run(["cp", "--reflink=never", "--", *map(str, files), output], check=True)
-        for path in [*Path(output).iterdir(), Path(output)]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        seconds, cpu = time.perf_counter() - begin, _cpu() - before
-        size = sum(path.stat().st_size for path in files)
-        shutil.rmtree(output)
-        return {"seconds": seconds, "cpu": cpu, "bytes": size}
-
-    return work
-
-
-def touch(path: Path) -> None:
-    """Bring a file into the file cache, so that copying it does not wait for the disk to read."""
-    memory = bytearray(1 << 24)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(memory):
-            pass
-
-
 def _all(pipes: list[Connection]) -> list[dict[str, float]]:
     try:
         return [pipe.recv() for pipe in pipes]
     except EOFError:
         raise RunError("a rank ended; what it wrote stands above") from None
-
-
-def _cpu() -> float:
-    """Seconds of the processor of this process and of those that it has waited for."""
-    return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
 
 # ---- one rank
@@ -134,19 +96,22 @@ def _buffers(mine: list[Cut]) -> list[torch.Tensor]:
     return [torch.empty(one.stop - one.start).uniform_(generator=generator) for _ in KINDS for one in mine]
 
 
+def _pieces(mine: list[Cut], flats: list[torch.Tensor]) -> list[store.Piece]:
+    pieces = []
+    for (kind, one), flat in zip(((kind, one) for kind in KINDS for one in mine), flats, strict=True):
+        shard = {"full_shape": one.full_shape, "shard_offset": one.shard.offset, "shard_shape": one.shard.shape}
+        pieces += reshard.flat_pieces(f"{kind}/{one.name}", **shard, start=one.start, flat=flat)
+    return pieces
+
+
 def _save(mesh: ParallelMesh, folder: Path, mine: list[Cut]) -> Job:
     flats = _buffers(mine)
-    cuts = [(kind, one) for kind in KINDS for one in mine]
 
     def action() -> None:
         if mesh.world.rank == 0:
             store.begin(folder, STEP)
         barrier(mesh.world)
-        pieces = []
-        for (kind, one), flat in zip(cuts, flats, strict=True):
-            shard = {"full_shape": one.full_shape, "shard_offset": one.shard.offset, "shard_shape": one.shard.shape}
-            pieces += reshard.flat_pieces(f"{kind}/{one.name}", **shard, start=one.start, flat=flat)
-        store.write_rank(store.staging_path(folder, STEP), mesh.world.rank, pieces)
+        store.write_rank(store.staging_path(folder, STEP), mesh.world.rank, _pieces(mine, flats))
         barrier(mesh.world)
         if mesh.world.rank == 0:
             store.publish(folder, STEP, world_size=mesh.world.size, metadata={})
@@ -197,14 +162,10 @@ def _read(mesh: ParallelMesh, folder: Path, mine: list[Cut]) -> Job:
 
 
 def _stage(mesh: ParallelMesh, folder: Path, mine: list[Cut]) -> Job:
-    """A copy to memory that is there already, as a background save begins with."""
-    flats, host = _buffers(mine), _buffers(mine)
-
-    def action() -> None:
-        for there, here in zip(host, flats, strict=True):
-            there.copy_(here)
-
-    return lambda: {**_timed(mesh, action), "bytes": _bytes(flats)}
+    """The copy to host memory that a save in the background begins with; the memory is there already."""
+    flats, host = _buffers(mine), HostCopy()
+    host.take(_pieces(mine, flats))
+    return lambda: {**_timed(mesh, lambda: host.take(_pieces(mine, flats))), "bytes": _bytes(flats)}
 
 
 def _bytes(flats: list[torch.Tensor]) -> int:

@@ -66,7 +66,7 @@ def _once(bench: Bench[Options], work: str, **arguments: object) -> None:
 
 def _beside_cp(bench: Bench[Options], copied: str, work: str, title: str, **arguments: object) -> None:
     ours = entrant(work, f"convert_work:{work}", warmup=1, **arguments)
-    peer = entrant("cp", "checkpoint_ranks:copy", warmup=1, source=copied, output=f"{copied}-copy")
+    peer = entrant("cp", "copying:copy", warmup=1, source=copied, output=f"{copied}-copy")
     if series := bench.run([ours, peer]):
         ratio = paired_ratio([note["seconds"] for note in series["cp"].notes], [note["seconds"] for note in series[work].notes])
         met = reaches(ratio, TARGET)

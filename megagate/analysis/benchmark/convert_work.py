@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megagate.analysis.benchmark.checkpoint_ranks import touch
+from megagate.analysis.benchmark.copying import touch
 from megagate.analysis.benchmark.interleave import Work
 from megagate.analysis.benchmark.resident import Growth
 from megagate.checkpoint import store
