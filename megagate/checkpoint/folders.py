@@ -157,6 +157,9 @@ def clean_leftovers(root: Path) -> list[str]:
         The names that are gone, sorted.
     """
     gone = sorted(path for path in root.glob("*.*") if path.name in {f"{name}.tmp" for name in POINTERS} or _leftover(path))
+    for path in root.glob("step-*/*.tmp"):  # of a file that was to join a complete checkpoint
+        if is_step_name(path.parent.name):
+            path.unlink(missing_ok=True)
     for path in gone:
         final = path.with_suffix("")
         if path.suffix == ".old" and not _is_complete(final):

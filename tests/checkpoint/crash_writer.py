@@ -16,6 +16,8 @@ import torch
 from megagate.checkpoint import store
 
 WORLD = 2
+RECORD_NAME, RECORD = "next_step.json", b"x" * 500
+"""What a run puts into a folder that is published already."""
 SHAPE = (8, 512)
 
 
@@ -31,10 +33,16 @@ def save(root: Path, log: Path, step: int, number: int) -> None:
         file.write(f"{number}\n")
 
 
+def record(root: Path, step: int) -> None:
+    """What the step after it did, once it is done."""
+    store.write_file(store.step_path(root, step) / RECORD_NAME, RECORD)
+
+
 def endless(root: Path, log: Path) -> None:
-    """New steps, the same step again, a `best`, and pruning, until killed."""
+    """New steps, the same step again, its record, a `best`, and pruning, until killed."""
     for number in itertools.count(1):
         save(root, log, 10 + number // 2, number)
+        record(root, 10 + number // 2)
         if number % 5 == 0:
             store.set_pointer(root, "best", 10 + number // 2)
         store.prune(root, keep=1)
@@ -43,9 +51,11 @@ def endless(root: Path, log: Path) -> None:
 def scripted(root: Path, log: Path) -> None:
     """Every way in which a root changes, once."""
     save(root, log, 10, 1)
+    record(root, 10)
     store.set_pointer(root, "best", 10)
     save(root, log, 10, 2)
     save(root, log, 11, 3)
+    record(root, 11)
     save(root, log, 12, 4)
     store.prune(root, keep=1)
     store.clean_leftovers(root)

@@ -63,10 +63,12 @@ def check(root: Path, log: Path) -> int:
     assert finished <= found <= finished + 1
     for step in store.complete_steps(root):
         number_of(store.step_path(root, step))
+        record = store.resolve(store.step_path(root, step)) / crash_writer.RECORD_NAME
+        assert not record.exists() or record.read_bytes() == crash_writer.RECORD
     best = store.read_pointer(root, "best")
     store.clean_leftovers(root)
     assert number_of(root) == found and store.read_pointer(root, "best") == best
-    assert not [path.name for path in root.iterdir() if path.suffix], "clean_leftovers left something"
+    assert not [path.name for path in [*root.iterdir(), *root.glob("*/*.tmp")] if path.suffix], "clean_leftovers left something"
     return found
 
 
