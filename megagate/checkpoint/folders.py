@@ -115,18 +115,13 @@ def resolve(path: Path) -> Path:
     """The step folder that `path` means: itself, or, of a root or a run around it, the one `latest` names, else the newest.
 
     Raises:
-        CheckpointError: there is no complete checkpoint.
+        CheckpointError: there is no complete checkpoint, or no way to look.
     """
     path = Path(path)
-    if match := _STEP.fullmatch(path.name):
-        folder = _folder(path.parent, int(match[1]))
-    elif _is_complete(path) and path.suffix not in (".tmp", ".trash"):
-        folder = path
-    else:
-        root = path / ROOT_NAME if (path / ROOT_NAME).is_dir() else path
-        latest = read_pointer(root, "latest")
-        step = latest if latest is not None else max(complete_steps(root), default=None)
-        folder = None if step is None else _folder(root, step)
+    try:
+        folder = _meant(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be reached ({error.strerror}); check the path and the permissions of its folders") from error
     if folder is None:
         state = "holds no complete checkpoint" if path.is_dir() else "is no folder" if path.exists() else "does not exist"
         raise CheckpointError(
@@ -134,6 +129,17 @@ def resolve(path: Path) -> Path:
             "unfinished save and cannot be loaded"
         )
     return folder
+
+
+def _meant(path: Path) -> Path | None:
+    if match := _STEP.fullmatch(path.name):
+        return _folder(path.parent, int(match[1]))
+    if _is_complete(path) and path.suffix not in (".tmp", ".trash"):
+        return path
+    root = path / ROOT_NAME if (path / ROOT_NAME).is_dir() else path
+    latest = read_pointer(root, "latest")
+    step = latest if latest is not None else max(complete_steps(root), default=None)
+    return None if step is None else _folder(root, step)
 
 
 def prune(root: Path, *, keep: int) -> list[int]:

@@ -40,6 +40,7 @@ def peak(action: Callable[[], Any]) -> int:
     thread.start()
     try:
         kept = action()
+        found.append(anonymous())
     finally:
         done.set()
         thread.join()

@@ -198,6 +198,26 @@ def test_what_an_index_says_is_checked(sound: Path, tmp_path: Path, edit: Callab
     assert str(tmp_path / "step" / "index.json") in message and told in message
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "there"),
+    [
+        (b'"F32","shape":[3,6]', b'"I32","shape":[3,6]', r"I32 and \[3, 6\]"),
+        (b'"F32","shape":[3,6]', b'"F32","shape":[6,3]', r"F32 and \[6, 3\]"),
+        (b'"w@0,0"', b'"w@1,0"', "no such tensor"),
+    ],
+)
+def test_a_header_that_disagrees_with_the_index(sound: Path, tmp_path: Path, before: bytes, after: bytes, there: str) -> None:
+    folder = copied(sound, tmp_path / "step")
+    path = folder / "rank-00000.safetensors"
+    assert path.read_bytes().count(before) == 1
+    path.write_bytes(path.read_bytes().replace(before, after))
+    says = rf"w, piece at \[0, 0\] in {path}: the file's header has {there}, the index F32 and \[3, 6\]; the file is damaged, load"
+    with Checkpoint.open(folder) as checkpoint:
+        for use in (checkpoint.verify, lambda: checkpoint.read_whole("w")):
+            with pytest.raises(CheckpointError, match=says):
+                use()
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\0" * 8, b"\x02" + b"\0" * 7 + b"{}"])
 def test_a_file_that_is_no_data_file(sound: Path, tmp_path: Path, content: bytes) -> None:
     folder = copied(sound, tmp_path / "step")

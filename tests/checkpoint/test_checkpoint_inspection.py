@@ -207,6 +207,8 @@ def test_settings_and_tensors_that_differ_are_named(tmp_path: Path, run: Callabl
 def test_bad_words_and_a_pipe_that_ends(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
     code, said = run(tmp_path / "nowhere")
     assert code == 2 and said.startswith("CheckpointError: ") and "nowhere does not exist; name a step-* folder" in said
+    code, said = run(tmp_path / ("x" * 300))
+    assert code == 2 and "cannot be reached (File name too long); check the path" in said
     folder = saved(tmp_path)
     assert run(folder, "--compare", tmp_path / "nowhere")[0] == 2
     command = f"{sys.executable} {TOOL} {folder} --tensors --config | head -n 1"

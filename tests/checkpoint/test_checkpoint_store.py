@@ -276,8 +276,8 @@ full = numbered((4, 6))
             r"w: elements \[2:3, 0:6\] .* are held by 2 pieces \(in rank-0000[01].safetensors, rank-0000[01].safetensors\)",
         ),
         (
-            [[whole("master/w", full), Piece("exp_avg/w", (4, 6), (0, 0), full[:2])], [Piece("exp_avg/w", (4, 6), (3, 0), full[3:])]],
-            r"exp_avg/w: elements \[2:3, 0:6\] .* are held by no piece",
+            [[whole("exp_avg/w", full), Piece("master/w", (4, 6), (0, 0), full[:2])], [Piece("master/w", (4, 6), (3, 0), full[3:])]],
+            r"master/w: elements \[2:3, 0:6\] .* are held by no piece",
         ),
         ([[whole("w", full)], [whole("w", full)]], r"are held by 2 pieces .*replicate"),
         ([[whole("s", torch.tensor(1.0))], [whole("s", torch.tensor(1.0))]], r"s: elements \[\] .* are held by 2 pieces"),
