@@ -154,7 +154,7 @@ def test_differences_are_measured(
     other[5, 4, 3] += 0.5
     zeros = {"exp_avg/w": changed("exp_avg/w", (0, 0), 0.0)}, {"exp_avg/w": changed("exp_avg/w", (0, 0), -0.0)}
     ids = {"state/b": torch.tensor([0, 1, 7], dtype=torch.int32)}
-    nan = {"exp_avg_sq/w": changed("exp_avg_sq/w", (2, 2), math.nan)}
+    nan = {"exp_avg_sq/w": changed("exp_avg_sq/w", (11, 6), math.nan)}
     a = saved(tmp_path / "a", **{"master/e": one}, **zeros[0])
     b = saved(tmp_path / "b", world=2, seed=1, **{"master/e": other}, **zeros[1], **nan, **ids)
     code, said = run(a, "--compare", b, "--json")
