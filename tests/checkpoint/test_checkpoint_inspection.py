@@ -29,7 +29,17 @@ STATE = {name: torch.randn(shape, generator=torch.Generator().manual_seed(i)) fo
 STATE["state/b"] = torch.arange(3, dtype=torch.int32)
 METADATA = {"config": to_dict(RunConfig()), "applied_steps": 4, "best_val_loss": math.inf}
 AROUND = Circumstances(2, 2, 4, 1, 8, "cpu", "a \x1b[31mred one", "fp32", "fp32", "2.13", 1)
-NEXT = NextStep(5, "ab12", 6.25, 0.5, 1e-3, True, {"master/w": 3.0, "master/e": 4.0, "exp_avg/w": 9.0}, AROUND)
+NEXT = NextStep(
+    step=5,
+    tokens="ab12",
+    loss=6.25,
+    grad_norm=0.5,
+    lr=1e-3,
+    applied=True,
+    updates={"master/w": 3.0, "master/e": 4.0, "exp_avg/w": 9.0},
+    bits={"master/w": "1f"},
+    circumstances=AROUND,
+)
 
 
 def saved(root: Path, *, world: int = 3, seed: int = 0, metadata: dict[str, Any] = METADATA, **changed: torch.Tensor | None) -> Path:
