@@ -1,6 +1,7 @@
 """Reading a complete checkpoint: any box of any logical tensor, however the ranks that wrote it had cut it."""
 
 import difflib
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from megagate.checkpoint.folders import resolve
 from megagate.checkpoint.index import Index, StoredPiece, StoredTensor, read_index
 from megagate.checkpoint.rankfile import PieceFile
 from megagate.errors import CheckpointError
+
+_FEW = 32  # pieces, which are looked at one after the other
 
 
 class Checkpoint:
@@ -30,6 +33,7 @@ class Checkpoint:
         self._index = index
         self._max_open_files = max_open_files
         self._files: OrderedDict[str, PieceFile] = OrderedDict()
+        self._ordered: dict[str, tuple[list[StoredPiece], list[int], int]] = {}
 
     @classmethod
     def open(cls, path: Path, *, max_open_files: int = 16) -> "Checkpoint":
@@ -91,7 +95,7 @@ class Checkpoint:
         if not wanted.fits(stored.shape):
             raise CheckpointError(f"{name}: the box {wanted} asked for does not lie in its shape {stored.shape} in {self.folder}")
         target = out.detach()
-        found = [(piece, common) for piece in stored.pieces if (common := piece.box.overlap(wanted)) is not None]
+        found = [(piece, common) for piece in self._near(name, wanted) if (common := piece.box.overlap(wanted)) is not None]
         self._require_each_once(name, wanted, found)
         for piece, common in found:
             source = self._file(piece.file).tensor(name, piece.box, stored.dtype)
@@ -161,6 +165,18 @@ class Checkpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _near(self, name: str, wanted: Box) -> Sequence[StoredPiece]:
+        """The pieces of a tensor that may overlap a box: of thousands, those that begin near its first dim's range."""
+        pieces = self._index.contents.tensors[name].pieces
+        if len(pieces) < _FEW or not wanted.shape:
+            return pieces
+        if name not in self._ordered:
+            ordered = sorted(pieces, key=lambda piece: piece.box.offset[0])
+            self._ordered[name] = ordered, [piece.box.offset[0] for piece in ordered], max(piece.box.shape[0] for piece in ordered)
+        ordered, starts, longest = self._ordered[name]
+        low, size = wanted.offset[0], wanted.shape[0]
+        return ordered[bisect_right(starts, low - longest) : bisect_left(starts, low + size)]
 
     def _require_each_once(self, name: str, wanted: Box, found: Sequence[tuple[StoredPiece, Box]]) -> None:
         """Refuse a box of which the index has no piece, or several, for some element."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint_helpers import save_pieces
 
-from megagate.checkpoint import store
+from megagate.checkpoint import durable, store
 from megagate.errors import CheckpointError
 
 
@@ -195,3 +195,26 @@ def test_bytes_are_durable_before_the_names_that_promise_them(saved: Path, monke
     log.clear()
     store.prune(saved, keep=3)
     assert log == ["name ROOT/step-00000010.trash", "sync ROOT"]
+
+
+def test_the_disk_begins_while_writing_and_is_told_each_stretch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, advise = [], os.posix_fadvise
+
+    def record(descriptor: int, begin: int, size: int, advice: int) -> None:
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) >= begin + size and advice == os.POSIX_FADV_DONTNEED
+        told.append((begin, size))
+        advise(descriptor, begin, size, advice)
+
+    monkeypatch.setattr(durable, "_STRETCH", 1 << 12)
+    monkeypatch.setattr(os, "posix_fadvise", record)
+    cut = torch.arange(9000, dtype=torch.float32).split([1000, 7, 5993, 2000])
+    offsets = (0, 1000, 1007, 7000)
+    pieces = [store.Piece("w", (9000,), (offset,), part) for offset, part in zip(offsets, cut, strict=True)]
+    folder = save_pieces(tmp_path, 1, [pieces])
+    position = 0
+    for begin, size in told:
+        assert begin == position and size
+        position += size
+    assert position == (folder / "rank-00000.safetensors").stat().st_size // (1 << 12) * (1 << 12) > 32_000 and len(told) > 2
+    with store.Checkpoint.open(folder) as checkpoint:
+        assert checkpoint.verify() == 4 and torch.equal(checkpoint.read_whole("w"), torch.cat(cut))

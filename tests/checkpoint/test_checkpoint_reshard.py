@@ -12,7 +12,7 @@ from checkpoint_helpers import Layouts, numbered, save_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagate.checkpoint import reshard, store
+from megagate.checkpoint import reader, reshard, store
 from megagate.checkpoint.box import Box
 from megagate.errors import CheckpointError
 
@@ -92,13 +92,15 @@ STATE = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), worlds=st.tuples(st.integers(1, 6), st.integers(1, 6)))
-def test_any_layout_to_any_layout(tmp_path_factory: pytest.TempPathFactory, seed: int, worlds: tuple[int, int]) -> None:
+@pytest.mark.parametrize("few", [0, 32])
+def test_any_layout_to_any_layout(tmp_path_factory: pytest.TempPathFactory, few: int, seed: int, worlds: tuple[int, int]) -> None:
     rng = random.Random(seed)
     root = tmp_path_factory.mktemp("run")
     save_layout(root, 1, STATE, Layouts.draw(SHAPES, worlds[0], rng))
-    with store.Checkpoint.open(root, max_open_files=rng.randint(1, 3)) as checkpoint:
+    with pytest.MonkeyPatch.context() as context, store.Checkpoint.open(root, max_open_files=rng.randint(1, 3)) as checkpoint:
+        context.setattr(reader, "_FEW", few)
         assert set(checkpoint.tensors) == set(SHAPES)
         for fragment in sum(Layouts.draw(SHAPES, worlds[1], rng), []):
             expected = Layouts.local(fragment, STATE[fragment.name])
