@@ -34,7 +34,7 @@ setup(
     install_requires=[
         "torch>=2.10,<2.14",
         "deepspeed==0.19.8",  # pinned: megagate.engine.zero uses private names of it
-        "transformers>=5.5.4",
+        "transformers>=5.5.4",  # what is exported may need a newer one: megagate/checkpoint/hf/targets.py
         "tokenizers",
         "datasets",
         "wandb",

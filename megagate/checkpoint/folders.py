@@ -142,6 +142,12 @@ def _meant(path: Path) -> Path | None:
     return None if step is None else _folder(root, step)
 
 
+def run_around(step: Path) -> Path:
+    """The run, or the folder of checkpoints where that is no run's, that a step folder lies in."""
+    places = step.absolute(), step.resolve()  # a link may be named like a folder of checkpoints, or lead to one
+    return next((place.parent.parent for place in places if place.parent.name == ROOT_NAME), places[-1].parent)
+
+
 def prune(root: Path, *, keep: int) -> list[int]:
     """Delete the complete checkpoints older than the newest `keep` (0 keeps all), never one that `latest` or `best` names.
 

@@ -17,10 +17,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from megagate.checkpoint.rewrite import all_or_nothing, require_free, require_outside, require_root, run_around, write_checkpoint
+from megagate.checkpoint.folders import run_around
+from megagate.checkpoint.rewrite import all_or_nothing, require_free, require_outside, require_root, write_checkpoint
+from megagate.checkpoint.saved_model import require_model, run_of
 from megagate.checkpoint.store import Checkpoint, Piece, StoredPiece, write_rank
 from megagate.config.count import parameter_shapes
-from megagate.config.keys import from_dict
 from megagate.config.model import GateConfig, GateGranularity, ModelConfig
 from megagate.config.run import RunConfig
 from megagate.errors import CheckpointError, ConfigError
@@ -76,14 +77,14 @@ def add_gate(source: Path, output: Path, granularity: GateGranularity) -> Retrof
             "removes a constant one; gates at other positions or of other kinds are not added to a trained model, train them from the start"
         )
     with Checkpoint.open(source) as checkpoint:
-        config = _config(checkpoint)
+        config = run_of(checkpoint)
         position = config.model.attention.gate.position
         if position != "none":
             raise CheckpointError(
                 f"{checkpoint.folder}: model.attention.gate.position is {position}, so the model is gated already, and "
                 f"--gate {granularity} needs an ungated one; give another checkpoint, or remove a gate that is constant by --gate none"
             )
-        _require_fits(checkpoint, config.model)
+        require_model(checkpoint, config.model)
         gate = GateConfig(position="G1", granularity=granularity)
         factor = 1 / ACTIVATIONS[gate.activation](torch.zeros(()))
         return _rewrite(checkpoint, config, output, gate=gate, factors=dict.fromkeys(_projections(config.model), factor))
@@ -102,38 +103,10 @@ def remove_gate(source: Path, output: Path) -> Retrofit:
         RunError: `output` cannot be written, or there is no space.
     """
     with Checkpoint.open(source) as checkpoint:
-        config = _config(checkpoint)
+        config = run_of(checkpoint)
         _require_factor(checkpoint.folder, config.model.attention.gate)
-        _require_fits(checkpoint, config.model)
+        require_model(checkpoint, config.model)
         return _rewrite(checkpoint, config, output, gate=GateConfig(), factors=_constant_factors(checkpoint, config.model))
-
-
-def _config(checkpoint: Checkpoint) -> RunConfig:
-    settings = checkpoint.metadata.get("config")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{checkpoint.folder} holds no config, so no run saved it; give a run, its checkpoints, or one of its steps")
-    try:
-        return from_dict(settings)
-    except ConfigError as error:
-        raise CheckpointError(f"{checkpoint.folder}: its config is of another version: {error}") from error
-
-
-def _require_fits(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """Every parameter of the config's model is there, in its shape, and no other."""
-    expected = {f"{_MASTER}/{name}": shape for name, shape in parameter_shapes(model).items()}
-    found = {name: tensor for name, tensor in checkpoint.tensors.items() if _kind(name) == _MASTER}
-    flaws = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    flaws += [f"{name} {list(found[name].shape)} is not in that model" for name in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        if found[name].shape != expected[name]:
-            flaws.append(f"{name} has the shape {list(found[name].shape)}, not {list(expected[name])}")
-        elif found[name].dtype != torch.float32:
-            flaws.append(f"{name} is stored as {found[name].dtype}, masters are float32")
-    if flaws:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {len(flaws)} of its tensors are not those of the model in its config: {', '.join(sorted(flaws)[:3])}; "
-            "it was changed after it was saved, or saved by another version; give one that a run wrote"
-        )
 
 
 def _require_factor(folder: Path, gate: GateConfig) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megagate.checkpoint.folders import ROOT_NAME, is_step_name
+from megagate.checkpoint.folders import is_step_name
 from megagate.checkpoint.store import begin, publish, write_file
 from megagate.config.cli import to_yaml
 from megagate.config.keys import to_dict
@@ -51,11 +51,6 @@ def require_root(output: Path, *, name: str) -> None:
     """
     if is_step_name(output.name):
         raise ConfigError(f"{name} ({output}) is a folder of checkpoints, and step-* names one of them; choose another name")
-
-
-def run_around(folder: Path) -> Path:
-    """The run, or folder of checkpoints, that the step `folder` lies in."""
-    return folder.parent.parent if folder.parent.name == ROOT_NAME else folder.parent
 
 
 @contextmanager

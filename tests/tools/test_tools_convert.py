@@ -64,7 +64,7 @@ def test_to_hf_says_what_it_wrote_for_which_class_and_how_to_load_it(
     said = capsys.readouterr().out
     assert said.startswith(f"{run}/checkpoints/step-00000007, step 7 -> {out}: 3 files, ")
     for words in (
-        "written for the class qwen3_next, which holds the model exactly; transformers 5.5.4 or newer\n",
+        "written for the class qwen3_next, which holds the model exactly; transformers 5.15.0 or newer\n",
         " tensors in bf16\n",
         "left out: 12 rows that pad the vocabulary to 256\n",
         "norms are in fp32, since bf16 would round w - 1: model.layers.",

@@ -14,7 +14,7 @@ from megagate.analysis.benchmark.resident import Growth
 from megagate.checkpoint import store
 from megagate.checkpoint.folders import ROOT_NAME
 from megagate.checkpoint.hf.export import export
-from megagate.checkpoint.hf.table import native_shapes
+from megagate.checkpoint.saved_model import native_shapes
 from megagate.config.keys import to_dict
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.config.run import DataConfig, PrecisionConfig, RunConfig, TrainConfig

@@ -20,8 +20,9 @@ from megagate.checkpoint.box import Box
 from megagate.checkpoint.hf.adopt_config import Described, describe
 from megagate.checkpoint.hf.adopt_files import Weights
 from megagate.checkpoint.hf.ops import Expert, LessOne, Same, Scaled
-from megagate.checkpoint.hf.table import Region, Row, Source, mapping, native_shapes
+from megagate.checkpoint.hf.table import Layout, Region, Row, mapping
 from megagate.checkpoint.rewrite import all_or_nothing, require_free, require_outside, require_root, write_checkpoint
+from megagate.checkpoint.saved_model import native_shapes
 from megagate.checkpoint.store import Checkpoint, Piece, write_rank
 from megagate.config.model import ModelConfig
 from megagate.config.run import RunConfig, TrainConfig
@@ -34,7 +35,7 @@ _WRITERS = 2
 _BLOCK_BYTES = 64 << 20
 """Of fp32, a tensor that only changes its numbers is taken at a time."""
 
-_OTHER_NAMES: Mapping[Source, Mapping[str, str]] = MappingProxyType(
+_OTHER_NAMES: Mapping[Layout, Mapping[str, str]] = MappingProxyType(
     {
         "lfm3": {".self_attn.gate_proj.": ".self_attn.g_proj."},
         "qwen3_5_text": {"model.language_model.": "model."},
@@ -65,7 +66,7 @@ class Adopted:
     source: Path
     folder: Path
     config: RunConfig
-    layout: Source
+    layout: Layout
     exported: bool
     tensors: int
     dtypes: tuple[str, ...]

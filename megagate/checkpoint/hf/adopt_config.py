@@ -12,7 +12,7 @@ from typing import Any
 
 from megagate.checkpoint.hf.adopt_files import read_json
 from megagate.checkpoint.hf.hf_config import ARCHITECTURES, REMOTE_MODEL_TYPE, Use, hf_config
-from megagate.checkpoint.hf.table import Source, Target
+from megagate.checkpoint.hf.table import Layout, Target
 from megagate.checkpoint.hf.targets import reasons
 from megagate.config.keys import from_dict
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig, RopeConfig
@@ -42,7 +42,7 @@ class Described:
     """
 
     model: ModelConfig
-    source: Source
+    source: Layout
     keep_padding: bool = False
     exported: bool = False
     empty_shared_expert: bool = False

@@ -4,8 +4,10 @@ Everything is written under a temporary name beside its place and renamed at the
 """
 
 import errno
+import glob
 import json
 import os
+import secrets
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,20 +16,24 @@ from typing import Any
 import torch
 
 from megagate.checkpoint.durable import create, write_all
-from megagate.checkpoint.folders import ROOT_NAME
+from megagate.checkpoint.folders import run_around
 from megagate.checkpoint.hf.hf_config import CODE_PATTERN, Use, generation_config, hf_config
 from megagate.checkpoint.hf.ops import LeftOut
 from megagate.checkpoint.hf.shards import INDEX_NAME, Planned, by_file, forward, index_file, plan, write_shard
-from megagate.checkpoint.hf.source import FILES, Source, require_model, run_of
-from megagate.checkpoint.hf.table import Row, Target, mapping, mapping_flaws, native_shapes
+from megagate.checkpoint.hf.source import FILES, Source
+from megagate.checkpoint.hf.table import Row, Target, mapping, mapping_flaws
 from megagate.checkpoint.hf.targets import REMOTE, installed_transformers, select
 from megagate.checkpoint.hf.tokenizer_files import TokenizerFiles, tokenizer_files
+from megagate.checkpoint.rewrite import require_outside, require_root
+from megagate.checkpoint.saved_model import native_shapes, require_model, run_of
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.run import RunConfig
 from megagate.data.files import sync_folder
 from megagate.errors import ConfigError, RunError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_UNFINISHED = ".megagate-export"
+"""How the name of a folder ends while it is written."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Export:
         rounded: Of norms that are stored as w - 1, the largest rounding of each that is not exact in fp32, by name.
         padding: Rows that pad the vocabulary and were left out.
         tokenizer: Where it is from, or why there is none.
+        unfinished: Folders of other exports to the same place, at work or killed; which of them, cannot be told from here.
     """
 
     source: Path
@@ -61,6 +68,7 @@ class Export:
     rounded: dict[str, float]
     padding: int
     tokenizer: str
+    unfinished: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -100,11 +108,12 @@ def export(
     with Checkpoint.open(source, max_open_files=FILES) as checkpoint:
         config = run_of(checkpoint)
         require_model(checkpoint, config.model)
-        _require_free(output, checkpoint.folder)
+        run = run_around(checkpoint.folder)
+        _require_free(output, run)
         target = select(config.model, format, installed=installed_transformers())
         kind = _dtype(dtype, config)
         length = max_positions or config.train.seq_len
-        words = tokenizer_files(tokenizer, config, _run_folder(checkpoint.folder), max_length=length)
+        words = tokenizer_files(tokenizer, config, run, max_length=length)
         use = Use(length, {"fp32": "float32", "bf16": "bfloat16"}[kind], words.eos_id, words.pad_id, keep_padding)
         rows = mapping(config.model, target, keep_padding=keep_padding)
         flaws = mapping_flaws(rows, native_shapes(config.model))
@@ -126,6 +135,7 @@ def export(
             rounded=rounded,
             padding=sum(row.op.shape[0] for row in rows if isinstance(row.op, LeftOut)),
             tokenizer=words.origin,
+            unfinished=tuple(_unfinished(output)),
         )
 
 
@@ -137,17 +147,13 @@ def _dtype(wanted: str | None, config: RunConfig) -> str:
     return kind
 
 
-def _run_folder(step: Path) -> Path:
-    return step.parent.parent if step.parent.name == ROOT_NAME else step.parent
-
-
-def _require_free(output: Path, step: Path) -> None:
+def _require_free(output: Path, run: Path) -> None:
     if os.path.lexists(output):  # unlike Path's own, takes places that may not be looked into
         raise ConfigError(f"OUT ({output}) must be a new folder, and it exists; choose another, or remove it")
     if not os.path.isdir(output.absolute().parent):
         raise ConfigError(f"OUT ({output}): there is no folder {output.absolute().parent} to write it in; make it, or choose another")
-    if output.resolve().is_relative_to(step.resolve()):
-        raise ConfigError(f"OUT ({output}) must not lie in the checkpoint that is read ({step}); choose a folder outside")
+    require_outside(output, run, name="OUT")
+    require_root(output, name="OUT")
 
 
 def _inexact(rows: list[Row]) -> list[str]:
@@ -190,15 +196,17 @@ def _write(
     output: Path, shards: dict[str, list[Planned]], source: Source, dtype: torch.dtype, small: dict[str, bytes]
 ) -> dict[str, int]:
     """Write all files under a temporary name, then give the folder its own; returns the bytes of each."""
-    staging = output.with_name(f".{output.name}.megagate-export")
+    # A random name, since another export to the same place, on this machine or another, may be at work: the first to end has the place.
+    # Not tempfile, whose folders only the owner can read.
+    staging = output.with_name(f".{output.name}.{secrets.token_hex(6)}{_UNFINISHED}")
     if len(shards) > 1:
         small = {**small, INDEX_NAME: index_file(shards)}
     size = sum(one.nbytes for tensors in shards.values() for one in tensors) + sum(map(len, small.values()))
     files = {}
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
+        others = _unfinished(output)
         staging.mkdir()
-        _require_space(output, size)
+        _require_space(output, size, others)
         for name, tensors in shards.items():
             files[name] = write_shard(staging / name, tensors, source, dtype)
         for name, content in small.items():
@@ -206,6 +214,7 @@ def _write(
                 write_all(descriptor, memoryview(content))
             files[name] = len(content)
         sync_folder(staging)
+        _require_written(staging, files)
         os.rename(staging, output)
         sync_folder(output.absolute().parent)
     except BaseException as error:
@@ -220,10 +229,28 @@ def _write(
     return files
 
 
-def _require_space(output: Path, size: int) -> None:
+def _require_written(staging: Path, files: dict[str, int]) -> None:
+    """Nobody took a file away, or cut it, while the others were written.
+
+    Raises:
+        RunError: Somebody did.
+    """
+    found = {path.name: path.stat().st_size for path in staging.iterdir()}
+    lost = sorted(name for name, size in files.items() if found.get(name) != size)
+    if lost:
+        raise RunError(f"{staging}: {', '.join(lost[:3])} went away or changed while it was written; leave the folder alone, export again")
+
+
+def _unfinished(output: Path) -> list[Path]:
+    """Folders that exports to this place have begun. They are left alone: one may be at work, on a machine whose processes are not seen."""
+    return sorted(output.absolute().parent.glob(f".{glob.escape(output.name)}.*{_UNFINISHED}"))
+
+
+def _require_space(output: Path, size: int, others: list[Path]) -> None:
     free = shutil.disk_usage(output.absolute().parent).free
     if free < size:
+        remove = "".join(f"remove {path} unless an export is at work there, " for path in others[:1])
         raise RunError(
-            f"OUT ({output}) needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; nothing was left there; free space, "
-            "choose a larger disk, or --dtype bf16"
+            f"OUT ({output}) needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; nothing was left there; "
+            f"{remove}free space, choose a larger disk, or --dtype bf16"
         )

@@ -1,4 +1,4 @@
-"""The model of a checkpoint: its config, and its tensors region by region, digested before they are used."""
+"""The tensors of a checkpoint region by region, digested before they are used."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,53 +7,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megagate.checkpoint.hf.table import Region, native_shapes
+from megagate.checkpoint.hf.table import Region
 from megagate.checkpoint.store import Checkpoint
-from megagate.config.keys import from_dict
-from megagate.config.model import ModelConfig
-from megagate.config.run import RunConfig
-from megagate.errors import CheckpointError, ConfigError
 
 FILES = 256
 """Files of a checkpoint that a reader holds open: two readers stay below the usual limit of 1,024, and a header is read once."""
-
-
-def run_of(checkpoint: Checkpoint) -> RunConfig:
-    """The config of the run that saved a checkpoint.
-
-    Raises:
-        CheckpointError: It has none, or one of another version.
-    """
-    settings = checkpoint.metadata.get("config")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{checkpoint.folder} holds no config, so no run saved it; give a run, its checkpoints, or one of its steps")
-    try:
-        return from_dict(settings)
-    except ConfigError as error:
-        raise CheckpointError(f"{checkpoint.folder}: its config is of another version: {error}") from error
-
-
-def require_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """Refuse a checkpoint whose masters and states are not those of `model`, in names, shapes and dtypes.
-
-    Raises:
-        CheckpointError: With the first that differ.
-    """
-    expected = native_shapes(model)
-    found = {name: stored for name, stored in checkpoint.tensors.items() if name.partition("/")[0] in ("master", "state")}
-    flaws = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    flaws += [f"{name} {list(found[name].shape)} is not in that model" for name in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        dtype = torch.float32 if name.startswith("master/") else torch.int32
-        if found[name].shape != expected[name]:
-            flaws.append(f"{name} has the shape {list(found[name].shape)}, not {list(expected[name])}")
-        elif found[name].dtype != dtype:
-            flaws.append(f"{name} is stored as {found[name].dtype}, not {dtype}")
-    if flaws:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {len(flaws)} of its tensors are not those of the model in its config: {', '.join(sorted(flaws)[:3])}; "
-            "it was changed after it was saved, or saved by another version; give one that a run wrote"
-        )
 
 
 class Source:

@@ -15,13 +15,13 @@ import torch
 
 from megagate.checkpoint.box import Box, Shape, find_flaw
 from megagate.checkpoint.hf.ops import Expert, GroupedQueryAndGate, LeftOut, LessOne, Op, QueryAndGate, Same, Scaled, Zeros
-from megagate.config.count import parameter_shapes
+from megagate.checkpoint.saved_model import native_shapes
 from megagate.config.model import ModelConfig
 
 Target = Literal["qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "lfm3", "afmoe", "remote-code"]
 """The classes that an export is for, by their `model_type`; `remote-code` comes with its own."""
 
-Source = Literal[Target, "gated_attention"]
+Layout = Literal[Target, "gated_attention"]
 """What is read: what is written, and the gated models released with arXiv 2505.06708, whose `model_type` is also `qwen3`."""
 
 NO_SHARED_EXPERT = 128
@@ -82,7 +82,7 @@ class Names:
     norms: Op = field(default_factory=Same)
 
 
-NAMES: Mapping[Source, Names] = MappingProxyType(
+NAMES: Mapping[Layout, Names] = MappingProxyType(
     {
         "qwen3": Names(),
         "qwen3_moe": Names(),
@@ -110,7 +110,7 @@ NAMES: Mapping[Source, Names] = MappingProxyType(
 )
 
 
-def mapping(model: ModelConfig, target: Source, *, keep_padding: bool = False) -> list[Row]:
+def mapping(model: ModelConfig, target: Layout, *, keep_padding: bool = False) -> list[Row]:
     """Every row for a model that `target` can hold (`targets.py`), in the order of the file.
 
     Args:
@@ -119,15 +119,6 @@ def mapping(model: ModelConfig, target: Source, *, keep_padding: bool = False) -
         keep_padding: Export the rows that pad the vocabulary too.
     """
     return list(_Mapper(model, target, keep_padding=keep_padding).rows())
-
-
-def native_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """The full shape of every tensor of the model itself in its checkpoints: masters, and the counts of the routers' biases."""
-    shapes = {f"master/{name}": shape for name, shape in parameter_shapes(model).items()}
-    if model.is_moe and model.moe.bias_update_rate:
-        layers = (layer for layer in range(model.num_layers) if model.is_moe_layer(layer))
-        shapes |= {f"state/layers.{layer}.moe.router.bias_steps": (model.moe.num_experts,) for layer in layers}
-    return shapes
 
 
 def mapping_flaws(rows: list[Row], shapes: dict[str, Shape]) -> list[str]:
@@ -147,7 +138,7 @@ def mapping_flaws(rows: list[Row], shapes: dict[str, Shape]) -> list[str]:
 
 
 class _Mapper:
-    def __init__(self, model: ModelConfig, target: Source, *, keep_padding: bool):
+    def __init__(self, model: ModelConfig, target: Layout, *, keep_padding: bool):
         self.model, self.names, self.keep_padding = model, NAMES[target], keep_padding
         self.remote = target == "remote-code"
         # Their class always gates: by a gate of zeros, whose scores are 1/2, and an output projection that is doubled.

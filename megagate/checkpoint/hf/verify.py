@@ -12,12 +12,12 @@ import torch
 from megagate.checkpoint.hf.adopt import open_directory
 from megagate.checkpoint.hf.adopt_files import read_json
 from megagate.checkpoint.hf.hf_config import REMOTE_MODEL_TYPE
-from megagate.checkpoint.hf.source import run_of
 from megagate.checkpoint.hf.table import Target, mapping
 from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt
 from megagate.checkpoint.hf.verify_logits import Agreement
 from megagate.checkpoint.hf.verify_models import Case, Outcome, compare_streamed, compare_whole, foreign_code, model_flaws
 from megagate.checkpoint.hf.verify_tensors import Compared, compare_adopted, compare_export
+from megagate.checkpoint.saved_model import run_of
 from megagate.checkpoint.store import Checkpoint
 from megagate.errors import CheckpointError, MegagateError
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megagate.checkpoint.box import Shape
 from megagate.checkpoint.hf.adopt_files import Weights
-from megagate.checkpoint.hf.table import Row, native_shapes
+from megagate.checkpoint.hf.table import Row
+from megagate.checkpoint.saved_model import native_shapes
 from megagate.config.model import ModelConfig
 
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

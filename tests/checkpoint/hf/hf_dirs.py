@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megagate.checkpoint.hf.hf_config import Use, hf_config
-from megagate.checkpoint.hf.table import Target, mapping, native_shapes
+from megagate.checkpoint.hf.table import Target, mapping
+from megagate.checkpoint.saved_model import native_shapes
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.model import ModelConfig
 

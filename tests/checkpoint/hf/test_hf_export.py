@@ -9,8 +9,9 @@ from parity.sharded import assert_close
 from parity.variants import VARIANTS
 
 from megagate.checkpoint.hf.export import Export, export
-from megagate.checkpoint.hf.table import Target, mapping, mapping_flaws, native_shapes
+from megagate.checkpoint.hf.table import Target, mapping, mapping_flaws
 from megagate.checkpoint.hf.targets import REMOTE, choose
+from megagate.checkpoint.saved_model import native_shapes
 from megagate.config.model import ModelConfig
 from megagate.model.lm import LanguageModel
 

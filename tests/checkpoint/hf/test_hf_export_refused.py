@@ -1,10 +1,13 @@
 """Which class is chosen, and what is refused: one message that names value, rule and remedy, and nothing is left behind."""
 
+import ctypes
 import json
 import os
 import re
 import resource
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +19,8 @@ from hf_exports import CASES, DENSE, ELEMENTWISE, FORCED, HEADWISE, MOE, STEP, g
 from parity.variants import VARIANTS
 
 from megagate.checkpoint import store
-from megagate.checkpoint.hf.export import export
+from megagate.checkpoint.hf import export as export_module
+from megagate.checkpoint.hf.export import Export, export
 from megagate.checkpoint.hf.table import Target
 from megagate.checkpoint.hf.targets import REMOTE, TRANSFORMERS, Format, choose, explain, reasons, select
 from megagate.config.model import GateConfig, ModelConfig, SwitchConfig
@@ -100,7 +104,7 @@ def test_what_no_class_holds_needs_remote_code() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "installed"), [("lfm3", "5.16.1"), ("qwen3_next", "5.3.0"), ("afmoe", "4.57.6"), ("qwen3_5_text", "5.0.0")]
+    ("target", "installed"), [("lfm3", "5.22.2"), ("qwen3_next", "5.14.0"), ("afmoe", "4.57.6"), ("qwen3_5_text", "5.14.0")]
 )
 def test_a_class_that_is_newer_than_the_installed_transformers(target: Target, installed: str) -> None:
     model = next(model for model, of in CASES.values() if of == target)
@@ -145,11 +149,15 @@ def test_options(tmp_path: Path, run: Path, options: dict[str, str], told: str) 
 def test_places(tmp_path: Path, run: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "link").symlink_to(run)
     refused(tmp_path, ConfigError, r"OUT \(.*there\) must be a new folder, and it exists", output=tmp_path / "there")
     refused(tmp_path, ConfigError, r"OUT \(.*dangling\) must be a new folder", output=tmp_path / "dangling")
     refused(tmp_path, ConfigError, r"there is no folder .*/no to write it in; make it", output=tmp_path / "no" / "hf")
     inside = store.resolve(run) / "hf"
-    refused(tmp_path, ConfigError, r"must not lie in the checkpoint that is read", output=inside)
+    refused(tmp_path, ConfigError, r"OUT \(.*\) must not lie in the run that is read \(.*/run\); choose", output=inside)
+    for output in (run / "hf", run / "checkpoints" / "step-00000009", tmp_path / "link" / "checkpoints" / "step-00000009"):
+        refused(tmp_path, ConfigError, r"must not lie in the run that is read", output=output)
+    refused(tmp_path, ConfigError, r"OUT \(.*\) is a folder of checkpoints, and step-\*", output=tmp_path / "step-00000009")
     unwritable = Path("/proc/hf")  # by anyone
     refused(tmp_path, RunError, r"OUT \(/proc/hf\), 0\.\d MB, cannot be written \(.*\); nothing was left there; mend", output=unwritable)
     refused(tmp_path, CheckpointError, r"/nowhere does not exist; name a step-", source=tmp_path / "nowhere")
@@ -219,20 +227,112 @@ def test_a_disk_that_fails_half_way_leaves_nothing(tmp_path: Path, run: Path) ->
     assert contents(tmp_path) == before
 
 
-def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path) -> None:
-    from megagate.checkpoint.hf.export import _require_space
+def test_too_little_space_is_told_before_anything_is_written(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that says that it is full takes the disk's part; what a killed export left on it is named."""
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1_000))
+    told = r"OUT \(.*hf\) needs 0\.\d MB, and 0\.0 MB are free there; nothing was left there; free space, choose"
+    refused(tmp_path, RunError, told)
+    left = leftover(tmp_path)
+    refused(tmp_path, RunError, rf"left there; remove {re.escape(str(left))} unless an export is at work there, free space, choose")
 
-    with pytest.raises(RunError, match=r"OUT \(.*hf\) needs 1,000,000,000,000\.0 MB, and [\d,.]+ MB are free there; nothing was left"):
-        _require_space(tmp_path / "hf", 10**18)
 
-
-def test_what_a_killed_export_left_is_replaced(tmp_path: Path, run: Path) -> None:
-    left = tmp_path / ".hf.megagate-export"
+def leftover(folder: Path) -> Path:
+    left = folder / ".hf.0123456789ab.megagate-export"
     left.mkdir()
     (left / "model-00001-of-00009.safetensors").write_bytes(b"half")
+    return left
+
+
+def test_what_a_killed_export_left_is_not_touched_and_named(tmp_path: Path, run: Path) -> None:
+    left = leftover(tmp_path)
+    (tmp_path / ".other.0123456789ab.megagate-export").mkdir()
     done = export(run, tmp_path / "hf")
-    assert not left.exists() and json.loads((done.folder / "config.json").read_text())["model_type"] == "qwen3_moe"
-    assert sorted(done.files) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert done.unfinished == (left,) and contents(left) == {"model-00001-of-00009.safetensors": b"half"}
+    assert json.loads((done.folder / "config.json").read_text())["model_type"] == "qwen3_moe"
+    assert sorted(done.files) == ["config.json", "generation_config.json", "model.safetensors"] == sorted(contents(done.folder))
+
+
+def while_a_file_is_written(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[Path], object]) -> None:
+    """Once, before the `number`-th file of weights is written, `act` in its folder."""
+    write, calls = export_module.write_shard, []
+
+    def write_and_act(path: Path, *rest: Any) -> int:
+        calls.append(path)
+        if len(calls) == number:
+            act(path.parent)
+        return write(path, *rest)
+
+    monkeypatch.setattr(export_module, "write_shard", write_and_act)
+
+
+def test_of_two_exports_to_one_place_the_first_to_end_has_it(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second runs, from begin to end, while the first is at its third file."""
+    second: list[Export] = []
+    while_a_file_is_written(monkeypatch, 3, lambda _: second.append(export(run, tmp_path / "hf", max_shard_size="30KB")))
+    with pytest.raises(RunError, match=r"OUT \(.*hf\), 0\.\d MB, cannot be written \(Directory not empty\); nothing"):
+        export(run, tmp_path / "hf", max_shard_size="60KB")
+    (done,) = second
+    assert {path.name: path.stat().st_size for path in done.folder.iterdir()} == done.files and len(done.unfinished) == 1
+    weights = json.loads((done.folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(weights.values()) == {name for name in done.files if name.endswith(".safetensors")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+
+
+@pytest.mark.parametrize("act", [Path.unlink, lambda path: os.truncate(path, 100)], ids=["removed", "cut"])
+def test_a_file_that_somebody_takes_away_meanwhile(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], object]
+) -> None:
+    while_a_file_is_written(monkeypatch, 3, lambda staging: act(min(staging.iterdir())))
+    refused(tmp_path, RunError, r"megagate-export: model-00001-of-\d+\.safetensors went away or changed", max_shard_size="60KB")
+
+
+def test_a_checkpoint_that_cannot_be_read_on_is_not_the_fault_of_the_output(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file for each tensor; the last is gone when writing has begun."""
+    state = masters(language_model(MOE))
+    store.begin(run / "checkpoints", STEP)
+    staging = store.staging_path(run / "checkpoints", STEP)
+    for rank, (name, tensor) in enumerate(state.items()):
+        store.write_rank(staging, rank, [store.Piece(name, tensor.shape, (0,) * tensor.dim(), tensor)])
+    with store.Checkpoint.open(run) as opened:
+        metadata = opened.metadata
+    folder = store.publish(run / "checkpoints", STEP, world_size=len(state), metadata=metadata)
+    last = max(folder.glob("*.safetensors"))
+    while_a_file_is_written(monkeypatch, 1, lambda _: last.unlink())
+    before = contents(tmp_path).keys() - {str(last.relative_to(tmp_path))}
+    with pytest.raises(CheckpointError, match=rf"{last.name} cannot be read \(.*No such file.*\); mend that, or load another step"):
+        export(run, tmp_path / "hf", max_shard_size="30KB")
+    assert contents(tmp_path).keys() == before
+
+
+def without_rights(call: Callable[[], object]) -> object:
+    """What `call` returns or raises in a thread of its own, which has given up what lets root read every file."""
+
+    def inside() -> object:
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # version 3 of Linux's capset, this thread
+        assert ctypes.CDLL(None).capset(header, none) == 0
+        return call()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(inside).result()
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, run: Path) -> None:
+    path = next(store.resolve(run).glob("*.safetensors"))
+    path.chmod(0)
+    with pytest.raises(CheckpointError, match=rf"{path.name} cannot be read \(.*Permission denied.*\); mend that, or load another step"):
+        without_rights(lambda: export(run, tmp_path / "hf"))
+    assert list(tmp_path.iterdir()) == [run]
+    path.parent.chmod(0)
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be (read|reached) \(Permission denied\)"):
+            without_rights(lambda: export(path.parent, tmp_path / "hf"))
+    finally:
+        path.parent.chmod(0o700)
 
 
 def test_forced_formats_are_the_ones_tried() -> None:

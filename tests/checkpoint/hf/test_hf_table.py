@@ -11,8 +11,9 @@ from parity.variants import VARIANTS
 
 from megagate.checkpoint.box import Box
 from megagate.checkpoint.hf.ops import Same
-from megagate.checkpoint.hf.table import Region, Row, Target, mapping, mapping_flaws, native_shapes
+from megagate.checkpoint.hf.table import Region, Row, Target, mapping, mapping_flaws
 from megagate.checkpoint.hf.targets import reasons
+from megagate.checkpoint.saved_model import native_shapes
 
 MODELS = {**{name: model for name, (model, _) in (CASES | FORCED).items()}, **VARIANTS}
 

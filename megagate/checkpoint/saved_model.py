@@ -1,0 +1,58 @@
+"""What a run's checkpoint says of its model: the config, and the tensors that this model has, which must be those that are there."""
+
+import torch
+
+from megagate.checkpoint.box import Shape
+from megagate.checkpoint.store import Checkpoint
+from megagate.config.count import parameter_shapes
+from megagate.config.keys import from_dict
+from megagate.config.model import ModelConfig
+from megagate.config.run import RunConfig
+from megagate.errors import CheckpointError, ConfigError
+
+
+def native_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """The full shape of every tensor of the model itself in its checkpoints: masters, and the counts of the routers' biases."""
+    shapes = {f"master/{name}": shape for name, shape in parameter_shapes(model).items()}
+    if model.is_moe and model.moe.bias_update_rate:
+        layers = (layer for layer in range(model.num_layers) if model.is_moe_layer(layer))
+        shapes |= {f"state/layers.{layer}.moe.router.bias_steps": (model.moe.num_experts,) for layer in layers}
+    return shapes
+
+
+def run_of(checkpoint: Checkpoint) -> RunConfig:
+    """The config of the run that saved a checkpoint.
+
+    Raises:
+        CheckpointError: It has none, or one of another version.
+    """
+    settings = checkpoint.metadata.get("config")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{checkpoint.folder} holds no config, so no run saved it; give a run, its checkpoints, or one of its steps")
+    try:
+        return from_dict(settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint.folder}: its config is of another version: {error}") from error
+
+
+def require_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Refuse a checkpoint whose masters and states are not those of `model`, in names, shapes and dtypes.
+
+    Raises:
+        CheckpointError: With the first that differ.
+    """
+    expected = native_shapes(model)
+    found = {name: stored for name, stored in checkpoint.tensors.items() if name.partition("/")[0] in ("master", "state")}
+    flaws = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    flaws += [f"{name} {list(found[name].shape)} is not in that model" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        dtype = torch.float32 if name.startswith("master/") else torch.int32
+        if found[name].shape != expected[name]:
+            flaws.append(f"{name} has the shape {list(found[name].shape)}, not {list(expected[name])}")
+        elif found[name].dtype != dtype:
+            flaws.append(f"{name} is stored as {found[name].dtype}, not {dtype}")
+    if flaws:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(flaws)} of its tensors are not those of the model in its config: {', '.join(sorted(flaws)[:3])}; "
+            "it was changed after it was saved, or saved by another version; give one that a run wrote"
+        )
