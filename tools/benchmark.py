@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -14,6 +13,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megagate.config.command import above_zero, exit_code, positive, stoppable
 
 if TYPE_CHECKING:
     from megagate.analysis.benchmark.gate import Record
@@ -34,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return exit_code(stop)
 
 
 def _add_step(commands: argparse._SubParsersAction) -> None:
@@ -46,9 +47,9 @@ def _add_step(commands: argparse._SubParsersAction) -> None:
     )
     step.add_argument("--rows", metavar="A,B", help="rows beside the base, by key; all without this option (an unknown key lists them)")
     step.add_argument("--shape", default="S", choices=["S", "L", "tiny"], help="sizes of the model and of a step")
-    step.add_argument("--rounds", type=_positive, default=15, metavar="N", help="steps of each row after its warm-up")
+    step.add_argument("--rounds", type=positive, default=15, metavar="N", help="steps of each row after its warm-up")
     step.add_argument("--seconds", type=float, default=1800.0, metavar="LIMIT", help="stop after this time with what complete rounds gave")
-    step.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="of each process")
+    step.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="of each process")
     step.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers here too")
     step.set_defaults(run=_step)
 
@@ -64,11 +65,11 @@ def _add_gate(commands: argparse._SubParsersAction) -> None:
     )
     gate.add_argument("--shape", default="S", choices=["S", "L", "tiny"], help="sizes of the model and of a step")
     gate.add_argument(
-        "--half-width", type=_above_zero, default=0.7, metavar="PERCENT", help="stop when no row's 95%% interval is wider than twice this"
+        "--half-width", type=above_zero, default=0.7, metavar="PERCENT", help="stop when no row's 95%% interval is wider than twice this"
     )
-    gate.add_argument("--pairs", type=_positive, default=400, metavar="N", help="stop at this many pairs")
-    gate.add_argument("--seconds", type=_above_zero, default=1800.0, metavar="LIMIT", help="stop after this time with what there is")
-    gate.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="of the process")
+    gate.add_argument("--pairs", type=positive, default=400, metavar="N", help="stop at this many pairs")
+    gate.add_argument("--seconds", type=above_zero, default=1800.0, metavar="LIMIT", help="stop after this time with what there is")
+    gate.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="of the process")
     gate.add_argument("--json", type=Path, metavar="FILE", help="write every pair's numbers here, after each pair")
     gate.add_argument(
         "--resume", action="store_true", help="go on with FILE where it exists; refused where machine, versions or code differ"
@@ -84,12 +85,12 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "with the defaults, 4 GB with --documents 50000000.",
     )
     data.add_argument("--rows", metavar="A,B", help="some rows, by key; all without this option (an unknown key lists them)")
-    data.add_argument("--documents", type=_positive, default=5_000_000, metavar="N", help="of the made-up data set (default: 5000000)")
-    data.add_argument("--shards", type=_positive, default=1000, metavar="N", help="of 10^10 tokens, of the largest one (default: 1000)")
+    data.add_argument("--documents", type=positive, default=5_000_000, metavar="N", help="of the made-up data set (default: 5000000)")
+    data.add_argument("--shards", type=positive, default=1000, metavar="N", help="of 10^10 tokens, of the largest one (default: 1000)")
     data.add_argument("--text", type=Path, metavar="FILE", help="a .jsonl to preprocess (default: the text files of this Python)")
-    data.add_argument("--megabytes", type=_above_zero, default=64.0, metavar="MB", help="most of the text, 10^6 bytes (default: 64)")
+    data.add_argument("--megabytes", type=above_zero, default=64.0, metavar="MB", help="most of the text, 10^6 bytes (default: 64)")
     data.add_argument("--tokenizer", metavar="T", help="a tokenizer.json or a folder with one (default: 16,384 tokens, trained here)")
-    data.add_argument("--rounds", type=_positive, metavar="N", help="of each row (default: 3 of text, 5 or 9 of the others)")
+    data.add_argument("--rounds", type=positive, metavar="N", help="of each row (default: 3 of text, 5 or 9 of the others)")
     _add_files(data)
     data.set_defaults(run=_data)
 
@@ -102,9 +103,9 @@ def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
         "temporary folder: three times --megabytes.",
     )
     checkpoint.add_argument("--rows", metavar="A,B", help="some rows, by key; all without this option (an unknown key lists them)")
-    checkpoint.add_argument("--megabytes", type=_above_zero, default=1000.0, metavar="MB", help="of the state, 10^6 bytes (default: 1000)")
+    checkpoint.add_argument("--megabytes", type=above_zero, default=1000.0, metavar="MB", help="of the state, 10^6 bytes (default: 1000)")
     checkpoint.add_argument("--ranks", type=int, default=4, choices=[1, 2, 4, 8], help="that save (default: 4)")
-    checkpoint.add_argument("--rounds", type=_positive, metavar="N", help="of each row (default: 5)")
+    checkpoint.add_argument("--rounds", type=positive, metavar="N", help="of each row (default: 5)")
     _add_files(checkpoint)
     checkpoint.set_defaults(run=_checkpoint)
 
@@ -117,31 +118,17 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "of what they read. Files go to a temporary folder: 4.2 times --megabytes.",
     )
     convert.add_argument("--rows", metavar="A,B", help="some rows, by key; all without this option (an unknown key lists them)")
-    convert.add_argument("--megabytes", type=_above_zero, default=5000.0, metavar="MB", help="of weights, 10^6 bytes (default: 5000)")
-    convert.add_argument("--rounds", type=_positive, metavar="N", help="of each row (default: 5)")
+    convert.add_argument("--megabytes", type=above_zero, default=5000.0, metavar="MB", help="of weights, 10^6 bytes (default: 5000)")
+    convert.add_argument("--rounds", type=positive, metavar="N", help="of each row (default: 5)")
     _add_files(convert)
     convert.set_defaults(run=_convert)
 
 
 def _add_files(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seconds", type=_above_zero, default=3600.0, metavar="LIMIT", help="stop after this time with complete rounds")
+    command.add_argument("--seconds", type=above_zero, default=3600.0, metavar="LIMIT", help="stop after this time with complete rounds")
     place = Path(tempfile.gettempdir())
     command.add_argument("--folder", type=Path, default=place, metavar="DIR", help="where the temporary folder is made")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers here too")
-
-
-def _above_zero(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise ValueError(text)
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def _step(options: argparse.Namespace) -> int:
@@ -259,9 +246,8 @@ def _with_files(
         return _refuse(f"--rows: no row {', '.join(unknown)}; there are {listed}")
     if not options.folder.is_dir():
         return _refuse(f"--folder {options.folder}: no such folder; make it, or give another")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its files may be large: they go away then, too
     try:
-        with tempfile.TemporaryDirectory(prefix="megagate-benchmark-", dir=options.folder) as folder:
+        with stoppable(), tempfile.TemporaryDirectory(prefix="megagate-benchmark-", dir=options.folder) as folder:
             result = measure(rows, keys, wanted(Path(folder)), tell=_tell)
     except MegagateError as error:
         print(error, file=sys.stderr)

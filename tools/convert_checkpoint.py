@@ -7,24 +7,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagate.config.command import NewFolder, positive, stoppable, unread_stdout
+
 if TYPE_CHECKING:
     from megagate.checkpoint.hf.adopt import Adopted
     from megagate.checkpoint.hf.export import Export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; returns the exit code: 0 done; 1 written, but not verified; 2 bad input, 130 interrupted: nothing was written."""
+    """Parse and run; returns the exit code: 0 done; 1 written, but not verified; 2 bad input, 128 + signal stopped: nothing was written."""
     options = _parser().parse_args(arguments)
     from megagate.errors import MegagateError
 
-    try:
-        return options.run(options)
-    except MegagateError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    made = NewFolder(options.output)
+    with unread_stdout():
+        try:
+            with stoppable():
+                return options.run(options)
+        except MegagateError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as stop:
+            said, code = made.interrupted(stop)
+            print(said, file=sys.stderr)
+            return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,7 +65,7 @@ def _add_to_hf(commands: argparse._SubParsersAction) -> None:
         "--tokenizer", metavar="T", help="a tokenizer.json, a folder with one, or none (default: that of the run's data set)"
     )
     to_hf.add_argument("--keep-padding", action="store_true", help="keep the rows that pad the vocabulary to a multiple of 128")
-    to_hf.add_argument("--max-position-embeddings", type=_positive, metavar="N", help="(default: the run's train.seq_len)")
+    to_hf.add_argument("--max-position-embeddings", type=positive, metavar="N", help="(default: the run's train.seq_len)")
     to_hf.add_argument("--no-verify", dest="verify", action="store_false", help="do not load and compare what was written")
     to_hf.set_defaults(run=_to_hf)
 
@@ -76,13 +82,6 @@ def _add_from_hf(commands: argparse._SubParsersAction) -> None:
     from_hf.add_argument("output", type=Path, metavar="OUT", help="a new or empty folder of checkpoints")
     from_hf.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare what was written with the source")
     from_hf.set_defaults(run=_from_hf)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def _to_hf(options: argparse.Namespace) -> int:
@@ -123,6 +122,8 @@ def _tell_export(done: "Export") -> None:
         most = f"{done.rounded[worst]:.1e} of w ({worst})"
         print(f"NOT EXACT: {len(done.rounded)} norms are stored as w - 1, which fp32 rounds, by up to {most}")
     print(f"tokenizer: {done.tokenizer}")
+    for folder in done.unfinished:
+        print(f"{folder} is of another export to the same place; unless that is at work, remove it")
 
 
 def _verify_export(done: "Export") -> bool:

@@ -7,27 +7,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagate.config.command import NewFolder, stoppable, unread_stdout
+
 if TYPE_CHECKING:
     from megagate.checkpoint.retrofit import Retrofit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; returns the exit code: 0 written; 2 bad input, 130 interrupted, others as `megagate.errors`: nothing was written."""
+    """Parse and run; returns the exit code: 0 written; 1 written, then stopped; 2 bad input, 128 + signal stopped: nothing was written."""
     options = _parser().parse_args(arguments)
-    from megagate.checkpoint.retrofit import add_gate, remove_gate
     from megagate.errors import MegagateError
 
-    try:
-        if options.gate == "none":
-            done = remove_gate(options.checkpoint, options.output)
-        else:
-            done = add_gate(options.checkpoint, options.output, options.gate)
-    except MegagateError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    made = NewFolder(options.output)
+    with unread_stdout():
+        try:
+            with stoppable():
+                return _run(options)
+        except MegagateError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as stop:
+            said, code = made.interrupted(stop)
+            print(said, file=sys.stderr)
+            return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    from megagate.checkpoint.retrofit import add_gate, remove_gate
+
+    if options.gate == "none":
+        done = remove_gate(options.checkpoint, options.output)
+    else:
+        done = add_gate(options.checkpoint, options.output, options.gate)
     _tell(done, options)
     return 0
 

@@ -8,6 +8,7 @@ import torch
 from checkpoint_helpers import save_pieces
 
 from megagate.checkpoint import durable, store
+from megagate.checkpoint.folders import run_around
 from megagate.errors import CheckpointError
 
 
@@ -35,6 +36,20 @@ def test_paths_resolve_to_step_folders(saved: Path) -> None:
         (saved / "run" / "checkpoints").mkdir(exist_ok=True)
         path.rename(saved / "run" / "checkpoints" / path.name)
     assert store.resolve(saved / "run") == saved / "run" / "checkpoints" / "step-00000020"
+
+
+def test_the_run_around_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step-00000001"
+    elsewhere = tmp_path / "disk" / "step-00000001"
+    for folder in (step, elsewhere, tmp_path / "moved"):
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(step)
+    (tmp_path / "moved" / "checkpoints").symlink_to(elsewhere.parent)
+    monkeypatch.chdir(step)
+    for name in (step, Path(), Path("../step-00000001"), tmp_path / "link", Path("../../../link")):
+        assert run_around(name).samefile(tmp_path / "run")
+    assert run_around(tmp_path / "moved" / "checkpoints" / "step-00000001").samefile(tmp_path / "moved")
+    assert run_around(elsewhere).samefile(tmp_path / "disk")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"step-00000099\n", b"../elsewhere", b"\xff\xfe", b"step-00000010.tmp"])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from parity.engines import MOE, TIED_DENSE
 from parity.sharded import random
 
 from megagate.checkpoint import store
+from megagate.checkpoint.hf import export as export_module
+from megagate.checkpoint.hf import targets
 from megagate.config.count import parameter_shapes
 from megagate.config.keys import to_dict
 from megagate.config.model import GateConfig, ModelConfig
@@ -109,10 +112,79 @@ def test_norms_that_fp32_rounds_are_said_aloud(main: Callable[..., int], tmp_pat
     assert "NOT EXACT: 1 norms are stored as w - 1, which fp32 rounds, by up to 2.2e-07 of w (model.norm.weight)" in said
 
 
+@pytest.mark.parametrize(
+    ("number", "said", "code"),
+    [
+        (signal.SIGINT, "interrupted; nothing was written\n", 130),
+        (signal.SIGTERM, "stopped by SIGTERM; nothing was written\n", 143),
+        (signal.SIGHUP, "stopped by SIGHUP; nothing was written\n", 129),
+    ],
+)
+def test_a_command_that_is_stopped_leaves_nothing(
+    main: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    said: str,
+    code: int,
+) -> None:
+    """When it writes its third file."""
+    run, written = checkpoint(tmp_path / "run", MOE), []
+    write_shard = export_module.write_shard
+
+    def write(path: Path, *rest: object) -> int:
+        written.append(path)
+        if len(written) == 3:
+            assert len(list(path.parent.iterdir())) == 2
+            os.kill(os.getpid(), number)
+        return write_shard(path, *rest)
+
+    monkeypatch.setattr(export_module, "write_shard", write)
+    assert main("to-hf", run, tmp_path / "hf", "--max-shard-size", "60KB") == code
+    assert capsys.readouterr() == ("", said) and len(written) == 3
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_a_command_that_is_stopped_when_it_has_written_says_so(
+    main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = checkpoint(tmp_path / "run", MOE), tmp_path / "hf"
+    monkeypatch.setattr(targets, "explain", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main("to-hf", run, out, "--no-verify") == 1
+    assert capsys.readouterr().err == f"interrupted; {out} stands, whole, and was not verified\n"
+    assert (out / "config.json").exists()
+
+
+def test_what_a_killed_command_left_is_named(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, left = checkpoint(tmp_path / "run", MOE), tmp_path / ".hf.0123456789ab.megagate-export"
+    left.mkdir()
+    assert main("to-hf", run, tmp_path / "hf", "--no-verify") == 0
+    assert f"{left} is of another export to the same place; unless that is at work, remove it\n" in capsys.readouterr().out
+
+
+def test_a_length_that_is_none(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("to-hf", tmp_path, tmp_path / "hf", "--max-position-embeddings", "0") == 2
+    assert capsys.readouterr().err.endswith("argument --max-position-embeddings: 0 must be a whole number from 1 on\n")
+
+
+def test_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    run, out = checkpoint(tmp_path / "run", MOE), tmp_path / "hf"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(TOOL), "to-hf", str(run), str(out), "--no-verify"]
+    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
+    try:
+        done = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "") and (out / "config.json").exists()
+
+
 @pytest.mark.parametrize("command", [["--help"], ["to-hf", "--help"], ["from-hf", "--help"]], ids=" ".join)
 def test_help_is_instant_and_needs_no_torch(tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(TOOL.parents[1])])}
     done = subprocess.run([sys.executable, str(TOOL), *command], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "CHECKPOINT" in done.stdout or "DIR" in done.stdout or "to-hf" in done.stdout

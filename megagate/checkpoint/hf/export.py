@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megagate.checkpoint.durable import create, write_all
-from megagate.checkpoint.folders import run_around
+from megagate.checkpoint.folders import ROOT_NAME, run_around
 from megagate.checkpoint.hf.hf_config import CODE_PATTERN, Use, generation_config, hf_config
 from megagate.checkpoint.hf.ops import LeftOut
 from megagate.checkpoint.hf.shards import INDEX_NAME, Planned, by_file, forward, index_file, plan, write_shard
@@ -109,7 +109,7 @@ def export(
         config = run_of(checkpoint)
         require_model(checkpoint, config.model)
         run = run_around(checkpoint.folder)
-        _require_free(output, run)
+        _require_free(output, run if (run / ROOT_NAME).is_dir() else checkpoint.folder)  # a step alone may lie anywhere
         target = select(config.model, format, installed=installed_transformers())
         kind = _dtype(dtype, config)
         length = max_positions or config.train.seq_len
@@ -147,12 +147,12 @@ def _dtype(wanted: str | None, config: RunConfig) -> str:
     return kind
 
 
-def _require_free(output: Path, run: Path) -> None:
+def _require_free(output: Path, source: Path) -> None:
     if os.path.lexists(output):  # unlike Path's own, takes places that may not be looked into
         raise ConfigError(f"OUT ({output}) must be a new folder, and it exists; choose another, or remove it")
     if not os.path.isdir(output.absolute().parent):
         raise ConfigError(f"OUT ({output}): there is no folder {output.absolute().parent} to write it in; make it, or choose another")
-    require_outside(output, run, name="OUT")
+    require_outside(output, source, name="OUT")
     require_root(output, name="OUT")
 
 

@@ -157,10 +157,18 @@ def test_places(tmp_path: Path, run: Path) -> None:
     refused(tmp_path, ConfigError, r"OUT \(.*\) must not lie in the run that is read \(.*/run\); choose", output=inside)
     for output in (run / "hf", run / "checkpoints" / "step-00000009", tmp_path / "link" / "checkpoints" / "step-00000009"):
         refused(tmp_path, ConfigError, r"must not lie in the run that is read", output=output)
+    shutil.copytree(run, tmp_path / "bare")  # not named as a run's are
+    alone = (tmp_path / "bare" / "checkpoints").rename(tmp_path / "alone") / "step-00000007"
+    refused(tmp_path, ConfigError, r"must not lie in the run that is read \(.*alone/step-00000007\)", source=alone, output=alone / "hf")
     refused(tmp_path, ConfigError, r"OUT \(.*\) is a folder of checkpoints, and step-\*", output=tmp_path / "step-00000009")
     unwritable = Path("/proc/hf")  # by anyone
     refused(tmp_path, RunError, r"OUT \(/proc/hf\), 0\.\d MB, cannot be written \(.*\); nothing was left there; mend", output=unwritable)
     refused(tmp_path, CheckpointError, r"/nowhere does not exist; name a step-", source=tmp_path / "nowhere")
+
+
+def test_exports_lie_beside_a_checkpoint_that_is_in_no_run(tmp_path: Path, run: Path) -> None:
+    step = store.resolve(run).rename(tmp_path / "step-00000007")
+    assert export(step, tmp_path / "hf").folder == tmp_path / "hf"
 
 
 def without_config(run: Path) -> None:

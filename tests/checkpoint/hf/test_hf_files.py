@@ -11,6 +11,7 @@ from hf_exports import CASES, DENSE, ELEMENTWISE, MOE, clear_tokens, gated, lang
 from parity.sharded import assert_close
 from safetensors import safe_open
 
+from megagate.checkpoint import store
 from megagate.checkpoint.hf.export import Export, export
 from megagate.checkpoint.hf.hf_config import Use, hf_config
 from megagate.checkpoint.hf.table import NO_SHARED_EXPERT, Target
@@ -295,8 +296,15 @@ def test_a_tokenizer_that_is_not_there_or_not_the_models_is_refused(tmp_path: Pa
     assert not list(tmp_path.rglob("hf")) and not list(tmp_path.rglob(".hf*"))
 
 
-def test_the_embedded_tokenizer_is_found_where_the_run_lies_now(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_embedded_tokenizer_is_found_where_the_run_lies_now(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = tmp_path / "run" / "data" / "embedded-300-0123456789abcdef"
     place.mkdir(parents=True)
     data_set(place, tokenizer.save(place / TOKENIZER_NAME))
     assert exported(tmp_path, "embedded").tokenizer == str(place / TOKENIZER_NAME)
+    step = store.resolve(tmp_path / "run")
+    (tmp_path / "linked").symlink_to(step)
+    monkeypatch.chdir(step)
+    for number, source in enumerate((Path(), Path(".."), Path("../.."), tmp_path / "linked")):
+        assert (place / TOKENIZER_NAME).samefile(export(source, tmp_path / f"hf{number}").tokenizer)
