@@ -84,7 +84,7 @@ def add_gate(source: Path, output: Path, granularity: GateGranularity) -> Retrof
                 f"{checkpoint.folder}: model.attention.gate.position is {position}, so the model is gated already, and "
                 f"--gate {granularity} needs an ungated one; give another checkpoint, or remove a gate that is constant by --gate none"
             )
-        require_model(checkpoint, config.model)
+        require_model(checkpoint, config.model, states=False)
         gate = GateConfig(position="G1", granularity=granularity)
         factor = 1 / ACTIVATIONS[gate.activation](torch.zeros(()))
         return _rewrite(checkpoint, config, output, gate=gate, factors=dict.fromkeys(_projections(config.model), factor))
@@ -105,7 +105,7 @@ def remove_gate(source: Path, output: Path) -> Retrofit:
     with Checkpoint.open(source) as checkpoint:
         config = run_of(checkpoint)
         _require_factor(checkpoint.folder, config.model.attention.gate)
-        require_model(checkpoint, config.model)
+        require_model(checkpoint, config.model, states=False)
         return _rewrite(checkpoint, config, output, gate=GateConfig(), factors=_constant_factors(checkpoint, config.model))
 
 

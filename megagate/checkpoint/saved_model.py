@@ -35,14 +35,20 @@ def run_of(checkpoint: Checkpoint) -> RunConfig:
         raise CheckpointError(f"{checkpoint.folder}: its config is of another version: {error}") from error
 
 
-def require_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
+def require_model(checkpoint: Checkpoint, model: ModelConfig, *, states: bool = True) -> None:
     """Refuse a checkpoint whose masters and states are not those of `model`, in names, shapes and dtypes.
+
+    Args:
+        checkpoint: It.
+        model: By its config.
+        states: False looks at the masters only, for who takes states as they are.
 
     Raises:
         CheckpointError: With the first that differ.
     """
-    expected = native_shapes(model)
-    found = {name: stored for name, stored in checkpoint.tensors.items() if name.partition("/")[0] in ("master", "state")}
+    kinds = ("master/", "state/") if states else ("master/",)
+    expected = {name: shape for name, shape in native_shapes(model).items() if name.startswith(kinds)}
+    found = {name: stored for name, stored in checkpoint.tensors.items() if name.startswith(kinds)}
     flaws = [f"{name} is missing" for name in expected.keys() - found.keys()]
     flaws += [f"{name} {list(found[name].shape)} is not in that model" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 import megagate
 from megagate.config.command import NewFolder, Stopped, above_zero, exit_code, positive, stoppable
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(megagate.__file__).parents[1])}
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # so that something is kept back
+ENVIRONMENT["PYTHONPATH"] = str(Path(megagate.__file__).parents[1])
 NUMBERS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -32,9 +34,17 @@ def test_what_is_no_number_above_0(text: str) -> None:
         above_zero(text)
 
 
+@pytest.fixture
+def harmless() -> Iterator[list[object]]:
+    """Signals that nothing in a test takes do nothing, rather than end the tests; gives the handlers."""
+    before = {number: signal.signal(number, lambda *_: None) for number in NUMBERS}
+    yield [signal.getsignal(number) for number in NUMBERS]
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", NUMBERS)
-def test_the_first_signal_stops_and_others_wait_until_all_is_cleared_away(number: int) -> None:
-    before = [signal.getsignal(each) for each in NUMBERS]
+def test_the_first_signal_stops_and_others_wait_until_all_is_cleared_away(number: int, harmless: list[object]) -> None:
     cleared = False
     with pytest.raises(Stopped) as caught, stoppable():
         try:
@@ -45,18 +55,19 @@ def test_the_first_signal_stops_and_others_wait_until_all_is_cleared_away(number
                 os.kill(os.getpid(), each)
             cleared = True
     assert cleared and exit_code(caught.value) == 128 + number and str(caught.value) == signal.Signals(number).name
-    assert [signal.getsignal(each) for each in NUMBERS] == before
+    assert [signal.getsignal(each) for each in NUMBERS] == harmless
     assert exit_code(KeyboardInterrupt()) == 130
 
 
+@pytest.mark.usefixtures("harmless")
 def test_what_nohup_has_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stoppable():
             os.kill(os.getpid(), signal.SIGHUP)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    except Stopped:
+        pytest.fail("it was not ignored")
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_whether_the_folder_was_made(tmp_path: Path) -> None:
