@@ -17,7 +17,11 @@ from megagate.data.tokenizer import TOKENIZER_NAME, AnyTokenizer, Tokenizer, loa
 from megagate.errors import ConfigError, DataError
 
 CONFIG_NAME = "tokenizer_config.json"
+BESIDE = ("chat_template.jinja", "special_tokens_map.json")
+"""Files that come along as they are: transformers 5 keeps the chat template in one of its own, transformers 4 the special tokens."""
 NONE = "none"
+_ANY_VERSION = "PreTrainedTokenizerFast"
+"""The class of a `tokenizer.json` in transformers 4 and 5 alike; 5 writes `TokenizersBackend`, which 4 does not know."""
 _OWN_FILE = f"--tokenizer PATH names a {TOKENIZER_NAME}, --tokenizer {NONE} exports without"
 
 
@@ -87,11 +91,11 @@ def _folder(path: str, config: RunConfig, run: Path) -> Path:
 
 def _named(named: str, config: RunConfig, *, max_length: int) -> TokenizerFiles:
     tokenizer = find_tokenizer(named)
-    path = Path() if isinstance(tokenizer, ByteTokenizer) else tokenizer_file(named)
+    path = named if isinstance(tokenizer, ByteTokenizer) else tokenizer_file(named)
     return _files(tokenizer, path, config, max_length=max_length)
 
 
-def _files(tokenizer: AnyTokenizer, path: Path, config: RunConfig, *, max_length: int) -> TokenizerFiles:
+def _files(tokenizer: AnyTokenizer, path: Path | str, config: RunConfig, *, max_length: int) -> TokenizerFiles:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"the tokenizer {path} has {tokenizer.vocab_size} tokens, and model.vocab_size is {config.model.vocab_size}; it is not the one "
@@ -100,22 +104,48 @@ def _files(tokenizer: AnyTokenizer, path: Path, config: RunConfig, *, max_length
     ids = {"eos_id": _id(tokenizer.eod_id), "pad_id": _id(tokenizer.pad_id)}
     if isinstance(tokenizer, ByteTokenizer):
         return TokenizerFiles(f"none: the built-in tokenizer of bytes is no {TOKENIZER_NAME}; ids 0 to 255 are the bytes of UTF-8", **ids)
+    path = Path(path)
     with clean_errors("read", path):
         files = {TOKENIZER_NAME: path.read_bytes()}
-        there = path.with_name(CONFIG_NAME)
-        own = there.read_bytes() if there.is_file() else _config(tokenizer, max_length)
+        beside = {name: path.with_name(name) for name in (CONFIG_NAME, *BESIDE)}
+        files |= {name: there.read_bytes() for name, there in beside.items() if there.is_file()}
+    own = _for_any_version(files[CONFIG_NAME], beside[CONFIG_NAME]) if CONFIG_NAME in files else _config(tokenizer, max_length)
     return TokenizerFiles(str(path), **ids, files=files | {CONFIG_NAME: own})
+
+
+def _for_any_version(content: bytes, path: Path) -> bytes:
+    """A `tokenizer_config.json` as transformers 4 and 5 read it, and without the code that it may point to: that does not come along.
+
+    Raises:
+        DataError: It is none.
+    """
+    try:
+        settings = json.loads(content)
+    except ValueError:  # no UTF-8, no JSON
+        settings = None
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} must be a JSON object; put the tokenizer's own back, or take it away, and the export writes one")
+    changed = {name: value for name, value in settings.items() if name != "auto_map"}
+    if "auto_map" in settings or settings.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = _ANY_VERSION
+    if isinstance(settings.get("extra_special_tokens"), list):  # the name of 5, under which 4 expects an object
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    return content if changed == settings else _json(changed)
 
 
 def _config(tokenizer: Tokenizer, max_length: int) -> bytes:
     settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": _ANY_VERSION,
         "eos_token": tokenizer.spelling(tokenizer.eod_id),
         "pad_token": tokenizer.spelling(tokenizer.pad_id),
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
-    return (json.dumps({key: value for key, value in settings.items() if value is not None}, indent=2, ensure_ascii=False) + "\n").encode()
+    return _json({key: value for key, value in settings.items() if value is not None})
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _id(index: int) -> int | None:

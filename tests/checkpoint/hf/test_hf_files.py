@@ -262,14 +262,55 @@ def test_the_tokenizer_comes_along(tmp_path: Path, tokenizer: Tokenizer, named: 
     assert model.generation_config.eos_token_id == tokenizer.eod_id
 
 
-def test_its_own_config_comes_along_where_it_has_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def own_tokenizer(tmp_path: Path, tokenizer: Tokenizer, files: dict[str, str]) -> Path:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     tokenizer.save(folder / TOKENIZER_NAME)
-    own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def test_its_own_files_come_along_where_it_has_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    from transformers import AutoTokenizer
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    template = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    files = {
+        "tokenizer_config.json": json.dumps(config),
+        "chat_template.jinja": template,
+        "special_tokens_map.json": '{"eos_token": "<|endoftext|>"}',
+    }
+    done = exported(tmp_path, "synthetic", tokenizer=str(own_tokenizer(tmp_path, tokenizer, files | {"other.json": "{}"})))
+    assert {name: (done.folder / name).read_text() for name in files} == files, "byte for byte"
+    assert not (done.folder / "other.json").exists()
+    theirs = AutoTokenizer.from_pretrained(done.folder)
+    assert theirs.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "[ab]"
+
+
+@pytest.mark.parametrize("code", [False, True], ids=["of transformers 5", "with code"])
+def test_its_config_is_written_for_transformers_4_and_5(tmp_path: Path, tokenizer: Tokenizer, code: bool) -> None:
+    """Without names that only version 5 knows (4.57.6 fails on each of the two), and without code that does not come along."""
+    from transformers import AutoTokenizer
+
+    own = {"tokenizer_class": "TokenizersBackend", "eos_token": "<|endoftext|>", "extra_special_tokens": ["<|pad|>"]}
+    if code:
+        own |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    folder = own_tokenizer(tmp_path, tokenizer, {"tokenizer_config.json": json.dumps(own)})
     done = exported(tmp_path, "synthetic", tokenizer=str(folder))
-    assert json.loads((done.folder / "tokenizer_config.json").read_text()) == own
+    expected = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "additional_special_tokens": ["<|pad|>"]}
+    assert json.loads((done.folder / "tokenizer_config.json").read_text()) == expected
+    theirs = AutoTokenizer.from_pretrained(done.folder)
+    assert theirs(TEXTS[0])["input_ids"] == tokenizer.encode(TEXTS[0]) and tokenizer.pad_id in theirs.all_special_ids
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff"], ids=["no object", "no JSON", "no UTF-8"])
+def test_a_damaged_config_of_a_tokenizer_is_refused(tmp_path: Path, tokenizer: Tokenizer, content: bytes) -> None:
+    (tmp_path / "data").mkdir()
+    folder = data_set(tmp_path / "data", tokenizer.save(tmp_path / "data" / TOKENIZER_NAME))
+    (folder / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"data/tokenizer_config\.json must be a JSON object; put the tokenizer's own back"):
+        exported(tmp_path, str(folder))
 
 
 def test_without_a_tokenizer_it_is_said_why(tmp_path: Path) -> None:
@@ -293,6 +334,8 @@ def test_a_tokenizer_that_is_not_there_or_not_the_models_is_refused(tmp_path: Pa
     tokenizer.save(tmp_path / "c" / TOKENIZER_NAME)
     with pytest.raises(ConfigError, match=rf"has {tokenizer.vocab_size} tokens, and model\.vocab_size is 200; it is not the one"):
         exported(tmp_path / "c", "synthetic", model=DENSE, tokenizer=str(tmp_path / "c"))
+    with pytest.raises(ConfigError, match=r"the tokenizer bytes has 258 tokens, and model\.vocab_size is 200"):
+        exported(tmp_path / "d", "synthetic", model=DENSE, tokenizer="bytes")
     assert not list(tmp_path.rglob("hf")) and not list(tmp_path.rglob(".hf*"))
 
 
