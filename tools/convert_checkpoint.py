@@ -99,31 +99,38 @@ def _to_hf(options: argparse.Namespace) -> int:
     )
     _tell_export(done)
     passed = not options.verify or _verify_export(done)
+    dtype = "torch.float32" if done.wide else "'auto'"
     code = ", trust_remote_code=True" if done.target == "remote-code" else ""
-    print(f"load it with: AutoModelForCausalLM.from_pretrained({str(done.folder)!r}, dtype='auto'{code})" if passed else "do not use it")
+    print(f"load it with: AutoModelForCausalLM.from_pretrained({str(done.folder)!r}, dtype={dtype}{code})" if passed else "do not use it")
     return 0 if passed else 1
 
 
 def _tell_export(done: "Export") -> None:
-    from megagate.checkpoint.hf.targets import explain
+    from megagate.checkpoint.hf.targets import explain, remarks
 
     print(f"{done.source}, step {done.step} -> {done.folder}: {len(done.files)} files, {done.nbytes / 1e6:,.1f} MB")
     print(f"written for {explain(done.config.model, done.target)}")
-    print(f"{done.tensors:,} tensors in {done.dtype}")
+    print("\n".join(remarks(done.config.model, done.target) + [f"{done.tensors:,} tensors in {done.dtype}"]))
     if done.padding:
         print(f"left out: {done.padding} rows that pad the vocabulary to {done.config.model.padded_vocab_size:,}")
     elif done.config.model.padded_vocab_size != done.config.model.vocab_size:
         print(f"the vocabulary is padded to {done.config.model.padded_vocab_size:,}: a sampler must not choose ids from the padding")
     if done.wide:
-        names = f"{done.wide[0]}{', ...' if done.wide[1:] else ''}"
-        print(f"{len(done.wide)} norms are in fp32, since {done.dtype} would round w - 1: {names}")
+        print(f"{len(done.wide)} norms are in fp32, since {done.dtype} would round w - 1, and w with it by up to {_most(done.wide)}")
+        print("dtype='auto' rounds them when it loads: load it in fp32, as below, or use --format remote-code, whose norms are w itself")
     if done.rounded:
-        worst = max(done.rounded, key=done.rounded.__getitem__)
-        most = f"{done.rounded[worst]:.1e} of w ({worst})"
-        print(f"NOT EXACT: {len(done.rounded)} norms are stored as w - 1, which fp32 rounds, by up to {most}")
+        print(f"NOT EXACT: {len(done.rounded)} norms are stored as w - 1, which fp32 rounds, by up to {_most(done.rounded)}")
+    if done.broken:
+        count, first = sum(done.broken.values()), next(iter(done.broken))
+        print(f"NOT FINITE: {count:,} numbers are NaN or infinite, in {len(done.broken)} tensors ({first}): train on from an earlier step")
     print(f"tokenizer: {done.tokenizer}")
     for folder in done.unfinished:
         print(f"{folder} is of another export to the same place; unless that is at work, remove it")
+
+
+def _most(changes: dict[str, float]) -> str:
+    worst = max(changes, key=changes.__getitem__)
+    return f"{changes[worst]:.1e} of w ({worst})"
 
 
 def _verify_export(done: "Export") -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from parity.engines import MOE, TIED_DENSE
 from parity.sharded import random
+from safetensors.torch import load_file
 
 from megagate.checkpoint import store
 from megagate.checkpoint.hf import export as export_module
@@ -42,12 +43,14 @@ def main() -> Callable[..., int]:
     return call
 
 
-def checkpoint(run: Path, model: ModelConfig, *, dtype: str = "fp32") -> Path:
-    """A run's folder with one checkpoint of arbitrary weights; norms around 1."""
+def checkpoint(run: Path, model: ModelConfig, *, dtype: str = "fp32", spoiled: str = "") -> Path:
+    """A run's folder with one checkpoint of arbitrary weights; norms around 1; a number of the tensor that is spoiled is NaN."""
     pieces = []
     for name, shape in parameter_shapes(model).items():
         values = random(name, *shape)
         values = values / shape[-1] ** 0.5 if len(shape) > 1 else 1 + 0.3 * values
+        if name == spoiled:
+            values.view(-1)[0] = float("nan")
         pieces.append(store.Piece(f"master/{name}", shape, (0,) * len(shape), values))
     store.write_rank(store.begin(run / "checkpoints", STEP), 0, pieces)
     config = RunConfig(
@@ -70,17 +73,38 @@ def test_to_hf_says_what_it_wrote_for_which_class_and_how_to_load_it(
         "written for the class qwen3_next, which holds the model exactly; transformers 5.15.0 or newer\n",
         " tensors in bf16\n",
         "left out: 12 rows that pad the vocabulary to 256\n",
-        "norms are in fp32, since bf16 would round w - 1: model.layers.",
+        "norms are in fp32, since bf16 would round w - 1, and w with it by up to ",
+        "dtype='auto' rounds them when it loads: load it in fp32, as below, or use --format remote-code, whose norms are w itself\n",
+        "exactly: by shared experts of zeros, 128 wide; ",
         "tokenizer: none: data.path synthetic has ids without text\n",
         "compared bit by bit\n",
         "logits: largest error ",
         "greedy continuation with cache: ",
     ):
         assert words in said
-    line = said.splitlines()[-1]
-    assert line == f"load it with: AutoModelForCausalLM.from_pretrained('{out}', dtype='auto')"
-    model = AutoModelForCausalLM.from_pretrained(str(out), dtype="auto")
-    assert type(model).__name__ == "Qwen3NextForCausalLM" and model.dtype == torch.bfloat16
+    line = said.splitlines()[-1].removeprefix("load it with: ")
+    assert line == f"AutoModelForCausalLM.from_pretrained('{out}', dtype=torch.float32)"
+    model = eval(line, {"AutoModelForCausalLM": AutoModelForCausalLM, "torch": torch})
+    assert type(model).__name__ == "Qwen3NextForCausalLM"
+    held = {name: tensor for name, tensor in load_file(out / "model.safetensors").items() if "norm" in name}
+    assert any(tensor.dtype == torch.float32 for tensor in held.values())
+    assert all(torch.equal(model.state_dict()[name], tensor.float()) for name, tensor in held.items())
+
+
+def test_to_hf_of_what_bf16_holds_is_loaded_in_bf16(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Norms that are w itself, and numbers that are not finite, which are said aloud."""
+    from transformers import AutoModelForCausalLM
+
+    ungated = replace(TIED_DENSE, attention=replace(TIED_DENSE.attention, gate=GateConfig("none")))
+    run = checkpoint(tmp_path / "run", ungated, dtype="bf16", spoiled="layers.0.ffn.up.weight")
+    assert main("to-hf", run, tmp_path / "hf", "--no-verify") == 0
+    said = capsys.readouterr().out
+    assert "norms" not in said and "made up for" not in said
+    assert "NOT FINITE: 1 numbers are NaN or infinite, in 1 tensors (model.layers.0.mlp.up_proj.weight): train on from an earlier" in said
+    line = said.splitlines()[-1].removeprefix("load it with: ")
+    assert line.endswith(", dtype='auto')")
+    theirs = eval(line, {"AutoModelForCausalLM": AutoModelForCausalLM})
+    assert theirs.dtype == theirs.model.norm.weight.dtype == torch.bfloat16 and type(theirs).__name__ == "Qwen3ForCausalLM"
 
 
 def test_to_hf_with_code_of_its_own(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,8 +49,9 @@ class Export:
         dtype: Of the weights, `fp32` or `bf16`.
         files: Bytes of each file.
         tensors: How many there are.
-        wide: Names of tensors that stay fp32 in a bf16 file, since bf16 would round them.
-        rounded: Of norms that are stored as w - 1, the largest rounding of each that is not exact in fp32, by name.
+        wide: Tensors that stay fp32 in a bf16 file, since bf16 would round w - 1; by how much at most, as a share of w, by name.
+        rounded: Of norms that are stored as w - 1, the largest rounding of each that is not exact in fp32, as a share of w, by name.
+        broken: How many numbers of a tensor are NaN or infinite in the file, by name, where there are any.
         padding: Rows that pad the vocabulary and were left out.
         tokenizer: Where it is from, or why there is none.
         unfinished: Folders of other exports to the same place, at work or killed; which of them, cannot be told from here.
@@ -64,8 +65,9 @@ class Export:
     dtype: str
     files: dict[str, int]
     tensors: int
-    wide: tuple[str, ...]
+    wide: dict[str, float]
     rounded: dict[str, float]
+    broken: dict[str, int]
     padding: int
     tokenizer: str
     unfinished: tuple[Path, ...] = ()
@@ -115,13 +117,11 @@ def export(
         length = max_positions or config.train.seq_len
         words = tokenizer_files(tokenizer, config, run, max_length=length)
         use = Use(length, {"fp32": "float32", "bf16": "bfloat16"}[kind], words.eos_id, words.pad_id, keep_padding)
-        rows = mapping(config.model, target, keep_padding=keep_padding)
-        flaws = mapping_flaws(rows, native_shapes(config.model))
-        assert not flaws, f"the mapping to {target} leaves out or repeats what it must name once: {flaws[:3]}"
+        rows = _sound_mapping(config, target, keep_padding=keep_padding)
         order = [region.name for row in rows if row.theirs for region in row.native]
         with Source(checkpoint, [*_inexact(rows), *order]) as reader:
-            planned, rounded = _decide(plan(rows, DTYPES[kind]), reader, DTYPES[kind])
-            files = _write(output, by_file(planned, max_shard_size), reader, DTYPES[kind], _small_files(config, target, use, words))
+            planned, wide, rounded = _decide(plan(rows, DTYPES[kind]), reader, DTYPES[kind])
+            files, broken = _write(output, by_file(planned, max_shard_size), reader, DTYPES[kind], _small_files(config, target, use, words))
         return Export(
             source=checkpoint.folder,
             folder=output,
@@ -131,8 +131,9 @@ def export(
             dtype=kind,
             files=files,
             tensors=len(planned),
-            wide=tuple(one.name for one in planned if one.dtype.is_floating_point and one.dtype != DTYPES[kind]),
+            wide=wide,
             rounded=rounded,
+            broken=broken,
             padding=sum(row.op.shape[0] for row in rows if isinstance(row.op, LeftOut)),
             tokenizer=words.origin,
             unfinished=tuple(_unfinished(output)),
@@ -156,25 +157,37 @@ def _require_free(output: Path, source: Path) -> None:
     require_root(output, name="OUT")
 
 
+def _sound_mapping(config: RunConfig, target: Target, *, keep_padding: bool) -> list[Row]:
+    rows = mapping(config.model, target, keep_padding=keep_padding)
+    flaws = mapping_flaws(rows, native_shapes(config.model))
+    assert not flaws, f"the mapping to {target} leaves out or repeats what it must name once: {flaws[:3]}"
+    return rows
+
+
 def _inexact(rows: list[Row]) -> list[str]:
     return [region.name for row in rows if not row.op.exact for region in row.native]
 
 
-def _decide(planned: list[Planned], source: Source, dtype: torch.dtype) -> tuple[list[Planned], dict[str, float]]:
-    """The plan with fp32 for what `dtype` would round, and what even fp32 rounds: the largest change of each, as a share of the weight."""
-    decided, rounded = [], {}
+def _decide(planned: list[Planned], source: Source, dtype: torch.dtype) -> tuple[list[Planned], dict[str, float], dict[str, float]]:
+    """The plan with fp32 for what `dtype` would round; what `dtype` would change of each of those, and what even fp32 changes."""
+    decided, wide, rounded = [], {}, {}
     for one in planned:
         if not one.row.op.exact:
             made = forward(one.row, source, dtype)[one.index]
+            (weight,) = (source.read(region).to(dtype) for region in one.row.native)
             if not torch.equal(made.to(dtype).float(), made):
                 one = replace(one, dtype=torch.float32)
-            (weight,) = (source.read(region).to(dtype) for region in one.row.native)
-            (back,) = one.row.op.from_hf([made.double()], where=one.name)
-            change = ((back - weight).abs() / weight.abs()).nan_to_num(nan=0.0).max().item()
-            if change:
+                wide[one.name] = _change(one, made.to(dtype), weight)
+            if change := _change(one, made, weight):
                 rounded[one.name] = change
         decided.append(one)
-    return decided, rounded
+    return decided, wide, rounded
+
+
+def _change(one: Planned, made: torch.Tensor, weight: torch.Tensor) -> float:
+    """Between a weight and what `made` gives back, the largest, as a share of the weight."""
+    (back,) = one.row.op.from_hf([made.double()], where=one.name)
+    return ((back - weight).abs() / weight.abs()).nan_to_num(nan=0.0).max().item()
 
 
 def _small_files(config: RunConfig, target: Target, use: Use, words: TokenizerFiles) -> dict[str, bytes]:
@@ -194,21 +207,22 @@ def _json(values: dict[str, Any]) -> bytes:
 
 def _write(
     output: Path, shards: dict[str, list[Planned]], source: Source, dtype: torch.dtype, small: dict[str, bytes]
-) -> dict[str, int]:
-    """Write all files under a temporary name, then give the folder its own; returns the bytes of each."""
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Write all files under a temporary name, then give the folder its own; returns the bytes of each, and `Export.broken`."""
     # A random name, since another export to the same place, on this machine or another, may be at work: the first to end has the place.
     # Not tempfile, whose folders only the owner can read.
     staging = output.with_name(f".{output.name}.{secrets.token_hex(6)}{_UNFINISHED}")
     if len(shards) > 1:
         small = {**small, INDEX_NAME: index_file(shards)}
     size = sum(one.nbytes for tensors in shards.values() for one in tensors) + sum(map(len, small.values()))
-    files = {}
+    files, broken = {}, {}
     try:
         others = _unfinished(output)
         staging.mkdir()
         _require_space(output, size, others)
         for name, tensors in shards.items():
-            files[name] = write_shard(staging / name, tensors, source, dtype)
+            files[name], found = write_shard(staging / name, tensors, source, dtype)
+            broken |= found
         for name, content in small.items():
             with create(staging / name) as descriptor:
                 write_all(descriptor, memoryview(content))
@@ -226,7 +240,7 @@ def _write(
                 "another folder"
             ) from error
         raise
-    return files
+    return files, broken
 
 
 def _require_written(staging: Path, files: dict[str, int]) -> None:

@@ -1,7 +1,9 @@
 """Tensors of a mapping as safetensors files, streamed: what is held is one row of the mapping, or a block of it, at a time."""
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +72,9 @@ def by_file(planned: list[Planned], max_shard_size: str) -> dict[str, list[Plann
     from huggingface_hub import split_torch_state_dict_into_shards  # noqa: PLC0415  heavy, and only needed here
 
     if not _SIZE.fullmatch(max_shard_size):
-        raise ConfigError(f"--max-shard-size ({max_shard_size}) must be a size such as 5GB or 500MB; write it so")
+        raise ConfigError(
+            f"--max-shard-size ({max_shard_size}) must be a whole number of KB, MB, GB or TB, such as 5GB or 2500MB; write it so"
+        )
     wanted = {one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in planned}
     split = split_torch_state_dict_into_shards(wanted, filename_pattern=PATTERN, max_shard_size=max_shard_size)
     by_name = {one.name: one for one in planned}
@@ -85,16 +89,25 @@ def index_file(files: dict[str, list[Planned]]) -> bytes:
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n").encode()
 
 
-def write_shard(path: Path, tensors: list[Planned], source: Source, dtype: torch.dtype) -> int:
-    """Write one file, and flush it to the disk; returns its bytes."""
+def write_shard(path: Path, tensors: list[Planned], source: Source, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
+    """Write one file, and flush it to the disk; returns its bytes, and how many numbers of a tensor are NaN or infinite, where any are."""
     header = encode_header(Entry(one.name, one.dtype, one.shape) for one in tensors)
-    made = _Made(source, dtype)
+    made, broken = _Made(source, dtype), Counter()
     with create(path) as descriptor:
         write_all(descriptor, memoryview(header))
         for one in tensors:
             for block in made.blocks(one):
                 write_tensor(descriptor, block)
-    return len(header) + sum(one.nbytes for one in tensors)
+                if count := _not_finite(block):
+                    broken[one.name] += count
+    return len(header) + sum(one.nbytes for one in tensors), dict(broken)
+
+
+def _not_finite(block: Tensor) -> int:
+    """How many are NaN or infinite. Extremes, of which NaN is both, tell at a fraction of the cost that there are none."""
+    if not block.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(block)):
+        return 0
+    return block.numel() - int(torch.isfinite(block).sum())
 
 
 def forward(row: Row, source: Source, dtype: torch.dtype) -> list[Tensor]:

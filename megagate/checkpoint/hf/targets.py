@@ -4,12 +4,15 @@ What no class takes goes out as remote code.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from megagate.checkpoint.hf.table import Target
+import torch
+
+from megagate.checkpoint.hf.ops import Op, QueryAndGate, Zeros
+from megagate.checkpoint.hf.table import NO_SHARED_EXPERT, Target, mapping
 from megagate.config.model import GateConfig, ModelConfig
 from megagate.errors import ConfigError
 
@@ -63,7 +66,7 @@ def select(model: ModelConfig, wanted: str, *, installed: str | None) -> Target:
     if wanted == "stock" and target == REMOTE:
         raise ConfigError(f"--format (stock): {_why_none(model)}; use --format {REMOTE}, which brings the class along")
     if found := reasons(model, target):
-        raise ConfigError(f"--format ({target}) cannot hold this model: {'; '.join(found)}; use --format {choose(model)}, which can")
+        raise ConfigError(f"--format ({target}) is not for this model: {'; '.join(found)}; use --format {choose(model)}, which can")
     if installed is not None and _parts(installed) < _parts(TRANSFORMERS[target]):
         raise ConfigError(
             f"--format ({wanted}): the class {target} needs transformers {TRANSFORMERS[target]} or newer, {installed} is installed; "
@@ -79,6 +82,33 @@ def explain(model: ModelConfig, target: Target) -> str:
         return f"the class {target}, which holds the model exactly; {needs}"
     why = _why_none(model) if choose(model) == REMOTE else f"asked for, though {choose(model)} holds the model too"
     return f"{REMOTE}, which is loaded with trust_remote_code=True ({why}); {needs}"
+
+
+def remarks(model: ModelConfig, target: Target) -> list[str]:
+    """What an export has that the model has not, and who misreads it: a line each."""
+    found = []
+    rows = [row for row in mapping(model, target) if isinstance(row.op, QueryAndGate | Zeros)]
+    ours = sum(torch.Size(region.box.shape).numel() for row in rows for region in row.native)
+    theirs = sum(torch.Size(shape).numel() for row in rows for shape in row.shapes().values())
+    if parts := list(_stand_ins(model, [row.op for row in rows])):
+        words = " and ".join(parts)
+        found.append(f"what the class has and the model has not is made up for, exactly: by {words}; {theirs - ours:,} parameters more")
+    if target == "qwen3_next" and model.moe.first_dense_layers:
+        found.append("SGLang takes every layer of this class for a mixture, and does not read mlp_only_layers: do not serve this with it")
+    return found
+
+
+def _stand_ins(model: ModelConfig, ops: Iterable[Op]) -> Iterator[str]:
+    gates = {op.rows for op in ops if isinstance(op, QueryAndGate)}
+    shared = {len(op.shapes) for op in ops if isinstance(op, Zeros)}
+    if 0 in gates:
+        yield "gates of zeros, whose scores are 1/2, before output projections that are doubled"
+    if gates - {0, model.attention.head_dim}:
+        yield f"each head's gate row {model.attention.head_dim} times"
+    if 1 in shared:
+        yield "gates of zeros of shared experts that are doubled"
+    if shared - {1}:
+        yield f"shared experts of zeros, {NO_SHARED_EXPERT} wide"
 
 
 def _why_none(model: ModelConfig) -> str:
@@ -159,7 +189,10 @@ def _qwen3_moe(model: ModelConfig) -> Iterator[str]:
 
 
 def _qwen3_next(model: ModelConfig) -> Iterator[str]:
-    yield from _mixture(model)
+    if model.is_moe:
+        yield from _mixture(model)
+    else:
+        yield "model.moe.num_experts (0): the class could hold a dense model, but that is not offered: vLLM refuses it without a mixture"
     yield from _no_sandwich(model)
 
 

@@ -17,12 +17,13 @@ import torch
 from checkpoint_helpers import contents
 from hf_exports import CASES, DENSE, ELEMENTWISE, FORCED, HEADWISE, MOE, STEP, gated, language_model, masters, moe, run_config, save
 from parity.variants import VARIANTS
+from safetensors.torch import load_file
 
 from megagate.checkpoint import store
 from megagate.checkpoint.hf import export as export_module
 from megagate.checkpoint.hf.export import Export, export
 from megagate.checkpoint.hf.table import Target
-from megagate.checkpoint.hf.targets import REMOTE, TRANSFORMERS, Format, choose, explain, reasons, select
+from megagate.checkpoint.hf.targets import REMOTE, TRANSFORMERS, Format, choose, explain, reasons, remarks, select
 from megagate.config.model import GateConfig, ModelConfig, SwitchConfig
 from megagate.errors import CheckpointError, ConfigError, MegagateError, RunError
 
@@ -55,7 +56,7 @@ def test_auto_and_stock_take_the_preferred_class(name: str) -> None:
         (moe(shared_ffn_size=8), "qwen3_moe", ["model.moe.shared_ffn_size (8): the class has no shared expert"]),
         (gated(MOE, ELEMENTWISE), "qwen3_moe", ["position (G1)"]),
         (replace(MOE, sandwich_norm=True), "qwen3_moe", ["sandwich_norm"]),
-        (gated(DENSE, ELEMENTWISE), "qwen3_next", ["model.moe.num_experts (0)"]),
+        (gated(DENSE, ELEMENTWISE), "qwen3_next", ["num_experts (0): the class could hold a dense model, but that is not offered"]),
         (replace(MOE, sandwich_norm=True), "qwen3_next", ["sandwich_norm"]),
         (moe(score="sigmoid", bias_update_rate=0.1), "qwen3_next", ["model.moe.score (sigmoid)", "model.moe.bias_update_rate (0.1)"]),
         (MOE, "qwen3_5_text", ["num_experts (8)"]),
@@ -79,7 +80,7 @@ def test_auto_and_stock_take_the_preferred_class(name: str) -> None:
 def test_a_class_that_cannot_hold_a_model_says_why_and_which_can(model: ModelConfig, target: Target, why: list[str]) -> None:
     found = reasons(model, target)
     assert len(found) == len(why) and all(expected in reason for expected, reason in zip(why, found, strict=True))
-    with pytest.raises(ConfigError, match=re.escape(f"--format ({target}) cannot hold this model: {found[0]}")) as caught:
+    with pytest.raises(ConfigError, match=re.escape(f"--format ({target}) is not for this model: {found[0]}")) as caught:
         select(model, target, installed="5.23.0")
     assert str(caught.value).endswith(f"; use --format {choose(model)}, which can") and choose(model) != target
 
@@ -101,6 +102,45 @@ def test_what_no_class_holds_needs_remote_code() -> None:
     with pytest.raises(ConfigError, match=r"--format \(stock\): no class .* nearest, .* because of model\.attention\.gate\.position"):
         select(model, "stock", installed="5.23.0")
     assert "no class of transformers holds this model" in explain(model, REMOTE)
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "words"),
+    [
+        ("dense", "auto", None),
+        ("mixture", "auto", None),
+        ("mixture, elementwise, shared expert", REMOTE, None),
+        ("dense, elementwise", "auto", None),
+        ("mixture, elementwise", "auto", "shared experts of zeros, 128 wide"),
+        ("dense, headwise, tied", "auto", "each head's gate row 8 times"),
+        ("mixture, elementwise, shared expert", "auto", "gates of zeros of shared experts that are doubled"),
+        ("mixture, headwise, gated shared expert", "auto", "each head's gate row 8 times"),
+        ("dense", "qwen3_5_text", "gates of zeros, whose scores are 1/2, before output projections that are doubled"),
+        (
+            "mixture, shared expert, no gate",
+            "auto",
+            "gates of zeros, whose scores are 1/2, before output projections that are doubled and gates of zeros of shared experts that "
+            "are doubled",
+        ),
+    ],
+)
+def test_what_stands_in_for_what_a_model_has_not_is_said(tmp_path: Path, name: str, format: str, words: str | None) -> None:
+    """In words, and as what the files hold beyond the model."""
+    model, _ = CASES[name]
+    state = masters(language_model(model))
+    done = export(save(tmp_path / "run", state, run_config(model)), tmp_path / "hf", format=format)
+    written = sum(tensor.numel() for tensor in load_file(tmp_path / "hf" / "model.safetensors").values())
+    more = written - sum(tensor.numel() for tensor in state.values()) + done.padding * model.hidden_size
+    told = f"what the class has and the model has not is made up for, exactly: by {words}; {more:,} parameters more"
+    assert remarks(model, done.target) == ([told] if words else []) and (more > 0) == bool(words)
+
+
+def test_layers_that_a_server_misreads_are_named() -> None:
+    first_dense = replace(moe(first_dense_layers=1, shared_ffn_size=24, shared_gate=True), ffn_size=48)
+    assert remarks(gated(first_dense, ELEMENTWISE), "qwen3_next") == [
+        "SGLang takes every layer of this class for a mixture, and does not read mlp_only_layers: do not serve this with it"
+    ]
+    assert remarks(first_dense, REMOTE) == remarks(replace(MOE, ffn_size=48), "qwen3_moe") == []
 
 
 @pytest.mark.parametrize(
@@ -138,8 +178,9 @@ def run(tmp_path: Path) -> Path:
         ({"format": "gpt2"}, r"--format \(gpt2\) must be one of auto, stock, qwen3, .*remote-code; choose one"),
         ({"format": "qwen3"}, r"model\.moe\.num_experts \(8\): the class is dense; use --format qwen3_moe, which can"),
         ({"dtype": "fp8"}, r"--dtype \(fp8\) must be fp32 or bf16"),
-        ({"max_shard_size": "much"}, r"--max-shard-size \(much\) must be a size such as 5GB"),
-        ({"max_shard_size": "-1GB"}, r"--max-shard-size \(-1GB\) must be a size such as 5GB"),
+        ({"max_shard_size": "much"}, r"--max-shard-size \(much\) must be a whole number of KB, MB, GB or TB, such as 5GB"),
+        ({"max_shard_size": "-1GB"}, r"--max-shard-size \(-1GB\) must be a whole number of KB, MB, GB or TB, such as 5GB"),
+        ({"max_shard_size": "2.5GB"}, r"--max-shard-size \(2\.5GB\) must be a whole number"),
     ],
 )
 def test_options(tmp_path: Path, run: Path, options: dict[str, str], told: str) -> None:

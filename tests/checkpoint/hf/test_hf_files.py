@@ -63,7 +63,9 @@ def test_bf16_is_what_the_forward_pass_used(tmp_path: Path) -> None:
     state[name][3] = 0.1
     run = save(tmp_path / "run", state, run_config(GATED, dtype="bf16"))
     done = export(run, tmp_path / "hf")
-    assert done.dtype == "bf16" and done.wide == (wide,) and done.rounded == {}
+    weight = state[name].bfloat16().float()
+    off = (((weight - 1).bfloat16().float() + 1 - weight) / weight).abs().max().item()
+    assert done.dtype == "bf16" and done.wide == {wide: pytest.approx(off, rel=1e-6)} and done.rounded == {} and 5e-3 < off < 0.1
     assert {key: config_of(done)[key] for key in ("dtype", "torch_dtype")} == {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     found = tensors_of(done.folder)
     assert {each for each, tensor in found.items() if tensor.dtype != torch.bfloat16} == {wide}
@@ -80,7 +82,7 @@ def test_bf16_is_what_the_forward_pass_used(tmp_path: Path) -> None:
         assert_close(theirs(tokens).logits, ours.logits(tokens)[..., :200], to=1e-5, what="logits")
 
     fp32 = export(run, tmp_path / "fp32", dtype="fp32")
-    assert fp32.dtype == "fp32" and fp32.wide == () and config_of(fp32)["dtype"] == "float32"
+    assert fp32.dtype == "fp32" and fp32.wide == {} and config_of(fp32)["dtype"] == "float32"
     assert {tensor.dtype for tensor in tensors_of(fp32.folder).values()} == {torch.float32}
     assert torch.equal(tensors_of(fp32.folder)["model.embed_tokens.weight"], state["master/embedding.weight"][:200])
 
@@ -94,6 +96,22 @@ def test_norms_that_fp32_rounds_are_told(tmp_path: Path) -> None:
     back = tensors_of(done.folder)["model.layers.0.self_attn.q_norm.weight"].double() + 1
     assert told == ("model.layers.0.self_attn.q_norm.weight", pytest.approx(((back - norm).abs() / norm).max().item()))
     assert 1e-6 < told[1] < 2**-25 / 1e-3, "half a unit of w - 1"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_numbers_that_are_not_finite_are_counted(tmp_path: Path, dtype: str) -> None:
+    """Those of the checkpoint, those that bf16 cannot hold, and those that doubling makes; not numbers that are only large."""
+    model = moe(shared_ffn_size=24)
+    state = masters(language_model(model))
+    state["master/layers.0.attention.k.weight"][0, :3] = torch.tensor([float("inf"), float("nan"), float("inf")])
+    state["master/layers.1.attention.k.weight"][1] = -float("inf")
+    state["master/layers.1.attention.v.weight"][2, 5] = 3.4e38  # rounds to infinity in bf16
+    state["master/layers.1.attention.o.weight"][1, 1] = 2e38  # is doubled
+    state["master/layers.0.attention.v.weight"][0, 0] = -3.3e38
+    done = export(save(tmp_path / "run", state, run_config(model, dtype=dtype)), tmp_path / "hf")
+    expected = {"0.self_attn.k_proj": 3, "1.self_attn.k_proj": 32, "1.self_attn.o_proj": 1}
+    expected |= {"1.self_attn.v_proj": 1} if dtype == "bf16" else {}
+    assert done.broken == {f"model.layers.{name}.weight": count for name, count in expected.items()}
 
 
 def test_counts_of_a_routers_bias_are_whole_numbers_in_any_dtype(tmp_path: Path) -> None:
