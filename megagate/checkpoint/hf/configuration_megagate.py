@@ -1,6 +1,6 @@
 """The configuration of a gated-attention language model of megagate, for Hugging Face transformers 4.53 to 5.
 
-This file and `modeling_megagate.py` lie beside the weights and need nothing but torch and transformers:
+This file, `layers_megagate.py` and `modeling_megagate.py` lie beside the weights and need nothing but torch and transformers:
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -10,6 +10,9 @@ What transformers has a name for (`hidden_size`, `num_experts`, ...) stands unde
 
 A name that stands in both places has one value. Only the vocabulary (it may have been resized, or kept padded) and the tie of the
 embeddings are taken from the standard name where the two differ.
+
+Part of the Python package megagate (megagate/checkpoint/hf), whose tools/convert_checkpoint.py puts it beside the weights that it writes.
+SPDX-License-Identifier: Apache-2.0
 """
 
 from typing import Any

@@ -30,6 +30,7 @@ CODE_PATTERN = "*_megagate.py"
 """The files that come along with remote code, in the folder of this module."""
 _AUTO_MAP = {
     "AutoConfig": "configuration_megagate.MegagateConfig",
+    "AutoModel": "modeling_megagate.MegagateModel",
     "AutoModelForCausalLM": "modeling_megagate.MegagateForCausalLM",
 }
 

@@ -4,6 +4,9 @@ In the order of the forward pass: norms and rotary positions, the gate, switch h
 may have any type; statistics of norms, rotations, gates, softmaxes and routers are computed in fp32.
 
 Shapes: `b s h` batch, sequence, hidden; `n g d` query heads, key/value heads, channels of a head; `T` tokens; `E k` experts, chosen ones.
+
+Part of the Python package megagate (megagate/checkpoint/hf), whose tools/convert_checkpoint.py puts it beside the weights that it writes.
+SPDX-License-Identifier: Apache-2.0
 """
 
 from collections.abc import Callable, Mapping
@@ -101,21 +104,21 @@ class MegagateGate(nn.Module):
 
     def __init__(self, config: MegagateConfig):
         super().__init__()
-        self.gate, self.eps = config.megagate["model"]["attention"]["gate"], config.rms_norm_eps
-        heads = config.num_key_value_heads if self.gate["position"] in ("G2", "G3") else config.num_attention_heads
-        width = config.head_dim if self.gate["granularity"] == "elementwise" else 1
-        if self.gate["position"] == "G5":
+        self.settings, self.eps = config.megagate["model"]["attention"]["gate"], config.rms_norm_eps
+        heads = config.num_key_value_heads if self.settings["position"] in ("G2", "G3") else config.num_attention_heads
+        width = config.head_dim if self.settings["granularity"] == "elementwise" else 1
+        if self.settings["position"] == "G5":
             heads, width = 1, config.hidden_size
-        if self.gate["score"] == "input":
+        if self.settings["score"] == "input":
             self.weight = nn.Parameter(torch.empty(heads * width, config.hidden_size))
-        elif self.gate["score"] == "parameter":
+        elif self.settings["score"] == "parameter":
             self.weight = nn.Parameter(torch.zeros(heads, width))
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Gate y."""
-        match self.gate["score"]:
+        match self.settings["score"]:
             case "constant":
-                return y * self.gate["constant"]
+                return y * self.settings["constant"]
             case "self":
                 return self._activated(y.float()).to(y.dtype)
             case "input":
@@ -123,15 +126,15 @@ class MegagateGate(nn.Module):
             case "parameter":
                 logits = self.weight  # [heads, d or 1]
         scores = self._activated(logits.float())
-        if self.gate["head_shared"]:
+        if self.settings["head_shared"]:
             scores = scores.mean(-2, keepdim=True)
-        gated = y + scores if self.gate["combine"] == "add" else y * scores
+        gated = y + scores if self.settings["combine"] == "add" else y * scores
         return gated.to(y.dtype)
 
     def _activated(self, values: Tensor) -> Tensor:
-        if self.gate["activation"] == "rmsnorm":
+        if self.settings["activation"] == "rmsnorm":
             return unit_rms(values, self.eps)
-        return ACTIVATIONS[self.gate["activation"]](values)
+        return ACTIVATIONS[self.settings["activation"]](values)
 
 
 # Switch heads

@@ -3,6 +3,9 @@
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 Source: arXiv 2505.06708.
+
+Part of the Python package megagate (megagate/checkpoint/hf), whose tools/convert_checkpoint.py puts it beside the weights that it writes.
+SPDX-License-Identifier: Apache-2.0
 """
 
 import inspect
@@ -85,7 +88,7 @@ class MegagatePreTrainedModel(PreTrainedModel):
         """Called by transformers for modules whose weights no checkpoint gave."""
         if isinstance(module, MegagateRMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, MegagateGate) and module.gate["score"] == "parameter":
+        elif isinstance(module, MegagateGate) and module.settings["score"] == "parameter":
             nn.init.zeros_(module.weight)
         elif getattr(module, "weight", None) is not None:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -149,11 +152,8 @@ class MegagateModel(MegagatePreTrainedModel):
         output_attentions = _or(output_attentions, self.config.output_attentions)
         output_hidden_states = _or(output_hidden_states, self.config.output_hidden_states)
         output_router_logits = _or(output_router_logits, self.config.output_router_logits)
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions needs eager attention, this model has {self.config._attn_implementation}, which does not show its "
-                'weights; load the model with attn_implementation="eager"'
-            )
+        if output_attentions:
+            _require_eager(self.config)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -291,6 +291,14 @@ class MegagateForCausalLM(MegagatePreTrainedModel, GenerationMixin):
             counted = attention_mask[:, -tokens:].flatten()  # of these tokens, not of those in the cache
         routers = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
         return sum(router.balance_loss(logits, counted) for router, logits in zip(routers, router_logits, strict=True))
+
+
+def _require_eager(config: MegagateConfig) -> None:
+    if config._attn_implementation != "eager":
+        raise ValueError(
+            f"output_attentions needs eager attention, this model has {config._attn_implementation}, which does not show its weights; load "
+            'the model with attn_implementation="eager"'
+        )
 
 
 def _or(value: Any, default: Any) -> Any:

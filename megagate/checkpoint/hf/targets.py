@@ -28,7 +28,7 @@ TRANSFORMERS: Mapping[Target, str] = MappingProxyType(
         "qwen3_5_text": "5.15.0",
         "lfm3": "5.23.0",
         "afmoe": "5.0.0",
-        "remote-code": "4.57.0",
+        "remote-code": "4.53.0",
     }
 )
 """The first version of transformers that runs what is exported: fp32 logits to 1e-5, and generation with a cache.

@@ -1,24 +1,20 @@
 """The same weights in our model and in the one that exports carry along as code."""
 
-import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from parity.sharded import BACKEND, fill
+from hf_exports import masters, run_config, save
 from parity.variants import DENSE, MOE, VARIANTS, with_gate
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megagate.checkpoint.hf import configuration_megagate
 from megagate.checkpoint.hf.configuration_megagate import MegagateConfig
+from megagate.checkpoint.hf.export import export
 from megagate.checkpoint.hf.modeling_megagate import MegagateForCausalLM
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, RopeConfig
 from megagate.model.lm import LanguageModel
-from megagate.parallel.mesh import ParallelMesh
 
 THREE_PER_GROUP = AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=8, gate=GateConfig("G1", "headwise"))
 """With one or two query heads per key/value head, wrong groupings can go unseen."""
@@ -49,13 +45,8 @@ THEIR_NAMES = (
 )
 
 
-def our_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Filled with values far from those at the start."""
-    return fill(LanguageModel(config, dtype=dtype, backend=BACKEND, mesh=ParallelMesh.single()))
-
-
 def as_remote(values: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our weights, or their gradients, by the names of an export with remote code."""
+    """Our weights, or their gradients, by the names of an export with remote code; written without the mapping, which is held to it."""
     named = {}
     for ours, value in values.items():
         name = ours
@@ -89,22 +80,7 @@ def random_ids(*shape: int, vocab_size: int = 250, seed: int = 3) -> Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def write_export(folder: Path, model: LanguageModel, **settings: object) -> Path:
-    """What a converter writes: code, config.json, weights."""
-    folder.mkdir(parents=True)
-    code = Path(configuration_megagate.__file__).parent
-    for file in code.glob("*_megagate.py"):
-        shutil.copy(file, folder)
-    config = {
-        "model_type": "megagate",
-        "architectures": ["MegagateForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_megagate.MegagateConfig",
-            "AutoModelForCausalLM": "modeling_megagate.MegagateForCausalLM",
-        },
-        "megagate": {"format": 1, "model": asdict(model.config)},
-    }
-    (folder / "config.json").write_text(json.dumps(config | settings))
-    weights = {name: value.contiguous().clone() for name, value in as_remote(model.state_dict(), model.config).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def write_export(folder: Path, model: LanguageModel) -> Path:
+    """The export of a checkpoint of our model, with code."""
+    run = save(folder.with_name(f"{folder.name}-run"), masters(model), run_config(model.config))
+    return export(run, folder, format="remote-code").folder

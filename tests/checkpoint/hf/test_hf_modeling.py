@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hf_exports import language_model
 from parity.sharded import BACKEND, CPU, assert_all_close, assert_close, random
 from parity.variants import DENSE, MOE, VARIANTS, with_moe
-from remote_models import ALL_VARIANTS, as_remote, our_model, random_ids, remote_config, remote_model
+from remote_models import ALL_VARIANTS, as_remote, random_ids, remote_config, remote_model
 from torch import Tensor
 
 from megagate.backend.documents import Documents
@@ -22,7 +23,7 @@ LENGTH = 12
 
 @pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_every_variant_is_our_model_and_goes_on_from_its_cache(variant):
-    model = our_model(ALL_VARIANTS[variant])
+    model = language_model(ALL_VARIANTS[variant])
     peer = remote_model(model)
     tokens = random_ids(2, LENGTH)
     with torch.no_grad():
@@ -35,7 +36,7 @@ def test_every_variant_is_our_model_and_goes_on_from_its_cache(variant):
 
 @pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_every_variant_has_our_loss_and_gradients(variant):
-    model = our_model(ALL_VARIANTS[variant])
+    model = language_model(ALL_VARIANTS[variant])
     peer = remote_model(model)
     text = random_ids(2, LENGTH + 1)
     labels = text.clone()
@@ -58,7 +59,7 @@ def test_every_variant_has_our_loss_and_gradients(variant):
 
 @pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_eager_attention_shows_the_weights_it_applies(variant):
-    model = our_model(ALL_VARIANTS[variant])
+    model = language_model(ALL_VARIANTS[variant])
     tokens = random_ids(2, LENGTH)
     with torch.no_grad():
         shown = remote_model(model, attn_implementation="eager")(tokens, output_attentions=True)
@@ -72,12 +73,12 @@ def test_eager_attention_shows_the_weights_it_applies(variant):
 
 def test_other_attentions_do_not_keep_silent_about_weights_they_cannot_show():
     with pytest.raises(ValueError, match="output_attentions needs eager attention, this model has sdpa"):
-        remote_model(our_model(DENSE))(random_ids(1, 4), output_attentions=True)
+        remote_model(language_model(DENSE))(random_ids(1, 4), output_attentions=True)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_padding_on_the_left_changes_nothing(attention):
-    peer = remote_model(our_model(MOE), attn_implementation=attention, pad_token_id=0)
+    peer = remote_model(language_model(MOE), attn_implementation=attention, pad_token_id=0)
     tokens = random_ids(2, LENGTH)
     tokens[1, :5] = 0
     mask = torch.ones_like(tokens)
@@ -93,7 +94,7 @@ def test_padding_on_the_left_changes_nothing(attention):
 
 
 def test_positions_that_are_given_leave_padding_out():
-    peer = remote_model(our_model(MOE))
+    peer = remote_model(language_model(MOE))
     text = random_ids(2, LENGTH)
     gapped = torch.cat([text[:, :5], torch.zeros(2, 3, dtype=torch.int64), text[:, 5:]], dim=1)
     real = torch.tensor([*range(5), *range(8, LENGTH + 3)])
@@ -104,7 +105,7 @@ def test_positions_that_are_given_leave_padding_out():
 
 
 def test_positions_that_are_not_given_go_on_after_the_cache():
-    peer = remote_model(our_model(MOE))
+    peer = remote_model(language_model(MOE))
     text = random_ids(2, LENGTH)
     with torch.no_grad():
         whole = peer(text, output_hidden_states=True)
@@ -118,7 +119,7 @@ def test_positions_that_are_not_given_go_on_after_the_cache():
 
 
 def test_a_static_cache_yields_the_same_text():
-    peer = remote_model(our_model(MOE))
+    peer = remote_model(language_model(MOE))
     tokens = random_ids(2, LENGTH)
     static, grown = (
         peer.generate(tokens, max_new_tokens=8, do_sample=False, **cache) for cache in ({"cache_implementation": "static"}, {})
@@ -134,7 +135,7 @@ def test_positions_that_begin_anew_are_documents_of_their_own():
     tokens[tokens == eod] = 8
     for row, place in ends:
         tokens[row, place] = eod
-    model = our_model(config)
+    model = language_model(config)
     with_documents = LanguageModel(config, dtype=torch.float32, backend=BACKEND, mesh=ParallelMesh.single(), eod_id=eod)
     with_documents.to_empty(device=CPU).load_state_dict(model.state_dict())
     positions = Documents.of(tokens, eod_id=eod).positions
@@ -145,7 +146,7 @@ def test_positions_that_begin_anew_are_documents_of_their_own():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_blocks_have_the_same_gradients(reentrant):
-    peer = remote_model(our_model(with_moe(bias_update_rate=0.02))).train()
+    peer = remote_model(language_model(with_moe(bias_update_rate=0.02))).train()
     tokens = random_ids(2, LENGTH)
     gradients = []
     for recompute in (False, True):
@@ -161,7 +162,7 @@ def test_recomputed_blocks_have_the_same_gradients(reentrant):
 def test_the_routers_balance_loss_is_ours(variant):
     config = VARIANTS[variant]
     moe = replace(config.moe, balance_scope="micro_batch", balance_coef=1.0, z_loss_coef=0.0)
-    model = our_model(config)
+    model = language_model(config)
     tokens = random_ids(2, LENGTH)
     stats = model(tokens, tokens).stats
     ours = BalanceLoss(moe, step_tokens=tokens.numel(), mesh=ParallelMesh.single()).share(stats)
@@ -184,7 +185,7 @@ def half(key: str, *shape: int) -> Tensor:
 @pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_in_bf16_norms_rotations_gates_and_routers_are_ours_bit_for_bit(variant):
     config = ALL_VARIANTS[variant]
-    model = our_model(config, torch.bfloat16)
+    model = language_model(config, dtype=torch.bfloat16)
     block, peer = model.layers[-1], remote_model(model).model.layers[-1]
     x = half("x", 2, LENGTH, config.hidden_size)
     assert torch.equal(peer.input_layernorm(x), block.attention_norm(x))
@@ -213,7 +214,7 @@ def test_in_bf16_norms_rotations_gates_and_routers_are_ours_bit_for_bit(variant)
 
 
 def test_routers_stay_in_fp32_under_autocast():
-    peer = remote_model(our_model(with_moe(shared_gate=True)))
+    peer = remote_model(language_model(with_moe(shared_gate=True)))
     router, x = peer.model.layers[0].mlp.gate, random("x", 5, 32)
     plain = router(x).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -222,7 +223,7 @@ def test_routers_stay_in_fp32_under_autocast():
 
 
 def test_a_resized_vocabulary_has_a_loss():
-    peer = remote_model(our_model(DENSE))
+    peer = remote_model(language_model(DENSE))
     peer.resize_token_embeddings(260, mean_resizing=False)
     tokens = random_ids(1, LENGTH, vocab_size=260)
     tokens[0, -1] = 259

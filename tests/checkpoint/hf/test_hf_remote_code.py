@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import spoil
+from hf_exports import language_model
 from parity.sharded import assert_close
 from parity.variants import DENSE, MOE, with_gate, with_moe
-from remote_models import our_model, random_ids, remote_config, write_export
-from transformers import AutoConfig, AutoModelForCausalLM
+from remote_models import as_remote, random_ids, remote_config, write_export
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from megagate.checkpoint.hf import configuration_megagate as configuration
-from megagate.checkpoint.hf import modeling_megagate
+from megagate.checkpoint.hf import hf_config, layers_megagate, modeling_megagate
 from megagate.checkpoint.hf.configuration_megagate import MegagateConfig
+from megagate.checkpoint.hf.targets import REMOTE, TRANSFORMERS
 from megagate.config.count import parameter_shapes
 from megagate.config.keys import all_keys
 from megagate.config.model import GateConfig, ModelConfig
@@ -33,8 +37,12 @@ def load(folder: Path, **settings):
 
 @pytest.mark.parametrize("model", [EVERYTHING, replace(DENSE, tie_embeddings=True)], ids=["mixture", "tied"])
 def test_a_folder_loads_and_is_saved_with_its_code(model, modules_cache, tmp_path):
-    ours = our_model(model)
-    first = load(write_export(tmp_path / "first", ours, eos_token_id=9))
+    ours = language_model(model)
+    folder = write_export(tmp_path / "first", ours)
+    written, expected = load_file(folder / "model.safetensors"), as_remote(ours.state_dict(), model)
+    assert written.keys() == expected.keys() and all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
+    spoil(folder, lambda _, config: config.update(eos_token_id=9))
+    first = load(folder)
     tokens = random_ids(2, 12)
     assert Path(sys.modules[type(first).__module__].__file__).is_relative_to(modules_cache)
     assert first.config.eos_token_id == 9
@@ -50,8 +58,16 @@ def test_a_folder_loads_and_is_saved_with_its_code(model, modules_cache, tmp_pat
     assert second.config.megagate == first.config.megagate == {"format": 1, "model": asdict(model)}
 
 
+def test_its_hidden_states_are_a_model_of_their_own(modules_cache, tmp_path):
+    folder = write_export(tmp_path / "export", language_model(DENSE))
+    whole, tokens = load(folder), random_ids(2, 12)
+    hidden, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert type(hidden).__name__ == "MegagateModel" and not info["missing_keys"] and set(info["unexpected_keys"]) == {"lm_head.weight"}
+    assert torch.equal(hidden.eval()(tokens).last_hidden_state, whole.eval().model(tokens).last_hidden_state)
+
+
 def test_counts_of_the_routers_bias_are_loaded_as_whole_numbers(modules_cache, tmp_path):
-    ours = our_model(EVERYTHING)
+    ours = language_model(EVERYTHING)
     peer = load(write_export(tmp_path / "export", ours), torch_dtype=torch.bfloat16)
     gate = peer.model.layers[1].mlp.gate
     assert gate.weight.dtype == torch.bfloat16
@@ -61,7 +77,7 @@ def test_counts_of_the_routers_bias_are_loaded_as_whole_numbers(modules_cache, t
 
 
 def test_a_model_without_weights_begins_as_a_new_one(modules_cache, tmp_path):
-    folder = write_export(tmp_path / "export", our_model(EVERYTHING))
+    folder = write_export(tmp_path / "export", language_model(EVERYTHING))
     torch.manual_seed(0)
     peer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True)
     for name, weight in peer.named_parameters():
@@ -97,6 +113,17 @@ def test_the_code_needs_pytorch_and_transformers_alone():
                 continue
             for name in names:
                 assert name.partition(".")[0] in {"torch", "transformers", *sys.stdlib_module_names}, f"{file.name}: {name}"
+
+
+def test_it_says_of_itself_what_megagate_says_of_it():
+    """The files travel alone: format, versions and licence stand in them too."""
+    assert configuration.FORMAT == hf_config.FORMAT
+    major, minor, _ = TRANSFORMERS[REMOTE].split(".")
+    licence = f'license="{configuration.__doc__.rpartition("SPDX-License-Identifier: ")[2].strip()}"'
+    assert licence in (CODE.parents[2] / "setup.py").read_text(encoding="utf-8")
+    for module in (configuration, layers_megagate, modeling_megagate):
+        assert f"transformers {major}.{minor} to 5" in module.__doc__
+        assert configuration.__doc__.rpartition("\n\n")[2] == module.__doc__.rpartition("\n\n")[2]
 
 
 def test_it_knows_every_key_and_every_choice_of_a_model():
