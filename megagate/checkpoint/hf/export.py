@@ -118,8 +118,7 @@ def export(
         words = tokenizer_files(tokenizer, config, run, max_length=length)
         use = Use(length, {"fp32": "float32", "bf16": "bfloat16"}[kind], words.eos_id, words.pad_id, keep_padding)
         rows = _sound_mapping(config, target, keep_padding=keep_padding)
-        order = [region.name for row in rows if row.theirs for region in row.native]
-        with Source(checkpoint, [*_inexact(rows), *order]) as reader:
+        with Source(checkpoint, _order(rows)) as reader:
             planned, wide, rounded = _decide(plan(rows, DTYPES[kind]), reader, DTYPES[kind])
             files, broken = _write(output, by_file(planned, max_shard_size), reader, DTYPES[kind], _small_files(config, target, use, words))
         return Export(
@@ -164,8 +163,10 @@ def _sound_mapping(config: RunConfig, target: Target, *, keep_padding: bool) -> 
     return rows
 
 
-def _inexact(rows: list[Row]) -> list[str]:
-    return [region.name for row in rows if not row.op.exact for region in row.native]
+def _order(rows: list[Row]) -> list[str]:
+    """Names of tensors as they are read: those that may be rounded, to decide on them, then all that is written."""
+    inexact = [region.name for row in rows if not row.op.exact for region in row.native]
+    return inexact + [region.name for row in rows if row.theirs for region in row.native]
 
 
 def _decide(planned: list[Planned], source: Source, dtype: torch.dtype) -> tuple[list[Planned], dict[str, float], dict[str, float]]:

@@ -36,6 +36,7 @@ TRANSFORMERS: Mapping[Target, str] = MappingProxyType(
 Exports of several models of each class were run with 4.51.0, 4.57.6, 5.0.0, 5.14.0, 5.15.0, 5.22.2 and 5.23.0 where it has the class, and
 with none between. Caches of versions before 5.15.0 (tried: 5.2.0, 5.14.0) refuse qwen3_next and qwen3_5_text where all layers are of full
 attention: 5.14.0 computes their logits, and cannot generate. 5.22.2 has no lfm3, and 4.57.6 no afmoe.
+Remote code was run with 4.53.0, 4.53.3, 4.57.6 and 5.23.0; 4.51.0 has no `masking_utils`, which it needs.
 """
 
 
