@@ -26,7 +26,7 @@ from megagate.checkpoint.saved_model import native_shapes
 from megagate.checkpoint.store import Checkpoint, Piece, write_rank
 from megagate.config.model import ModelConfig
 from megagate.config.run import RunConfig, TrainConfig
-from megagate.errors import CheckpointError
+from megagate.errors import CheckpointError, RunError
 
 _COMPUTED_BYTES = 128 << 20
 _FILE_BYTES = 512 << 20
@@ -285,15 +285,23 @@ class _Writer:
         is digested.
         """
         ranks = 0
-        with ThreadPoolExecutor(_WRITERS) as pool:
-            writing: deque[Future[None]] = deque()
-            for pieces in self._files():
-                if len(writing) == _WRITERS:
-                    writing.popleft().result()
-                writing.append(pool.submit(write_rank, staging, ranks, pieces))
-                ranks += 1
-            for one in writing:
-                one.result()
+        writing: deque[Future[None]] = deque()
+        try:
+            with ThreadPoolExecutor(_WRITERS) as pool:
+                for pieces in self._files():
+                    if len(writing) == _WRITERS:
+                        writing[0].result()
+                        writing.popleft()
+                    writing.append(pool.submit(write_rank, staging, ranks, pieces))
+                    ranks += 1
+                while writing:
+                    writing[0].result()
+                    writing.popleft()
+        except FileNotFoundError as error:
+            for other in writing:  # which failed first, and took the folder away with its file; its error says why
+                if isinstance(cause := other.exception(), RunError):
+                    raise cause from error
+            raise
         return ranks
 
     def _files(self) -> Iterator[list[Piece]]:
