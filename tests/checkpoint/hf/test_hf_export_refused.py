@@ -229,6 +229,16 @@ def other_shape(run: Path) -> None:
     save(run, masters(language_model(MOE)), run_config(replace(MOE, vocab_size=999)))
 
 
+def other_state(run: Path) -> None:
+    save(run, masters(language_model(MOE)) | {"state/more": torch.zeros(2, dtype=torch.int32)}, run_config(MOE))
+
+
+def without_state(run: Path) -> None:
+    model = moe(score="sigmoid", bias_update_rate=0.1)
+    state = {name: tensor for name, tensor in masters(language_model(model)).items() if name.startswith("master/")}
+    save(run, state, run_config(model))
+
+
 def undecided_dtype(run: Path) -> None:
     save(run, masters(language_model(MOE)), run_config(MOE, dtype="auto"))
 
@@ -251,6 +261,8 @@ def truncated(run: Path) -> None:
         (without_config, r"step-\d+ holds no config, so no run saved it"),
         (other_model, r"2 of its tensors are not those .*: master/final_norm\.weight is missing, master/more \[32\] is not in that model"),
         (other_shape, r"master/embedding\.weight has the shape \[256, 32\], not \[1024, 32\]"),
+        (other_state, r"1 of its tensors are not those .*: state/more \[2\] is not in that model"),
+        (without_state, r"2 of its tensors are not those .*: state/layers\.0\.moe\.router\.bias_steps is missing, state/layers\.1\."),
         (undecided_dtype, r"the run's precision\.dtype \(auto\) must be fp32 or bf16; give --dtype"),
         (flipped_bit, r"master/.*: its bytes have the digest .* was recorded when it was saved; the file is damaged, load another step"),
         (truncated, r"bytes are recorded|are recorded: it was cut"),
