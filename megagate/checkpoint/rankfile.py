@@ -6,7 +6,6 @@ The file is plain safetensors, so any safetensors reader opens it.
 import json
 import mmap
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +70,8 @@ def write_rank(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
     """Write the pieces of one rank into the folder that `begin` made; the manifest last.
 
     Uses no collective and, beside the pieces, at most `CHUNK_BYTES` of memory, so it may run in a thread. Pieces without elements
-    of a tensor that has some are left out. When it fails it removes its own files, and the folder if nothing else is in it.
+    of a tensor that has some are left out. When it fails it removes its own files. The folder stays, since other ranks may yet begin
+    to write into it; who knows that all are through calls `discard`.
 
     Raises:
         CheckpointError: two pieces begin at the same offset of one tensor, or disagree on its shape or dtype.
@@ -99,8 +99,6 @@ def write_rank(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
     except BaseException:
         for file in (manifest, path):
             file.unlink(missing_ok=True)
-        with suppress(OSError):  # other ranks may still be writing here
-            directory.rmdir()
         raise
 
 
