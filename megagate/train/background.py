@@ -12,7 +12,8 @@ class Task(Generic[T]):
     """An action in a thread of its own, or, not in the background, one that is over when the task is made.
 
     It must not use collectives. What it raises is kept for `result`. The thread does not keep a process alive that ends by an error of
-    its own: other ranks would wait for it.
+    its own: other ranks would wait for it. Such a process waits for a while (`Saver.abandon`), for Python would take the thread away in the
+    middle of C++ code, and then the process aborts instead of ending by its error.
 
     Attributes:
         seconds: How long the action took; 0 while it runs.
@@ -46,10 +47,10 @@ class Task(Generic[T]):
         """Whether it has raised something."""
         return self._error is not None
 
-    def wait(self) -> None:
-        """Return when it is over."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when it is over, or after so many seconds."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
 
     def result(self) -> T | None:
         """Wait until it is over; what the action returned, or raise what it has raised."""

@@ -29,6 +29,7 @@ from megagate.parallel.comm import gather_objects, total
 from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.train.agree import everywhere, on_first
 from megagate.train.background import Task
+from megagate.train.folder import other_step
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements whose change is summed at a time, so that they stay in a core's cache: all the memory, times 8 bytes, that measuring needs."""
@@ -114,6 +115,11 @@ class Certifier:
         """Whether `follow` has something to do at `step`."""
         follows = self._saved is not None and self._saved[0] == step - 1
         return follows or self._expected is not None or self._measuring is not None
+
+    @property
+    def tasks(self) -> list[Task[Sums]]:
+        """What a thread is doing for it, if anything."""
+        return [self._measuring.task] if self._measuring else []
 
     def follow(self, engine: Engine, followed: Followed) -> None:
         """Compare the step with what is expected of it, or measure it, beside the next step where there is a copy to measure against.
@@ -204,8 +210,8 @@ class Certifier:
             logger.warning("%s; going on all the same, as checkpoint.on_mismatch is continue", told)
             return
         raise CheckpointError(
-            f"{told}; so the state, the data, the code or the machine is not what it was when that was recorded; resume from another step, "
-            "or go on from this one with --checkpoint.on_mismatch continue"
+            f"{told}; so the state, the data, the code or the machine is not what it was when that was recorded; resume from another step "
+            f"({other_step(folder, found.step - 1)}), or go on from this one with --checkpoint.on_mismatch continue"
         )
 
     def _begin(self, engine: Engine, followed: Followed, copy: HostCopy) -> None:

@@ -29,6 +29,9 @@ from megagate.train.certify import Certifier, Followed
 RANDOM_STATE = "rng/cpu"
 """The tensor that holds PyTorch's generator of random numbers on the CPU. Training draws none; whoever does goes on with the same."""
 
+LEAVE_S = 20.0
+"""Seconds for which a rank that ends by a bug waits for its threads; the launcher kills the others 30 s after its signal."""
+
 
 @dataclass(frozen=True)
 class _Flight:
@@ -122,6 +125,12 @@ class Saver:
             self._advance(wait=True)
             self._certifier.collect()
             self._certifier.write()
+
+    def abandon(self, *, seconds: float = LEAVE_S) -> None:
+        """Before this rank ends by a bug of its own: let its threads come to their end, so long at most. Uses no collective."""
+        deadline = time.monotonic() + seconds
+        for task in (*([self._flight.task] if self._flight else []), *self._certifier.tasks):
+            task.wait(max(0.0, deadline - time.monotonic()))
 
     def stall(self) -> dict[str, float]:
         """For a record: the seconds that the loop has stood still for saving since this was last asked; empty where it has not."""

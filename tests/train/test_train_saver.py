@@ -1,5 +1,6 @@
 """A save beside training: what is written, when it counts, and who waits for whom."""
 
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ import torch
 from certified import RUN, resume, saver_of, step, write
 from parity.engines import Layout, batch, build_engine
 
-from megagate.checkpoint import store
+from megagate.checkpoint import rankfile, store
 from megagate.checkpoint.certificate import read_next_step
+from megagate.checkpoint.durable import write_all
 from megagate.checkpoint.store import Checkpoint
 from megagate.engine.base import Engine
+from megagate.errors import RunError
 from megagate.parallel.comm import barrier
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
@@ -99,6 +102,55 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     none, first, still, second, third = ranks.run_ranks(save_beside, 2, tmp_path)[0]
     assert (none, first, still, third) == ([], [2], [2], [5])
     assert second in ([4], [5]), "the save in flight was published before the next began"
+
+
+def full_in_one(context: RankContext, root: Path) -> str:
+    """Rank 1 has no space at once; rank 0 begins to write only later. What each is told."""
+    engine = build_engine(RUN, DP2, ParallelMesh.build(tp=1, ep=2))
+    saver = saver_of(engine, root)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with held_writer(context.rank == 0) as released, patch.object(rankfile, "write_all", full if context.rank else write_all):
+        saver.save(engine, step=1, best_val_loss=None)
+        if context.rank == 1:
+            saver._flight.task.wait()
+        barrier(engine.mesh.world)
+        timer = threading.Timer(0.3, released.set)
+        timer.start()
+        try:
+            saver.poll()  # a single one: who has failed is not trained on for, until all others are through
+        except RunError as error:
+            return str(error)
+        finally:
+            timer.join()
+            saver._flight = None
+    return "not told"
+
+
+def test_no_space_in_one_rank_is_told_as_that_by_all(tmp_path: Path) -> None:
+    told, other = ranks.run_ranks(full_in_one, 2, tmp_path)
+    assert "rank-00001.safetensors: no space for its" in told, told
+    assert other == told and list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_waits_for_the_threads(tmp_path: Path) -> None:
+    """Python would end the process under them, which aborts where one is in C++; a disk that hangs is not waited for."""
+    engine = build_engine(RUN, Layout(), ParallelMesh.single())
+    saver = saver_of(engine, tmp_path)
+    saver.abandon(seconds=LONG_S)
+    with held_writer(True) as released:
+        step(engine, saver, 1)
+        saver.save(engine, step=1, best_val_loss=None)
+        saver.abandon(seconds=0.01)
+        writing = saver._flight.task
+        assert not writing.done
+        timer = threading.Timer(0.2, released.set)
+        timer.start()
+        saver.abandon(seconds=LONG_S)
+        assert writing.done
+        timer.join()
 
 
 def test_training_draws_no_random_numbers_and_a_resume_goes_on_with_the_same(tmp_path: Path) -> None:
