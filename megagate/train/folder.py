@@ -1,16 +1,17 @@
 """The folder of a run: one config, its metrics, its checkpoints."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megagate.checkpoint.folders import ROOT_NAME
-from megagate.checkpoint.store import Checkpoint, complete_steps, resolve
+from megagate.checkpoint.folders import ROOT_NAME, is_step_name
+from megagate.checkpoint.store import Checkpoint, complete_steps, resolve, step_path
 from megagate.config.cli import parse, to_yaml
 from megagate.config.keys import from_dict
 from megagate.config.rules import changed_keys
-from megagate.config.run import RunConfig
+from megagate.config.run import CheckpointConfig, RunConfig
 from megagate.errors import CheckpointError, RunError
+from megagate.log import logger
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The merged config, itself a valid --config."""
+        """The merged config, itself a valid --config; `checkpoint.on_mismatch` is as by default, since it was meant for one start."""
         return self.path / "config.yaml"
 
     @property
@@ -45,10 +46,11 @@ class RunFolder:
         Raises:
             RunError: It cannot be written.
         """
+        kept = replace(config, checkpoint=replace(config.checkpoint, on_mismatch=CheckpointConfig().on_mismatch))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             new = self.config.with_suffix(".yaml.tmp")
-            new.write_text(to_yaml(config), encoding="utf-8")
+            new.write_text(to_yaml(kept), encoding="utf-8")
             os.replace(new, self.config)
         except OSError as error:
             raise RunError(
@@ -78,8 +80,10 @@ class RunFolder:
     def starting_point(self, config: RunConfig) -> Path | None:
         """The checkpoint to start from by `train.resume`; None starts from initial weights. Reads only.
 
+        A run that began from another checkpoint goes on from its own, and says so.
+
         Raises:
-            RunError: `never`, but there are checkpoints.
+            RunError: `never`, but there are checkpoints; or a step of this folder that is not its newest.
             CheckpointError: The path holds no complete checkpoint.
         """
         own = complete_steps(self.checkpoints)
@@ -90,11 +94,37 @@ class RunFolder:
                     "use --train.resume auto to go on, or another --train.output_dir"
                 )
             return None
-        if own:  # a run that began from another checkpoint goes on from its own
-            return resolve(self.checkpoints)
+        if own:
+            newest = resolve(self.checkpoints)
+            if config.train.resume != "auto":
+                self._require_newest(Path(config.train.resume), newest)
+            return newest
         if config.train.resume == "auto":
             return None
         return resolve(Path(config.train.resume))
+
+    def _require_newest(self, named: Path, newest: Path) -> None:
+        if not named.resolve().is_relative_to(self.path.resolve()):
+            logger.info(
+                "train.resume (%s) is not read: %s has checkpoints already, and goes on from its own %s", named, self.path, newest.name
+            )
+            return
+        step = resolve(named)
+        if step.resolve() != newest.resolve():
+            raise RunError(
+                f"train.resume ({named}) is another step of train.output_dir ({self.path}), which goes on from its newest, "
+                f"{newest.name}; leave out --train.resume for that, or go on from the one you named in a folder of its own: "
+                f"--train.output_dir ANOTHER --train.resume {step.resolve()}"
+            )
+
+
+def other_step(folder: Path, step: int) -> str:
+    """The arguments that start from another step than `step` in `folder`: the newest before it, else the next; or that there is none."""
+    others = [other for other in complete_steps(folder.parent) if other != step] if is_step_name(folder.name.removesuffix(".old")) else []
+    if not others:
+        return f"none: {folder.parent} has no other complete one"
+    best = max((other for other in others if other < step), default=others[0])
+    return f"--train.output_dir ANOTHER --train.resume {step_path(folder.parent, best)}"
 
 
 def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:

@@ -2,7 +2,8 @@
 
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,14 +21,14 @@ from megagate.data.loader import TrainLoader, ValidLoader
 from megagate.data.sources import Sources, open_sources, prepare_sources
 from megagate.engine.base import Engine
 from megagate.engine.zero import ZeroEngine
-from megagate.errors import ConfigError, DataError, MegagateError
+from megagate.errors import CheckpointError, ConfigError, DataError, MegagateError
 from megagate.log import logger
 from megagate.model.lm import LanguageModel
 from megagate.parallel.comm import barrier, gather_objects
 from megagate.parallel.init import LaunchEnv, allow_open_files, init_process_group, pick_device
 from megagate.parallel.mesh import ParallelMesh
 from megagate.train.agree import everywhere, on_first
-from megagate.train.folder import RunFolder, require_same_model
+from megagate.train.folder import RunFolder, other_step, require_same_model
 from megagate.train.metrics import MetricsFile, Sink, WandbSink
 from megagate.train.report import tell_learning, tell_next, tell_sample
 from megagate.train.saver import Saver
@@ -79,7 +80,8 @@ class Job:
             train, valid = self._loaders(data, eod_id=eod_id)
             saver = Saver(self.folder.checkpoints, config=config, mesh=self.mesh, order=train.order_at)
             if checkpoint is not None:
-                saver.require_sound(checkpoint)
+                with _naming_another_step(checkpoint):
+                    saver.require_sound(checkpoint)
         except MegagateError:
             if made_here and world.rank == 0:  # prepared data is all that can lie in it
                 shutil.rmtree(self.folder.path, ignore_errors=True)
@@ -192,7 +194,8 @@ class Job:
     def _resume(self, saver: Saver, engine: Engine, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
             return Position()
-        saver.load(engine, checkpoint)
+        with _naming_another_step(checkpoint):
+            saver.load(engine, checkpoint)
         logger.info("resumed from the checkpoint of step %d", checkpoint.step)
         saver.tell_changed_micro_steps(checkpoint)
         saver.expect(checkpoint)
@@ -201,16 +204,24 @@ class Job:
     def _sinks(self, step: int) -> list[Sink]:
         if self.mesh.world.rank:
             return []
-        sinks: list[Sink] = [MetricsFile(self.folder.metrics, last_step=step)]
-        if self.config.wandb.mode != "disabled":
-            sinks.append(WandbSink(self.config, self.folder.path))
-        return sinks
+        metrics = MetricsFile(self.folder.metrics, last_step=step)
+        # The one that may not start comes first: where it does not, no record was dropped or written.
+        return [metrics] if self.config.wandb.mode == "disabled" else [WandbSink(self.config, self.folder.path), metrics]
 
     def _close(self, position: Position, engine: Engine, data: Sources, valid: dict[str, ValidLoader]) -> int:
         tell_sample(self.config, engine=engine, data=data)
         learnt = not valid or position.val_loss is None or tell_learning(self.config, val_loss=position.val_loss, valid=valid)
         tell_next(self.config, self.folder, world_size=self.mesh.world.size)
         return 0 if learnt else 1
+
+
+@contextmanager
+def _naming_another_step(checkpoint: Checkpoint) -> Iterator[None]:
+    """Adds to what is wrong with a checkpoint how to start from another one. Every rank raises what the first that failed did."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (another step: {other_step(checkpoint.folder, checkpoint.step)})") from None
 
 
 def _best_so_far(metadata: Mapping[str, Any], config: RunConfig) -> float | None:

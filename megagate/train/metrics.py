@@ -8,13 +8,15 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 
+from megagate.checkpoint.durable import create, write_all
 from megagate.config.count import flops_per_token
 from megagate.config.keys import to_dict
 from megagate.config.run import RunConfig
+from megagate.data.files import sync_folder
 from megagate.engine.base import StepResult
 from megagate.errors import RunError
 from megagate.log import logger
@@ -39,12 +41,15 @@ class MetricsFile:
     """RUN/metrics.jsonl; each step stands in it once, also after a resume."""
 
     def __init__(self, path: Path, *, last_step: int):
-        """Open for appending; records after `last_step`, of a run that went on past its last checkpoint, are dropped."""
-        self.path = path
+        """See that it can be written.
+
+        The first record drops those after `last_step`, of a run that went on past its last checkpoint. Not before: a resume that is
+        refused must leave what that run did.
+        """
+        self.path, self._last_step = path, last_step
+        self._file: TextIO | None = None
         try:
-            if path.exists():
-                self._drop_after(last_step)
-            self._file = path.open("a", encoding="utf-8")
+            path.open("a", encoding="utf-8").close()
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -52,6 +57,9 @@ class MetricsFile:
         """Append one line, flushed. A number that is not finite becomes null, which JSON can hold."""
         clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
         try:
+            if self._file is None:
+                self._drop_later()
+                self._file = self.path.open("a", encoding="utf-8")
             self._file.write(json.dumps(clean) + "\n")
             self._file.flush()
         except OSError as error:
@@ -59,13 +67,21 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _drop_after(self, last_step: int) -> None:
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+    def _drop_later(self) -> None:
+        """On the disk before it takes the place of the only copy; a file with nothing to drop is left alone."""
+        content = self.path.read_bytes()
+        lines = content.decode("utf-8", errors="replace").splitlines()
+        kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= self._last_step).encode()
+        if kept == content:
+            return
         new = self.path.with_suffix(".jsonl.tmp")
-        new.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= last_step), encoding="utf-8")
+        with create(new) as descriptor:
+            write_all(descriptor, memoryview(kept))
         os.replace(new, self.path)
+        sync_folder(self.path.parent)
 
     def _cannot_write(self, error: OSError) -> RunError:
         return RunError(f"{self.path}: cannot be written ({error.strerror}); free space or choose another train.output_dir")
@@ -83,33 +99,45 @@ class WandbSink:
     """A Weights & Biases run that goes on when the run is resumed."""
 
     def __init__(self, config: RunConfig, folder: Path):
-        """Start it, or go on with the one that `folder` knows.
+        """Nothing is started before the first record, so that a resume that is refused leaves no trace there."""
+        self.config, self.folder = config, folder
+        self.run: Any = None
+        self._started = False
+
+    def _start(self) -> None:
+        """Start it, or go on with the one that the folder knows.
 
         Raises:
             RunError: It cannot start: no key, no network.
         """
         import wandb  # noqa: PLC0415  slow to import, and only needed here
 
-        self._teardown = wandb.teardown
+        mode, self._started, self._teardown = self.config.wandb.mode, True, wandb.teardown
         try:
-            self.run: Any = wandb.init(
-                mode=config.wandb.mode,
-                project=config.wandb.project,
-                name=folder.name,
-                dir=str(folder),
-                id=_wandb_id(folder),
-                resume="allow" if config.wandb.mode == "online" else None,  # offline, `wandb sync` joins what has one id
-                config=to_dict(config),
+            self.run = wandb.init(
+                mode=mode,
+                project=self.config.wandb.project,
+                name=self.folder.name,
+                dir=str(self.folder),
+                id=_wandb_id(self.folder),
+                resume="allow" if mode == "online" else None,  # offline, `wandb sync` joins what has one id
+                config=to_dict(self.config),
                 settings=wandb.Settings(silent=True),
             )
         except wandb.errors.Error as error:
             raise RunError(
-                f"wandb.mode is {config.wandb.mode}, and Weights & Biases does not start ({error}); use `wandb login`, or set "
+                f"wandb.mode is {mode}, and Weights & Biases does not start ({error}); use `wandb login`, or set "
                 "--wandb.mode offline, which needs no key and no network"
             ) from error
 
     def write(self, record: Record) -> None:
-        """Log one step."""
+        """Log one step.
+
+        Raises:
+            RunError: It is the first, and Weights & Biases cannot start.
+        """
+        if not self._started:
+            self._start()
         self._try(lambda run: run.log(record, step=record["step"]))
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megagate.config.run import RunConfig
-from megagate.data.loader import TrainLoader, ValidLoader
+from megagate.data.loader import Batch, TrainLoader, ValidLoader
 from megagate.engine.base import Engine
 from megagate.errors import MegagateError, RunError
 from megagate.log import logger
@@ -95,15 +95,24 @@ class Trainer:
             except MegagateError:  # all ranks raise it together, and what is being written was sound
                 self._finish_saving()
                 raise
+            except BaseException:
+                self.saver.abandon()
+                raise
 
     def _loop(self, position: Position, *, stop: StopSignal, progress: Progress, profiler: Callable[[], None]) -> tuple[Position, int]:
+        """The launcher kills its ranks 30 s after its signal, which is therefore asked for after all that may take long."""
         steps, asked = self.config.train.steps, 0
+
+        def ask() -> int:
+            nonlocal asked
+            # After the last step there is nothing left to stop.
+            asked = asked or (stop.agreed(self.world, self.device) if position.step < steps else 0)
+            return asked
+
         while position.step < steps and not asked:
             position, record = self._step(position)
-            # After the last step there is nothing left to stop.
-            asked = stop.agreed(self.world, self.device) if position.step < steps else 0
-            if not asked:  # the launcher kills its ranks 30 s after its signal: no time for more than the checkpoint
-                position, record = self._validate(position, record)
+            if not ask():
+                position, record = self._validate(position, record, ask)
             record |= self.saver.stall()
             # The record first: a run killed between the two resumes from an older checkpoint and drops the record again.
             everywhere(self.world, lambda record=record: [sink.write(record) for sink in self.sinks])
@@ -111,7 +120,9 @@ class Trainer:
             self.saver.poll()
             if asked or self._save_is_due(position):
                 self._save(position, last=bool(asked) or position.step == steps)
+                ask()  # what came while the state was copied needs no further step
             profiler()
+        self.saver.finish()
         return position, asked
 
     def _finish_saving(self) -> None:
@@ -121,13 +132,28 @@ class Trainer:
         except MegagateError as error:
             logger.error("%s: %s", type(error).__name__, error)
 
-    def validate(self) -> Record:
-        """`val_loss`, the mean loss over all validation targets in nats, and `val_loss/NAME` of each set that has a name. Collective."""
+    def validate(self, ask: Callable[[], int] = lambda: 0) -> Record:
+        """`val_loss`, the mean loss over all validation targets in nats, and `val_loss/NAME` of each set that has a name. Collective.
+
+        Args:
+            ask: Called after each batch, on all ranks; once it says other than 0, the validation is given up, and nothing is returned.
+        """
         assert self.valid, "a data set without validation tokens is never validated"
-        losses = {}
+        losses, asked = {}, 0
+
+        def until_asked(batches: list[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal asked
+            for batch in batches:
+                yield self._tensor(batch.tokens), self._tensor(batch.labels)
+                asked = ask()
+                if asked:
+                    return
+
         for name, loader in self.valid.items():
             batches = everywhere(self.world, lambda loader=loader: list(loader))
-            losses[name] = self.engine.evaluate((self._tensor(b.tokens), self._tensor(b.labels)) for b in batches)
+            losses[name] = self.engine.evaluate(until_asked(batches))
+            if asked:
+                return {}
         (whole,) = losses.values() if len(losses) == 1 else (self._mean(losses),)
         return {"val_loss": whole} | {f"val_loss/{name}": loss for name, loss in losses.items() if name}
 
@@ -163,12 +189,14 @@ class Trainer:
             "train.output_dir"
         )
 
-    def _validate(self, position: Position, record: Record) -> tuple[Position, Record]:
-        """At the steps that `eval.every` names, and at the end: the validation loss, whether it is the lowest."""
+    def _validate(self, position: Position, record: Record, ask: Callable[[], int]) -> tuple[Position, Record]:
+        """At the steps that `eval.every` names, and at the end: the validation loss, whether it is the lowest; unless `ask` ends it."""
         last = position.step == self.config.train.steps
         if not self.valid or not (last or self._due(self.config.eval.every, position.step)):
             return position, record
-        found = self.validate()
+        found = self.validate(ask)
+        if not found:
+            return position, record
         loss = found["val_loss"]
         candidates = [value for value in (loss, position.best_val_loss) if value is not None and math.isfinite(value)]
         best = min(candidates, default=None)

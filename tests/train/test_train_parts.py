@@ -2,11 +2,13 @@
 
 import gc
 import json
+import logging
 import math
+import os
 import signal
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +37,7 @@ from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.spawn import RankContext
 from megagate.train.agree import everywhere, on_first
 from megagate.train.certify import Followed
-from megagate.train.folder import RunFolder
+from megagate.train.folder import RunFolder, other_step
 from megagate.train.job import _best_so_far, _resolved
 from megagate.train.metrics import MetricsFile, Speed
 from megagate.train.report import tell_learning
@@ -140,8 +142,28 @@ def test_each_step_stands_there_once(tmp_path: Path, tail: str) -> None:
 def test_bytes_that_are_no_text_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\xfe\n')
-    MetricsFile(path, last_step=1).close()
-    assert steps_of(path) == [1]
+    file = MetricsFile(path, last_step=1)
+    file.write({"step": 2})
+    file.close()
+    assert steps_of(path) == [1, 2]
+
+
+def test_records_are_dropped_by_the_first_that_takes_their_place(tmp_path: Path) -> None:
+    """A resume that is refused before leaves them; and the only copy is replaced by one that is on the disk."""
+    path, synced, fsync = tmp_path / "metrics.jsonl", [], os.fsync
+    path.write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8")
+    file = MetricsFile(path, last_step=1)
+    file.close()
+    assert steps_of(path) == [1, 2]
+
+    def record(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, steps_of(path)))
+        fsync(descriptor)
+
+    with patch.object(os, "fsync", record):
+        file.write({"step": 2, "loss": 1.0})
+    file.close()
+    assert synced == [("metrics.jsonl.tmp", [1, 2]), (tmp_path.name, [1])] and steps_of(path) == [1, 2]
 
 
 def test_metrics_that_cannot_be_written(tmp_path: Path) -> None:
@@ -159,6 +181,9 @@ def test_a_folder_is_of_one_config(tmp_path: Path, nano: RunConfig) -> None:
     folder.claim(nano)
     assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
     folder.require_same_run(nano)
+    once = replace(nano, checkpoint=replace(nano.checkpoint, on_mismatch="continue", every=7))
+    folder.claim(once)
+    assert parse(["--config", str(folder.config)], prog="test") == replace(once, checkpoint=replace(nano.checkpoint, every=7))
     gated = replace(nano.model.attention, gate=GateConfig(position="none"))
     other = replace(nano, model=replace(nano.model, attention=gated), optim=replace(nano.optim, lr=1.0))
     folder.metrics.touch()
@@ -188,8 +213,8 @@ def test_a_damaged_config_of_the_folder_is_a_clean_error(tmp_path: Path, nano: R
         folder.require_same_run(nano)
 
 
-def test_where_a_run_starts(tmp_path: Path, nano: RunConfig) -> None:
-    folder = RunFolder(tmp_path)
+def test_where_a_run_starts(tmp_path: Path, nano: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder(tmp_path / "run")
 
     def start(resume: str) -> Path | None:
         return folder.starting_point(replace(nano, train=replace(nano.train, resume=resume)))
@@ -208,12 +233,27 @@ def test_where_a_run_starts(tmp_path: Path, nano: RunConfig) -> None:
     (folder.checkpoints / "step-00000009.tmp").mkdir(parents=True)
     assert start("auto") is None, "an unfinished save is none"
     own = complete(folder.checkpoints, 2)
-    assert start("auto") == start(str(elsewhere)) == own
+    with caplog.at_level(logging.INFO, "megagate"):
+        assert start("auto") == start(str(folder.path)) == start(str(folder.checkpoints)) == start(str(own)) == own
+        assert not caplog.records, "they are what the run goes on from"
+        assert start(str(elsewhere)) == own
+    assert f"train.resume ({elsewhere}) is not read" in caplog.text and "from its own step-00000002" in caplog.text
     fresh = RunFolder(tmp_path / "fresh")
     named = replace(nano, train=replace(nano.train, resume=str(folder.path)))
     assert fresh.starting_point(named) == own, "a run is named by its folder too"
     with pytest.raises(RunError, match="train.resume is never"):
         start("never")
+    newest = complete(folder.checkpoints, 3)
+    (tmp_path / "link").symlink_to(folder.checkpoints)
+    for older in (own, tmp_path / "link" / own.name):
+        with pytest.raises(RunError, match=rf"goes on from its newest, {newest.name}; .* --train.output_dir ANOTHER --train.resume {own}"):
+            start(str(older))
+    with pytest.raises(CheckpointError, match="step-00000009 does not exist"):
+        start(str(folder.checkpoints / "step-00000009"))
+    assert fresh.starting_point(replace(nano, train=replace(nano.train, resume=str(own)))) == own, "the remedy"
+    assert other_step(newest, 3) == f"--train.output_dir ANOTHER --train.resume {own}"
+    assert other_step(own, 2).endswith(newest.name), "where there is none before it, the next"
+    assert "has no other" in other_step(elsewhere, 4)
 
 
 # ---- agreement
@@ -393,10 +433,13 @@ def test_work_is_counted_by_the_length_that_attention_needs(nano: RunConfig) -> 
 
 
 class Steps:
-    """Stands in for engine, loader, saver and sink of a loop: counts, and raises SIGTERM within one step."""
+    """Stands in for engine, loader, saver and sink of a loop: counts, and raises SIGTERM within one step, validation batch or save."""
 
-    def __init__(self, *, signal_at: int = 0, val_losses: tuple[float, ...] = ()):
-        self.signal_at, self.val_losses = signal_at, list(val_losses)
+    def __init__(
+        self, *, signal_at: int = 0, signal_in_batch: int = 0, signal_in_save: int = 0, bug_at: int = 0, val_losses: tuple[float, ...] = ()
+    ):
+        self.signal_at, self.val_losses, self.bug_at = signal_at, list(val_losses), bug_at
+        self.signal_in_batch, self.signal_in_save, self.batches, self.finished, self.abandoned = signal_in_batch, signal_in_save, 0, 0, 0
         self.mesh, self.model = ParallelMesh.single(), SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
         self.taken, self.saved, self.records, self.waited_for = 0, [], [], []
 
@@ -405,14 +448,20 @@ class Steps:
 
     def train_step(self, tokens: Tensor, labels: Tensor, *, lr: float) -> StepResult:
         self.taken += 1
+        if self.taken == self.bug_at:
+            raise ZeroDivisionError
         if self.taken == self.signal_at:
             signal.raise_signal(signal.SIGTERM)
         return StepResult(loss=float(tokens[0]), targets=1, context=8.0, grad_norm=1.0, applied=True, aux=None)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(())
+        return iter([self.step(0)] * 3)
 
-    def evaluate(self, batches: object) -> float:
+    def evaluate(self, batches: Iterable[object]) -> float:
+        for _ in batches:
+            self.batches += 1
+            if self.batches == self.signal_in_batch:
+                signal.raise_signal(signal.SIGTERM)
         return self.val_losses.pop(0) if self.val_losses else 9.0
 
     def samples(self, index: int) -> np.ndarray:
@@ -424,7 +473,11 @@ class Steps:
     def poll(self) -> None:
         """No save of a stand-in is ever in flight."""
 
-    finish = poll
+    def finish(self) -> None:
+        self.finished += 1
+
+    def abandon(self) -> None:
+        self.abandoned += 1
 
     def stall(self) -> dict[str, float]:
         return {}
@@ -432,6 +485,8 @@ class Steps:
     def save(self, engine: object, *, step: int, best_val_loss: float | None, best: bool, last: bool) -> None:
         self.saved.append((step, best_val_loss, best))
         self.waited_for.append(last)
+        if len(self.saved) == self.signal_in_save:
+            signal.raise_signal(signal.SIGTERM)
 
     def write(self, record: dict[str, Any]) -> None:
         self.records.append((record["step"], record["loss"], record.get("val_loss")))
@@ -500,6 +555,30 @@ def test_a_signal_saves_after_the_step_without_its_validation(nano: RunConfig) -
     position, asked = stand_in.run(loop(nano, steps=7, evaluate=2))
     assert (position.step, asked) == (4, signal.SIGTERM)
     assert stand_in.records[-1] == (4, 3.0, None) and stand_in.saved[-1] == (4, 3.0, False) and stand_in.waited_for[-1]
+
+
+@pytest.mark.parametrize("batch", [7, 8, 9])
+def test_a_signal_in_a_validation_ends_it(nano: RunConfig, batch: int) -> None:
+    """The third, of three batches, at step 6: after the batch under way the state is saved, without another step."""
+    stand_in = Steps(signal_in_batch=batch, val_losses=(3.0, 4.0, 2.0))
+    position, asked = stand_in.run(loop(nano, steps=9, evaluate=2))
+    assert (position.step, asked, stand_in.batches) == (6, signal.SIGTERM, batch)
+    assert stand_in.records[-1] == (6, 5.0, None) and stand_in.saved == [(2, 3.0, True), (6, 3.0, False)]
+    assert stand_in.waited_for == [False, True]
+
+
+def test_a_signal_during_a_copy_waits_for_that_save_alone(nano: RunConfig) -> None:
+    stand_in = Steps(signal_in_save=2)
+    position, asked = stand_in.run(loop(nano, steps=9, checkpoint=3))
+    assert (position.step, asked) == (6, signal.SIGTERM)
+    assert [step for step, _, _ in stand_in.saved] == [3, 6] and stand_in.waited_for == [False, False] and stand_in.finished == 1
+
+
+def test_a_bug_lets_the_threads_of_its_rank_come_to_their_end(nano: RunConfig) -> None:
+    stand_in = Steps(bug_at=3)
+    with pytest.raises(ZeroDivisionError):
+        stand_in.run(loop(nano, steps=9))
+    assert (stand_in.abandoned, stand_in.finished) == (1, 0), "finishing takes all ranks"
 
 
 def test_a_signal_in_the_last_step_changes_nothing(nano: RunConfig) -> None:
