@@ -151,11 +151,15 @@ def run_around(step: Path) -> Path:
 def prune(root: Path, *, keep: int) -> list[int]:
     """Delete the complete checkpoints older than the newest `keep` (0 keeps all), never one that `latest` or `best` names.
 
+    Those after `latest` are no part of the run that saves now, which went on from before them: they neither count nor go, until it has
+    reached their steps.
+
     Returns:
         The steps deleted, ascending.
     """
-    named = {read_pointer(root, name) for name in POINTERS}
-    spare = [step for step in complete_steps(root)[:-keep] if step not in named] if keep else []
+    latest, best = (read_pointer(root, name) for name in POINTERS)
+    reached = [step for step in complete_steps(root) if latest is None or step <= latest]
+    spare = [step for step in reached[:-keep] if step not in (latest, best)] if keep else []
     for step in spare:
         _delete(_beside(step_path(root, step), "old"))
         _delete(step_path(root, step))

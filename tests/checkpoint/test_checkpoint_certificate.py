@@ -3,11 +3,13 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from megagate.checkpoint import staging
 from megagate.checkpoint.certificate import (
     BF16,
     EXACT,
@@ -213,3 +215,20 @@ def test_the_copy_reuses_its_memory() -> None:
     assert again is not None and again.data_ptr() == first.data_ptr() and again.tolist() == base[:, ::2].tolist()
     copy.take([*pieces, Piece("b", (8, 8), (0, 0), torch.ones(8, 8))])
     assert copy.find("b", (0, 0)) is not None and copy.find("b", (4, 0)) is None
+
+
+def test_the_copy_takes_what_is_copied_in_buffers_that_are_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece that is larger than a buffer has one of its own, whose end others use; and all bytes arrive, wherever they lie."""
+    monkeypatch.setattr(staging, "BLOCK_BYTES", 1024)
+    sizes = [700, 4, 0, 5000, 300, 1, 64, 3000, 1024]
+    places, used = staging.place(sizes)
+    assert used == [8192, 1024, 1024, 64]
+    taken = sorted((block, start, start + size) for (block, start), size in zip(places, sizes, strict=True))
+    assert all(start % 64 == 0 and end <= used[block] for block, start, end in taken)
+    assert all(a[0] < b[0] or a[2] <= b[1] for a, b in pairwise(taken)), "none lies in another"
+    assert staging.place([10_000, 9_000, 8_000, 384] + [1024] * 5)[1] == [15_552, 9_024, 8_000]
+    copy, dtypes = HostCopy(), (torch.float32, torch.uint8, torch.bfloat16, torch.int64)
+    for factor in (1, 3, 2):  # buffers grow, and are kept when less is copied
+        pieces = [Piece(f"{i}", (40 * i * factor,), (0,), torch.arange(40 * i * factor).to(dtypes[i % 4])) for i in range(9)]
+        copy.take(pieces)
+        assert len(copy.pieces) == 9 and all(torch.equal(piece.tensor, copy.find(piece.name, (0,))) for piece in pieces)

@@ -92,13 +92,24 @@ def test_prune_keeps_the_newest_and_what_pointers_name(saved: Path) -> None:
     for step in (40, 50, 60):
         save_value(saved, step, step)
     store.set_pointer(saved, "best", 20)
-    store.set_pointer(saved, "latest", 30)
-    assert store.prune(saved, keep=2) == [10, 40]
-    assert store.complete_steps(saved) == [20, 30, 50, 60]
+    store.set_pointer(saved, "latest", 50)
+    assert store.prune(saved, keep=2) == [10, 30]
+    assert store.complete_steps(saved) == [20, 40, 50, 60]
     assert store.prune(saved, keep=0) == [] and store.prune(saved, keep=9) == []
     store.set_pointer(saved, "latest", 60)
-    assert store.prune(saved, keep=1) == [30, 50]
+    assert store.prune(saved, keep=1) == [40, 50]
     assert sorted(path.name for path in saved.iterdir()) == ["best", "latest", "step-00000020", "step-00000060"]
+
+
+def test_steps_that_a_run_has_not_reached_do_not_count(saved: Path) -> None:
+    """Killed between the name of step 30 and `latest`, it goes on from step 20, saves other steps, and reaches 30 again."""
+    store.set_pointer(saved, "latest", 20)
+    save_value(saved, 23, 23)
+    assert store.prune(saved, keep=2) == [10] and store.complete_steps(saved) == [20, 23, 30], "two of the run's own"
+    save_value(saved, 26, 26)
+    assert store.prune(saved, keep=1) == [20, 23]
+    save_value(saved, 32, 32)
+    assert store.prune(saved, keep=1) == [26, 30] and store.complete_steps(saved) == [32]
 
 
 def test_prune_with_no_pointer_keeps_the_newest(saved: Path) -> None:

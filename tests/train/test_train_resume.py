@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -68,8 +69,9 @@ def test_killed_at_random_moments_and_before_the_first_checkpoint(jobs: Jobs, tm
         kill_after(job, killed, chosen.randint(latest - 9, latest), later=chosen.uniform(0, 0.06))
         newest = Checkpoint.open(killed)
         assert newest.verify() and newest.step >= steps_recorded(killed) - 3, job.text
+    certified = read_next_step(newest.folder) is not None
     job = jobs.run(*command)
-    assert "NOT CHECKED" in job.text or "done again, is the one that followed" in job.text
+    assert ("done again, is the one that followed" in job.text, "NOT CHECKED" in job.text) == (certified, not certified), job.text
     assert numbers(metrics(killed)) == numbers(metrics(whole))
 
 
@@ -103,7 +105,10 @@ def test_ten_steps_here_and_ten_elsewhere_are_twenty(jobs: Jobs, tmp_path: Path)
 
 
 def test_a_step_that_is_another_is_not_recorded(jobs: Jobs, tmp_path: Path) -> None:
-    """Refused by all ranks after the step and before its record, and by the same command again; unless told to go on."""
+    """Refused by all ranks after the step and before its record, and by the same command again; unless told to go on.
+
+    In the run's own folder nothing is lost: neither the records after the checkpoint, nor what its config says.
+    """
     old, new = tmp_path / "old", tmp_path / "new"
     jobs.run("--train.output_dir", old, *DP2_EP2, world=2)
     folder = old / "checkpoints" / "step-00000005"
@@ -119,6 +124,12 @@ def test_a_step_that_is_another_is_not_recorded(jobs: Jobs, tmp_path: Path) -> N
     job = jobs.run(*command, "--checkpoint.on_mismatch", "continue", world=2)
     assert job.text.count("going on all the same, as checkpoint.on_mismatch is continue") == 1
     assert numbers(metrics(new)) == numbers(metrics(old))[5:]
+    shutil.rmtree(old / "checkpoints" / "step-00000010")
+    (old / "checkpoints" / "latest").unlink()
+    before = contents(old)
+    job = jobs.run("--train.output_dir", old, *DP2_EP2, world=2, expect=2)
+    assert job.text.count("step 6, done again from") == 1 and "resume from another step (none: " in job.text, job.text
+    assert contents(old) == before
 
 
 def compare(found: list[Record], expected: list[Record]) -> None:
@@ -216,6 +227,7 @@ def test_one_flipped_byte_is_named(jobs: Jobs, tmp_path: Path, world: int) -> No
         before = contents(tmp_path / "run")
         job = jobs.run(*command, world=world, expect=2)
         assert job.text.count("CheckpointError") == 1 and str(file) in job.text
+        assert "(another step: --train.output_dir ANOTHER --train.resume " in job.text, "the best, at least"
         assert contents(tmp_path / "run") == before
     file.write_bytes(whole)
     jobs.run(*command, world=world)
