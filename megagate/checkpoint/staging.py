@@ -9,9 +9,8 @@ from megagate.checkpoint.box import Shape
 from megagate.checkpoint.rankfile import Piece
 from megagate.errors import RunError
 
-
 BLOCK_BYTES = 1 << 30
-"""Size of a buffer, a power of two: PyTorch rounds every request for page-locked memory up to one, so that 33 GB asked for at once take 64 GiB."""
+"""Size of a buffer, a power of two: PyTorch rounds every request for page-locked memory up to one (33 GiB at once would take 64)."""
 
 _ALIGN = 64  # bytes, of a cache line, and a multiple of every item size
 

@@ -28,7 +28,7 @@ class TrainConfig:
         seed: Seed of the initial weights and of the sample order.
         output_dir: Folder of the run; made if missing.
         resume: `auto` goes on from the newest checkpoint of `output_dir`, `never` refuses a folder with checkpoints, anything else
-            is the path of a checkpoint, or of a run, to start from.
+            is the path of a checkpoint, or of a run, to start from; not read, which is said, once `output_dir` has its own.
         recompute: Recompute each block in the backward pass instead of keeping its activations.
         on_nonfinite: What a loss or gradient norm that is not finite does: `stop` the run, or `skip` the step.
     """
@@ -141,11 +141,12 @@ class CheckpointConfig:
 
     Args:
         every: Steps between checkpoints; 0 saves only at the end and on a signal.
-        keep: Newest checkpoints to keep, besides the best; 0 keeps all.
+        keep: Newest checkpoints to keep, besides the best, up to the step that the run has reached; 0 keeps all.
         asynchronous: Go on training while a copy of the state in host memory is written, which takes as much host memory as a checkpoint
-            has bytes, over all ranks; false stands still until it is written. What is saved at the end or on a signal takes no copy.
+            has bytes, over all ranks (page-locked, beside GPUs, somewhat more); false stands still until it is written, and in the next
+            step until it is read back. What is saved at the end or on a signal takes no copy.
         on_mismatch: What a resumed run does whose first step is not the one that followed the checkpoint when it was saved: `stop`, or say
-            it and `continue`.
+            it and `continue`, which holds for one start: RUN/config.yaml does not keep it.
     """
 
     every: int = 1000
