@@ -171,10 +171,11 @@ def test_ctrl_c_ends_the_service_of_weights_and_biases_but_not_the_save(start_wa
     assert complete_steps(run / "checkpoints") == [len(metrics(run))]
 
 
-def test_weights_and_biases_online_without_a_key_is_one_message(start_wandb: Callable[..., Job]) -> None:
+def test_weights_and_biases_online_without_a_key_is_one_message(start_wandb: Callable[..., Job], tmp_path: Path) -> None:
     job = start_wandb("online")
     assert job.wait() == [2], job.text
     assert job.text.count("RunError: wandb.mode is online") == 1 and "Traceback" not in job.text
+    assert metrics(tmp_path / "run") == [], "the folder belongs to no config yet"
 
 
 # ---- has it learnt?

@@ -39,7 +39,7 @@ from megagate.train.agree import everywhere, on_first
 from megagate.train.certify import Followed
 from megagate.train.folder import RunFolder, other_step
 from megagate.train.job import _best_so_far, _resolved
-from megagate.train.metrics import MetricsFile, Speed
+from megagate.train.metrics import MetricsFile, Speed, WandbSink
 from megagate.train.report import tell_learning
 from megagate.train.saver import Saver
 from megagate.train.schedule import learning_rate
@@ -164,6 +164,11 @@ def test_records_are_dropped_by_the_first_that_takes_their_place(tmp_path: Path)
         file.write({"step": 2, "loss": 1.0})
     file.close()
     assert synced == [("metrics.jsonl.tmp", [1, 2]), (tmp_path.name, [1])] and steps_of(path) == [1, 2]
+
+
+def test_weights_and_biases_is_not_started_before_the_first_record(tmp_path: Path, nano: RunConfig) -> None:
+    WandbSink(replace(nano, wandb=replace(nano.wandb, mode="offline")), tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metrics_that_cannot_be_written(tmp_path: Path) -> None:
