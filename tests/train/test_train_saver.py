@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from megagate.errors import RunError
 from megagate.parallel.comm import barrier
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
+from megagate.train import certify
 
 DP2 = Layout(2, ep=2)
 LONG_S = 30
@@ -151,6 +153,13 @@ def test_a_bug_waits_for_the_threads(tmp_path: Path) -> None:
         saver.abandon(seconds=LONG_S)
         assert writing.done
         timer.join()
+    sums = certify._own_sums
+    with patch.object(certify, "_own_sums", lambda *given: (time.sleep(0.2), sums(*given))[1]):
+        step(engine, saver, 2)  # the step after the save, which a thread measures
+        (measuring,) = saver._certifier.tasks
+        assert not measuring.done
+        saver.abandon(seconds=LONG_S)
+        assert measuring.done
 
 
 def test_training_draws_no_random_numbers_and_a_resume_goes_on_with_the_same(tmp_path: Path) -> None:
