@@ -256,9 +256,9 @@ def test_where_a_run_starts(tmp_path: Path, nano: RunConfig, caplog: pytest.LogC
     with pytest.raises(CheckpointError, match="step-00000009 does not exist"):
         start(str(folder.checkpoints / "step-00000009"))
     assert fresh.starting_point(replace(nano, train=replace(nano.train, resume=str(own)))) == own, "the remedy"
-    complete(folder.checkpoints, 1)
+    first = complete(folder.checkpoints, 1)
     assert other_step(newest, 3) == f"--train.output_dir ANOTHER --train.resume {own}"
-    assert other_step(own, 2).endswith(newest.name), "where there is none before it, the next"
+    assert other_step(first, 1).endswith(own.name), "where there is none before it, the next"
     assert "has no other" in other_step(elsewhere, 4)
 
 
