@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="DIR", help="a run, its folder of checkpoints (both mean the latest), or one step-* folder")
-    add("--verify", action="store_true", help="read every byte and compare its digest; exit code 1 where anything is damaged")
+    add("--verify", action="store_true", help="read every byte, compare digests and fingerprints; exit code 1 where anything is damaged")
     add("--compare", type=Path, metavar="OTHER", help="read both and tell in what they differ; exit code 1 where they do")
     add("--tensors", action="store_true", help="list every tensor with shape, dtype, pieces and files; of --compare, all that differ")
     add("--config", action="store_true", help="print all of the config")
@@ -128,7 +128,17 @@ def _tell(value: dict[str, Any], options: argparse.Namespace) -> None:
     for name, one in value["tensors"].items() if options.tensors else ():
         where = one["files"][0] if len(one["files"]) == 1 else f"{len(one['files'])} files"
         _say(f"  {name} {one['dtype']} {one['shape']}: {one['pieces']} piece{'s' * (one['pieces'] != 1)} in {where}")
+    _tell_fingerprint(value["fingerprint"], options)
     _tell_certificate(value["next_step"], options)
+
+
+def _tell_fingerprint(prints: dict[str, str] | None, options: argparse.Namespace) -> None:
+    if prints is None:
+        _say("fingerprint of the state in memory: none, so a resume cannot compare what it has loaded with it")
+        return
+    _say(f"fingerprint of the state in memory: of {len(prints):,} tensors (--verify takes it again from the files)")
+    for name, one in prints.items() if options.tensors else ():
+        _say(f"  fingerprint of {name}: {one}")
 
 
 def _tell_certificate(step: dict[str, Any] | None, options: argparse.Namespace) -> None:
@@ -149,7 +159,8 @@ def _tell_damages(value: dict[str, Any]) -> None:
         _say(f"DAMAGED: {text}")
     pieces = sum(one["pieces"] for one in value["tensors"].values())
     if not value["damages"]:
-        _say(f"verified: {pieces:,} pieces have the digests that were recorded when they were saved")
+        prints = "" if value["fingerprint"] is None else f", and {len(value['fingerprint']):,} tensors their fingerprints"
+        _say(f"verified: {pieces:,} pieces have the digests that were recorded when they were saved{prints}")
 
 
 def _tell_comparison(other: str, found: "Comparison", options: argparse.Namespace) -> None:

@@ -1,8 +1,10 @@
 """The second part of a checkpoint's certificate: what the step after it did, which a resumed run must do again.
 
 The first part lies in the index and its tensors: a digest of each piece, the data's cursor, the generator's state. It proves that the
-files are those that were written. That what was written was the state, and that what was read is it, only the next step can tell: its
-tokens prove the cursor, its loss and gradient norm the weights, and how far each tensor moved proves masters and moments.
+files are those that were written. The fingerprint in the index (`fingerprint.py`) is taken of the state in memory, before and after, so it
+proves that what was written was the state and that what was read is it, under any layout. What the state was taken from, and what is made
+of it, only the next step can tell: its tokens prove the cursor, its loss and gradient norm the weights, and how far each tensor moved
+masters and moments, as far as the circumstances let two sound steps agree.
 
     STEP/next_step.json     {"digest": blake3 of the rest, "content": {"step": 101, "tokens": ..., "loss": ..., ...}}
 
@@ -110,7 +112,7 @@ class NextStep:
     @property
     def update_norm(self) -> float:
         """How far all masters together moved."""
-        return math.sqrt(math.fsum(norm**2 for name, norm in self.updates.items() if name.startswith("master/")))
+        return math.sqrt(math.fsum(norm**2 for name, norm in self.updates.items() if _is_master(name)))
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class Tolerance:
 EXACT = Tolerance(0.0, 0.0, 0.0, 0.0)
 FP32 = Tolerance(loss=1e-5, grad_norm=1e-5, update_norm=1e-5, update=1e-4)
 BF16 = Tolerance(loss=5e-3, grad_norm=5e-2, update_norm=5e-3, update=0.5)
+"""Of one tensor's update sound runs have differed by 7 %, where few elements of it move. Damage to the state below that is the
+fingerprint's to find, which knows no tolerance."""
 
 
 def tolerance(a: Circumstances, b: Circumstances) -> Tolerance:
@@ -151,17 +155,20 @@ class Scope:
         loss: Why the loss is not compared.
         gradients: Why the gradient norm is not.
         updates: Why the updates are not.
+        masters: Why those of the masters, and of all of them together, are not, where those of the moments are.
     """
 
     tokens: str = ""
     loss: str = ""
     gradients: str = ""
     updates: str = ""
+    masters: str = ""
 
     @property
     def unchecked(self) -> list[str]:
         """What is left out and why, as sentences."""
         named = {"the loss": self.loss, "the gradient norm": self.gradients, "the updates": self.updates}
+        named["the updates of the masters"] = self.masters
         reasons: dict[str, list[str]] = {}
         for what, why in named.items():
             if why:
@@ -183,9 +190,10 @@ def scope(recorded: NextStep, now: Circumstances, *, there: RunConfig, here: Run
         return Scope(tokens, why, why, why)
     gradients = _other_micro_steps(recorded.circumstances, now, here)
     updates = gradients or (f"the config changed ({', '.join(of_the_update)})" if of_the_update else "")
-    if not updates and lr != recorded.lr:
-        updates = f"the learning rate of step {recorded.step} is {lr:.6g} now and was {recorded.lr:.6g}"
-    return Scope(tokens, "", gradients, updates)
+    masters = ""
+    if not updates and lr != recorded.lr:  # which the moments do not depend on
+        masters = f"the learning rate of step {recorded.step} is {lr:.6g} now and was {recorded.lr:.6g}"
+    return Scope(tokens, "", gradients, updates, masters)
 
 
 def _other_micro_steps(there: Circumstances, now: Circumstances, config: RunConfig) -> str:
@@ -199,16 +207,21 @@ def _other_micro_steps(there: Circumstances, now: Circumstances, config: RunConf
     return f"the balance loss counts experts over micro-steps of {now_and_then}"
 
 
-def compare(recorded: NextStep, found: NextStep, what: Scope) -> tuple[str | None, list[str]]:
+def compare(recorded: NextStep, found: NextStep, what: Scope, *, same_state: bool = False) -> tuple[str | None, list[str]]:
     """The first quantity of a recomputed step that is not what was recorded, with both values, or None; and what was not compared.
 
-    Where an update differs, the sentence names the tensor whose update differs most, also behind a loss or norm that differs first.
+    Where an update differs, the sentence names the tensor whose update differs most, also behind a loss or norm that differs first: the
+    one in which the difference is most visible, which need not be where it came from. `same_state`: the state before the step is known to
+    be the one that was saved, which the sentence then says.
     """
     if found.tokens != recorded.tokens and what.tokens:
         return None, [f"nothing of it: it has other tokens, as {what.tokens}"]
     if found.tokens != recorded.tokens:
         return f"its tokens have the digest {found.tokens}, {recorded.tokens} was recorded", []
-    return _first_difference(recorded, found, what), what.unchecked
+    difference = _first_difference(recorded, found, what)
+    if difference is not None and same_state:
+        difference = f"the step differs, though it began with the very state that was saved: {difference}"
+    return difference, what.unchecked
 
 
 def _first_difference(recorded: NextStep, found: NextStep, what: Scope) -> str | None:
@@ -217,29 +230,44 @@ def _first_difference(recorded: NextStep, found: NextStep, what: Scope) -> str |
         (what.loss, "the loss", found.loss, recorded.loss, allowed.loss),
         (what.gradients, "the gradient norm", found.grad_norm, recorded.grad_norm, allowed.grad_norm),
     ]
-    worst = None if what.updates else worst_update(recorded, found)
+    worst = None if what.updates else worst_update(recorded, found, of_masters=not what.masters)
     if worst is not None:
         name, distance = worst
         values = found.updates.get(name, math.nan), recorded.updates.get(name, math.nan)
         candidates.append(("", f"the update of {name}", *values, allowed.update))
-        candidates.append(("", "the norm of the whole update", found.update_norm, recorded.update_norm, allowed.update_norm))
+        whole = "the norm of the whole update"
+        candidates.append((what.masters, whole, found.update_norm, recorded.update_norm, allowed.update_norm))
     for left_out, quantity, now, then, limit in candidates:
         if not left_out and not _agree(now, then, limit):
             rule = f"they must agree to {limit:g}" if limit else "they must be the same bits, as layout, device and versions are the same"
-            most = "" if worst is None or name in quantity else f"; of all updates that of {name} differs most, by {distance:.3g} of it"
+            most = "" if worst is None or worst[0] in quantity else _most_visible(*worst)
             return f"{quantity} is {now!r}, {then!r} was recorded ({rule}){most}"
-    other = [name for name in sorted(recorded.bits) if found.bits.get(name) != recorded.bits[name]]
+    compared = [name for name in sorted(recorded.bits) if not (what.masters and _is_master(name))]
+    other = [name for name in compared if found.bits.get(name) != recorded.bits[name]]
     if allowed == EXACT and not what.updates and other:
-        sums = f"their sum is {found.bits.get(other[0])}, {recorded.bits[other[0]]} was recorded"
-        return f"{other[0]} and {len(other) - 1} others end with other bits ({sums}, and layout, device and versions are the same)"
+        rest = f" and {len(other) - 1} others end" if len(other) > 1 else " ends"
+        sums = f"the sum of the first is {found.bits.get(other[0])}, {recorded.bits[other[0]]} was recorded"
+        return f"{other[0]}{rest} with other bits ({sums}, and layout, device and versions are the same)"
     return None
 
 
-def worst_update(recorded: NextStep, found: NextStep) -> tuple[str, float] | None:
-    """The tensor whose update differs most, and by what share of it; None where no tensor moved there nor here."""
-    names = sorted(recorded.updates.keys() | found.updates.keys())
+def _most_visible(name: str, distance: float) -> str:
+    """The tensor whose update tells most of a difference: not the culprit."""
+    if not distance:
+        return "; the updates of all tensors agree"
+    by = f", by {100 * distance:.3g} %" if math.isfinite(distance) else ""
+    return f"; it is most visible in the update of {name}{by}"
+
+
+def worst_update(recorded: NextStep, found: NextStep, *, of_masters: bool) -> tuple[str, float] | None:
+    """The tensor whose update differs most, masters or not, and by what share of it; None where no tensor moved there nor here."""
+    names = [name for name in sorted(recorded.updates.keys() | found.updates.keys()) if of_masters or not _is_master(name)]
     shares = {name: _share(found.updates.get(name, math.nan), recorded.updates.get(name, math.nan)) for name in names}
     return max(shares.items(), key=lambda item: item[1]) if shares else None
+
+
+def _is_master(name: str) -> bool:
+    return name.startswith("master/")
 
 
 def _share(a: float, b: float) -> float:
@@ -270,7 +298,7 @@ def read_next_step(folder: Path) -> NextStep | None:
     """What the step after the checkpoint `folder` did; None where nobody has recorded it.
 
     Raises:
-        CheckpointError: The file is damaged.
+        CheckpointError: The file is damaged, or lacks what this version compares.
     """
     path = folder / NEXT_STEP_NAME
     if not path.is_file():
@@ -279,18 +307,32 @@ def read_next_step(folder: Path) -> NextStep | None:
         sealed = json.loads(path.read_bytes())
         values = dict(sealed["content"])
         sound = sealed["digest"] == _digest(values)
-        if sound:
-            for name in ("loss", "grad_norm"):
-                values[name] = math.nan if values[name] is None else values[name]
-            known = {known.name for known in fields(Circumstances)}
-            values["circumstances"] = Circumstances(**{key: value for key, value in values["circumstances"].items() if key in known})
-            return NextStep(**values)
     except (ValueError, TypeError, KeyError, AttributeError):
         sound = False
-    raise CheckpointError(
-        f"{path} is damaged or was edited: it does not have the digest that it records; resume from another step, or delete the file, and "
-        "the resume will say that it could not recompute the step"
-    )
+    if not sound:
+        raise CheckpointError(
+            f"{path} is damaged or was edited: it does not have the digest that it records; resume from another step, or delete the file, "
+            "and the resume will say that it could not do the step again"
+        )
+    return _decoded(path, values)
+
+
+def _decoded(path: Path, values: Mapping[str, Any]) -> NextStep:
+    """A sound record, with what a later version has added left out."""
+    missing = [one.name for one in fields(NextStep) if one.name not in values]
+    place = values.get("circumstances")
+    if isinstance(place, Mapping):
+        missing += [f"circumstances.{one.name}" for one in fields(Circumstances) if one.name not in place]
+    if missing:
+        raise CheckpointError(
+            f"{path} does not record {', '.join(missing)}, so another version of megagate wrote it; resume with that version, or delete the "
+            "file, and the resume will say that it could not do the step again"
+        )
+    known = {one.name: values[one.name] for one in fields(NextStep)}
+    for name in ("loss", "grad_norm"):
+        known[name] = math.nan if known[name] is None else known[name]
+    known["circumstances"] = Circumstances(**{one.name: place[one.name] for one in fields(Circumstances)})
+    return NextStep(**known)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

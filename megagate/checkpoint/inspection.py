@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megagate.checkpoint.box import Shape
 from megagate.checkpoint.certificate import read_next_step
+from megagate.checkpoint.fingerprint import FINGERPRINT, differing, digits, piece_sum, recorded
 from megagate.checkpoint.reshard import read_flat
 from megagate.checkpoint.store import Checkpoint, StoredTensor
 from megagate.errors import CheckpointError
@@ -24,7 +25,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is known without reading tensors, as JSON values.
 
     Raises:
-        CheckpointError: The record of the following step is damaged.
+        CheckpointError: The record of the following step is damaged, or the fingerprint is none.
     """
     kinds: dict[str, dict[str, Any]] = {}
     for name, tensor in sorted(checkpoint.tensors.items()):
@@ -36,7 +37,8 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "folder": str(checkpoint.folder),
         "step": checkpoint.step,
-        "metadata": checkpoint.metadata,
+        "metadata": _without_fingerprint(checkpoint.metadata),
+        "fingerprint": recorded(checkpoint.metadata),
         "kinds": kinds,
         "files": dict(checkpoint.files),
         "tensors": {
@@ -65,17 +67,36 @@ def certificate(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def damages(checkpoint: Checkpoint, *, report: Report) -> list[str]:
-    """Digests every piece again; a sentence for each that is not what was saved, file by file."""
+    """Digests every piece again, and takes the fingerprint of every tensor; a sentence for each that is not what was saved.
+
+    Raises:
+        CheckpointError: What the index has for a fingerprint is none.
+    """
     pieces = [(piece.file, name, piece) for name, tensor in checkpoint.tensors.items() for piece in tensor.pieces]
-    found = []
+    found: list[str] = []
+    prints, sums = recorded(checkpoint.metadata), dict.fromkeys(checkpoint.tensors, 0)
+    damaged = set()
     for _, name, piece in sorted(pieces, key=lambda item: (item[0], item[1], item[2].box)):
         try:
             checkpoint.verify_piece(name, piece)
+            if prints is not None:
+                sums[name] += int(piece_sum(checkpoint.mapped(name, piece), piece.box.offset))
         except CheckpointError as error:
+            damaged.add(name)
             if str(error) not in found:  # a damaged header is told once, not for each piece behind it
                 found.append(str(error))
         report(piece.box.volume * checkpoint.tensors[name].dtype.itemsize)
+    if prints is not None:
+        actual = {name: digits(number) for name, number in sums.items()}
+        found += [_other_print(name, prints.get(name), actual.get(name)) for name in differing(prints, actual) if name not in damaged]
     return found
+
+
+def _other_print(name: str, there: str | None, here: str | None) -> str:
+    return (
+        f"{name} is not what was in memory when it was saved: its fingerprint is {here or 'missing'}, {there or 'none'} was recorded, though "
+        "its bytes are those that were written; load another step"
+    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +155,7 @@ def compare(a: Checkpoint, b: Checkpoint, *, report: Report) -> Comparison:
     Raises:
         CheckpointError: A file does not hold its pieces.
     """
-    found = Comparison(settings=_differences(a.metadata, b.metadata))
+    found = Comparison(settings=_differences(_without_fingerprint(a.metadata), _without_fingerprint(b.metadata)))
     if a.step != b.step:
         found.settings = {"step": (a.step, b.step), **found.settings}
     found.missing = sorted(a.tensors.keys() - b.tensors.keys())
@@ -187,6 +208,11 @@ def size_of(tensor: StoredTensor) -> int:
 def name_of(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _without_fingerprint(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What is no setting, but follows from the tensors, is told apart."""
+    return {key: value for key, value in metadata.items() if key != FINGERPRINT}
 
 
 def _described(tensor: StoredTensor) -> str:

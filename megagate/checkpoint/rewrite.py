@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from megagate.checkpoint.fingerprint import FINGERPRINT
 from megagate.checkpoint.folders import is_step_name
 from megagate.checkpoint.store import begin, publish, write_file
 from megagate.config.cli import to_yaml
@@ -96,7 +97,8 @@ def write_checkpoint(
     ranks = write(begin(output, step))
     write_file(output / CONFIG_NAME, to_yaml(config).encode())
     # Without moments there are no steps for Adam's bias correction to count: an engine that loads this begins like a new one.
-    given = {**(metadata or {}), "config": to_dict(config), "applied_steps": 0}
+    kept = {key: value for key, value in (metadata or {}).items() if key != FINGERPRINT}  # which is of the tensors as they were
+    given = {**kept, "config": to_dict(config), "applied_steps": 0}
     return publish(output, step, world_size=ranks, metadata=given)
 
 

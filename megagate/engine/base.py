@@ -163,6 +163,12 @@ class Engine(ABC):
         """The first parts of the names of what the optimizer holds for every parameter: `master`, and the moments it has by now."""
         return ("master", *(MOMENTS[self.config.optim.name] if self.applied_steps else ()))
 
+    @property
+    def state_names(self) -> list[str]:
+        """The names of all that `state_pieces` yields over all ranks, in one order on all of them."""
+        held = [f"{kind}/{name}" for kind in self.kinds for name in self.labels]
+        return [*(name for name, _ in self._buffers()), *held]
+
     def load_state(self, checkpoint: Checkpoint, *, applied_steps: int) -> None:
         """Take masters, moments, weights and what else the model keeps from a checkpoint of any layout."""
         self.applied_steps = applied_steps

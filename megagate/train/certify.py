@@ -106,6 +106,7 @@ class Certifier:
         self._measuring: _Measuring | None = None  # until the step after that one, or until somebody waits for it
         self._measured: NextStep | None = None  # until the checkpoint before it is published
         self._expected: tuple[Checkpoint, NextStep] | None = None  # until the first step of a resumed run is made
+        self._same_state = False  # whether a resumed run began with the very state that was saved
 
     def saved(self, step: int, copy: HostCopy | None) -> None:
         """The state after `step` was saved; `copy` holds it until the next save."""
@@ -170,8 +171,9 @@ class Certifier:
         if measured is not None:
             on_first(self.world, lambda: write_next_step(store.step_path(self.root, measured.step - 1), measured))
 
-    def expect(self, checkpoint: Checkpoint) -> None:
-        """Hold the next step to what followed `checkpoint`; see `Saver.expect`. Collective."""
+    def expect(self, checkpoint: Checkpoint, *, same_state: bool) -> None:
+        """Hold the next step to what followed `checkpoint`; see `Saver.expect`. `same_state`: its fingerprint agrees. Collective."""
+        self._same_state = same_state
         found = on_first(self.world, lambda: read_next_step(checkpoint.folder))
         recorded = gather_objects(found, self.world)[0]
         if recorded is not None and recorded.step != checkpoint.step + 1:
@@ -197,7 +199,7 @@ class Certifier:
         on_first(self.world, lambda: self._judge(checkpoint.folder, recorded, found, what))
 
     def _judge(self, folder: Path, recorded: NextStep, found: NextStep, what: Scope) -> None:
-        difference, unchecked = compare(recorded, found, what)
+        difference, unchecked = compare(recorded, found, what, same_state=self._same_state)
         for sentence in unchecked:
             logger.info("step %d: NOT CHECKED against %s of %s: %s", found.step, NEXT_STEP_NAME, folder.name, sentence)
         if difference is None:
@@ -209,8 +211,9 @@ class Certifier:
         if self.config.checkpoint.on_mismatch == "continue":
             logger.warning("%s; going on all the same, as checkpoint.on_mismatch is continue", told)
             return
+        suspects = "the data, the code or the machine" if self._same_state else "the state, the data, the code or the machine"
         raise CheckpointError(
-            f"{told}; so the state, the data, the code or the machine is not what it was when that was recorded; resume from another step "
+            f"{told}; so {suspects} is not what it was when that was recorded; resume from another step "
             f"({other_step(folder, found.step - 1)}), or go on from this one with --checkpoint.on_mismatch continue"
         )
 
@@ -221,7 +224,7 @@ class Certifier:
             self._measured = facts
             return
         names, pieces, old = state_names(engine), list(engine.state_pieces()), old_on_host(copy)
-        stream = _side_stream(engine.model.embedding.weight.device)
+        stream = side_stream(engine.model.embedding.weight.device)
 
         def sums() -> Sums:
             with stream:
@@ -296,7 +299,7 @@ def tokens_digest(samples: np.ndarray, batch: Batch, dp: Axis) -> str:
     return f"{(low + (high << 32)) % (1 << 64):016x}"
 
 
-def _side_stream(device: torch.device) -> AbstractContextManager[object]:
+def side_stream(device: torch.device) -> AbstractContextManager[object]:
     """For a thread that reads what is there now: on GPUs a stream of its own, so that its copies do not hold up training's kernels."""
     if device.type != "cuda":
         return nullcontext()

@@ -12,6 +12,7 @@ import torch
 
 from megagate import __version__
 from megagate.checkpoint import store
+from megagate.checkpoint.fingerprint import FINGERPRINT
 from megagate.checkpoint.staging import HostCopy
 from megagate.checkpoint.store import Checkpoint, Piece
 from megagate.config.keys import to_dict
@@ -25,6 +26,7 @@ from megagate.parallel.mesh import ParallelMesh
 from megagate.train.agree import everywhere, on_first
 from megagate.train.background import Task
 from megagate.train.certify import Certifier, Followed
+from megagate.train.fingerprints import Taking, hold, take
 
 RANDOM_STATE = "rng/cpu"
 """The tensor that holds PyTorch's generator of random numbers on the CPU. Training draws none; whoever does goes on with the same."""
@@ -40,6 +42,7 @@ class _Flight:
     Args:
         step: That it is of.
         metadata: For its index.
+        fingerprint: Of the state in memory, for the metadata too.
         best: Whether `best` will name it.
         writing: True while the ranks write, false while the first publishes.
         task: What this rank does for it.
@@ -50,6 +53,7 @@ class _Flight:
 
     step: int
     metadata: dict[str, Any]
+    fingerprint: Taking
     best: bool
     writing: bool
     task: Task
@@ -78,6 +82,7 @@ class Saver:
         self._flight: _Flight | None = None
         self._certifier = Certifier(root, config=config, mesh=mesh)
         self._stood_still = 0.0
+        self._same_state = False  # whether what was loaded is known to be what was saved
 
     def save(self, engine: Engine, *, step: int, best_val_loss: float | None, best: bool = False, last: bool = False) -> None:
         """Begin the checkpoint of `step`; mark it `best` if so told, and delete old ones, once it is published. Collective.
@@ -98,9 +103,13 @@ class Saver:
                 everywhere(self.world, lambda: self._copy.take(pieces))
                 pieces = iter(self._copy.pieces)
             on_first(self.world, lambda: store.begin(self.root, step))
+            state = {"names": (RANDOM_STATE,), "background": background}
+            fingerprint = everywhere(self.world, lambda: take(engine, self._random_state(), **state))
             task = Task(lambda: self._write(step, pieces), background=background)
             still = time.perf_counter() - began - (0.0 if background else task.seconds)
-            self._flight = _Flight(step, metadata, best, writing=True, task=task, background=background, stood_still=still)
+            self._flight = _Flight(
+                step, metadata, fingerprint, best, writing=True, task=task, background=background, stood_still=still
+            )
             self._certifier.saved(step, self._copy if background else None)
             if not background:
                 self.finish()
@@ -157,7 +166,7 @@ class Saver:
         Raises:
             CheckpointError: The record is damaged.
         """
-        self._certifier.expect(checkpoint)
+        self._certifier.expect(checkpoint, same_state=self._same_state)
 
     def require_sound(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint that this run cannot go on from; each rank reads its share of it. Collective.
@@ -180,19 +189,26 @@ class Saver:
             )
 
     def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
-        """Take the state of a sound checkpoint of any layout. Collective: a rank that cannot read stops all.
+        """Take the state of a sound checkpoint of any layout, and hold it to the fingerprint of what was saved.
+
+        Collective: a rank that cannot read stops all.
 
         Raises:
-            CheckpointError: A tensor is missing.
+            CheckpointError: A tensor is missing, or, unless `checkpoint.on_mismatch` is `continue`, is not what it was in memory.
         """
-        everywhere(self.world, lambda: self._load(engine, checkpoint))
+        names = everywhere(self.world, lambda: self._load(engine, checkpoint))
+        others = self._random_state() if names else ()
+        self._same_state = hold(engine, checkpoint, others, names=names, config=self.config.checkpoint)
 
-    def _load(self, engine: Engine, checkpoint: Checkpoint) -> None:
+    def _load(self, engine: Engine, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The names of what was taken beside the engine's state."""
         engine.load_state(checkpoint, applied_steps=checkpoint.metadata["applied_steps"])
         stored = checkpoint.tensors.get(RANDOM_STATE)
         # Another version of PyTorch may have another generator.
-        if stored is not None and stored.shape == tuple(torch.get_rng_state().shape):
-            torch.set_rng_state(checkpoint.read_whole(RANDOM_STATE))
+        if stored is None or stored.shape != tuple(torch.get_rng_state().shape):
+            return ()
+        torch.set_rng_state(checkpoint.read_whole(RANDOM_STATE))
+        return (RANDOM_STATE,)
 
     def _metadata(self, engine: Engine, step: int, best_val_loss: float | None) -> dict[str, Any]:
         return {
@@ -220,11 +236,13 @@ class Saver:
                 everywhere(self.world, flight.task.result)
             except MegagateError:
                 self._flight = None
+                flight.fingerprint.drop()
                 self._certifier.forget()
                 if flight.writing and self.world.rank == 0:  # all ranks are here, none writes any more
                     store.discard(self.root, flight.step)
                 raise
             if flight.writing:
+                flight.metadata[FINGERPRINT] = flight.fingerprint.result(self.world)
                 publish = Task(lambda flight=flight: self._publish(flight), background=flight.background)
                 self._flight = replace(flight, writing=False, task=publish, written=flight.task.seconds)
                 continue
