@@ -325,7 +325,7 @@ def _decoded(path: Path, values: Mapping[str, Any]) -> NextStep:
         missing += [f"circumstances.{one.name}" for one in fields(Circumstances) if one.name not in place]
     if missing:
         raise CheckpointError(
-            f"{path} does not record {', '.join(missing)}, so another version of megagate wrote it; resume with that version, or delete the "
+            f"{path} does not record {', '.join(missing)}, so another version of megagate wrote it; resume with that one, or delete the "
             "file, and the resume will say that it could not do the step again"
         )
     known = {one.name: values[one.name] for one in fields(NextStep)}

@@ -52,7 +52,7 @@ def piece_sum(tensor: Tensor, offset: Shape) -> Tensor:
         columns = _columns(offset, left, right, tensor.device)
         rows = max(1, CHUNK_ELEMENTS // (right - left))
         for top in range(0, len(bits), rows):
-            part = bits[top : top + rows, left:right].to(torch.int64).mul_(columns).sum(1)  # [rows]
+            part = bits[top : top + rows, left:right].to(torch.int64, copy=True).mul_(columns).sum(1)  # [rows]
             found += (part * _rows(shape, offset, top, len(part), tensor.device)).sum()
     return found
 
@@ -92,7 +92,7 @@ def recorded(metadata: Mapping[str, Any]) -> dict[str, str] | None:
     if found is None:
         return None
     if not isinstance(found, Mapping) or not all(isinstance(one, str) for one in found.values()):
-        raise CheckpointError(f"{FINGERPRINT} in the index is {found!r:.80}; it must give 16 hexadecimal digits by tensor; load another step")
+        raise CheckpointError(f"{FINGERPRINT} in the index is {found!r:.80}; it must give 16 hexadecimal digits by tensor; load another")
     return dict(found)
 
 

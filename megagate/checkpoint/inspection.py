@@ -94,8 +94,8 @@ def damages(checkpoint: Checkpoint, *, report: Report) -> list[str]:
 
 def _other_print(name: str, there: str | None, here: str | None) -> str:
     return (
-        f"{name} is not what was in memory when it was saved: its fingerprint is {here or 'missing'}, {there or 'none'} was recorded, though "
-        "its bytes are those that were written; load another step"
+        f"{name} is not what was in memory when it was saved: its fingerprint is {here or 'missing'}, {there or 'none'} was recorded, "
+        "though its bytes are those that were written; load another step"
     )
 
 

@@ -95,8 +95,8 @@ def hold(engine: Engine, checkpoint: Checkpoint, others: Iterable[Piece], *, nam
     there = recorded(checkpoint.metadata)
     if there is None:
         logger.info(
-            "the loaded state is NOT COMPARED with the one that was saved: %s has no %s of it (imported, rewritten by a tool, or saved by an "
-            "older version)",
+            "the loaded state is NOT COMPARED with the one that was saved: %s has no %s of it (imported, rewritten by a tool, or saved by "
+            "an older version)",
             *(checkpoint.folder.name, FINGERPRINT),
         )
         return False
@@ -116,6 +116,6 @@ def hold(engine: Engine, checkpoint: Checkpoint, others: Iterable[Piece], *, nam
         logger.warning("%s; going on all the same, as checkpoint.on_mismatch is continue", told)
         return False
     raise CheckpointError(
-        f"{told}; so it was damaged between the memory it was saved from and this one: resume from another step with train.resume in another "
+        f"{told}; so it was damaged between that memory and this one: resume from another step with train.resume in another "
         "train.output_dir, or go on from this one with --checkpoint.on_mismatch continue"
     )
