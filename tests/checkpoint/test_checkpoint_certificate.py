@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 
 from megagate.checkpoint import staging
 from megagate.checkpoint.certificate import (
@@ -72,7 +73,7 @@ def differing(change: dict[str, object], *, there: NextStep = STEP, what: Scope 
         ({"grad_norm": math.nextafter(1.5, 2)}, "the gradient norm is"),
         ({"updates": MOVED | {"exp_avg/a.weight": math.nextafter(0.25, 1)}}, "the update of exp_avg/a.weight is"),
         ({"updates": {"master/a.weight": 3.0, "master/b.weight": 4.0}}, "the update of exp_avg/a.weight is nan"),
-        ({"bits": dict.fromkeys(MOVED, "0" * 16) | {"exp_avg/a.weight": "1"}}, "exp_avg/a.weight and 0 others end with other bits"),
+        ({"bits": dict.fromkeys(MOVED, "0" * 16) | {"exp_avg/a.weight": "1"}}, "exp_avg/a.weight ends with other bits"),
         ({"loss": 9.0, "grad_norm": 9.0, "updates": MOVED | {"master/b.weight": 5.0}}, "the loss is 9.0, 2.5 was recorded"),
     ],
 )
@@ -84,7 +85,29 @@ def test_in_the_same_circumstances_every_bit_counts(change: dict[str, object], n
 
 def test_the_worst_update_is_named_behind_what_differs_first() -> None:
     difference = differing({"loss": 2.6, "updates": {"master/a.weight": 3.1, "master/b.weight": 8.0, "exp_avg/a.weight": 0.25}})
-    assert difference is not None and "of all updates that of master/b.weight differs most, by 0.5 of it" in difference
+    assert difference is not None and difference.endswith("; it is most visible in the update of master/b.weight, by 50 %")
+    gone = differing({"loss": 2.6, "updates": {}})
+    assert gone is not None and gone.endswith("; it is most visible in the update of exp_avg/a.weight")
+    alike = differing({"loss": 2.6})
+    assert alike is not None and alike.endswith("; the updates of all tensors agree")
+
+
+def test_of_the_very_state_that_was_saved_the_step_is_said_to_differ() -> None:
+    difference, _ = compare(STEP, replace(STEP, loss=2.6), Scope(), same_state=True)
+    assert difference is not None
+    assert difference.startswith("the step differs, though it began with the very state that was saved: the loss is 2.6, 2.5 was recorded")
+    assert compare(STEP, STEP, Scope(), same_state=True) == (None, [])
+
+
+def test_another_learning_rate_leaves_moments_compared() -> None:
+    what = scoped({}, lr=2e-3)
+    moved = {name: 2 * norm if name.startswith("master/") else norm for name, norm in MOVED.items()}
+    bits = {name: "1" if name.startswith("master/") else "0" * 16 for name in MOVED}
+    assert differing({"updates": moved, "bits": bits}, what=what) is None
+    stale = differing({"updates": moved | {"exp_avg/a.weight": 0.3}, "bits": bits}, what=what)
+    assert stale is not None and stale.startswith("the update of exp_avg/a.weight is 0.3, 0.25 was recorded")
+    other = differing({"updates": moved, "bits": bits | {"exp_avg/a.weight": "1"}}, what=what)
+    assert other is not None and other.startswith("exp_avg/a.weight ends with other bits")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +171,7 @@ def test_keys_that_change_no_number_leave_nothing_out(key: str, value: object) -
 
 
 def test_what_cannot_be_compared_is_named_with_its_reason() -> None:
-    assert scoped({}, lr=2e-3).unchecked == ["the updates: the learning rate of step 11 is 0.002 now and was 0.001"]
+    assert scoped({}, lr=2e-3).unchecked == ["the updates of the masters: the learning rate of step 11 is 0.002 now and was 0.001"]
     assert scoped({"optim.beta2": 0.5}).unchecked == ["the updates: the config changed (optim.beta2)"]
     (all_of_it,) = scoped({"data.attention": "document"}).unchecked
     assert all_of_it == "the loss and the gradient norm and the updates: the config changed (data.attention)"
@@ -194,6 +217,27 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     path.write_text(content.replace(damage, damage[:-1] + "7", 1))
     with pytest.raises(CheckpointError, match="is damaged or was edited"):
         read_next_step(tmp_path)
+
+
+def sealed(values: dict[str, object]) -> bytes:
+    return json.dumps({"digest": blake3(json.dumps(values, sort_keys=True).encode()).hexdigest(), "content": values}).encode()
+
+
+def test_a_sound_file_of_another_version_is_not_called_damaged(tmp_path: Path) -> None:
+    write_next_step(tmp_path, STEP)
+    path = tmp_path / NEXT_STEP_NAME
+    values = json.loads(path.read_text())["content"]
+    around = values["circumstances"]
+    path.write_bytes(sealed({**values, "router_entropy": 1.0, "circumstances": {**around, "cuda": "13"}}))
+    assert read_next_step(tmp_path) == STEP, "a later one may record more"
+    del around["threads"]
+    for changed, missing in (
+        (values, "circumstances.threads"),
+        ({key: one for key, one in values.items() if key not in ("lr", "circumstances")}, "lr, circumstances"),
+    ):
+        path.write_bytes(sealed(changed))
+        with pytest.raises(CheckpointError, match=f"does not record {missing}, so another version of megagate wrote it"):
+            read_next_step(tmp_path)
 
 
 def test_the_copy_reuses_its_memory() -> None:

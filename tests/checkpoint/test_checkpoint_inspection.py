@@ -19,6 +19,7 @@ from checkpoint_helpers import Layouts, save_layout
 import megagate
 from megagate.checkpoint import inspection
 from megagate.checkpoint.certificate import Circumstances, NextStep, write_next_step
+from megagate.checkpoint.fingerprint import digits, piece_sum
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.keys import to_dict
 from megagate.config.run import RunConfig
@@ -112,6 +113,29 @@ def test_the_certificate_is_told(tmp_path: Path, run: Callable[..., tuple[int, s
     (folder / "next_step.json").write_text("{}")
     code, said = run(folder)
     assert code == 2 and "next_step.json is damaged or was edited" in said
+
+
+def test_the_fingerprint_is_told_and_taken_again(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
+    """Of tensors in pieces; a checkpoint without one is verified by its digests alone."""
+    prints = {name: digits(int(piece_sum(tensor, (0,) * tensor.dim()))) for name, tensor in STATE.items()}
+    folder = saved(tmp_path / "a", metadata={**METADATA, "fingerprint": prints})
+    code, said = run(folder, "--verify", "--tensors")
+    assert code == 0 and "fingerprint of the state in memory: of 6 tensors" in said
+    assert f"fingerprint of master/w: {prints['master/w']}" in said
+    assert "when they were saved, and 6 tensors their fingerprints" in said
+    value = json.loads(run(folder, "--json")[1])
+    assert value["fingerprint"] == prints and "fingerprint" not in value["metadata"]
+    other = {**prints, "master/w": prints["exp_avg/w"], "lost": prints["master/w"]}
+    damaged = saved(tmp_path / "b", metadata={**METADATA, "fingerprint": other})
+    code, said = run(damaged, "--verify")
+    assert code == 1 and said.count("DAMAGED: ") == 2
+    assert f"DAMAGED: lost is not what was in memory when it was saved: its fingerprint is missing, {other['lost']} was recorded" in said
+    assert f"master/w is not what was in memory when it was saved: its fingerprint is {prints['master/w']}, {other['master/w']} was" in said
+    code, said = run(folder, "--compare", damaged)
+    assert code == 0 and "they are the same" in said, "it is no setting"
+    assert "fingerprint of the state in memory: none" in run(saved(tmp_path / "c"), "--verify")[1]
+    broken = saved(tmp_path / "d", metadata={**METADATA, "fingerprint": [1]})
+    assert run(broken)[0] == 2 and "16 hexadecimal digits" in run(broken)[1]
 
 
 def test_all_damages_are_named(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:

@@ -67,8 +67,13 @@ def write(
     change: Change | None = None,
     run: Run = RUN,
     further: int = 1,
+    last: bool = False,
 ) -> None:
-    """Train to the saved step and on. `change` damages what is written before its digest is taken, and not what trains on."""
+    """Train to the saved step and on. `change` damages what is written before its digest is taken, and not what trains on.
+
+    Beside training it damages the copy; without one what the engine gives for its state, to the writer and to the fingerprint. `last`:
+    saved as at a signal, with no step after it.
+    """
     engine = build_engine(run, layout, mesh_of(layout))
     saver = saver_of(engine, root, asynchronous=beside)
     for number in range(1, SAVED + 1):
@@ -77,7 +82,7 @@ def write(
         saver._copy = DamagedCopy(change)
     if change is not None and not beside:
         engine.state_pieces = lambda: _damaged(engine, change)
-    saver.save(engine, step=SAVED, best_val_loss=None)
+    saver.save(engine, step=SAVED, best_val_loss=None, last=last)
     vars(engine).pop("state_pieces", None)
     for number in range(SAVED + 1, SAVED + 1 + further):
         step(engine, saver, number)
@@ -90,8 +95,17 @@ def _damaged(engine: Engine, change: Change) -> Iterator[Piece]:
     return iter(pieces)
 
 
-def resume(root: Path, layout: Layout = Layout(), *, run: Run = RUN, lr: float = 1.0, moved: int = 0, **settings: Any) -> None:  # noqa: B008
-    """Load the checkpoint into an engine of other weights, and do its first step.
+def resume(
+    root: Path,
+    layout: Layout = Layout(),  # noqa: B008
+    *,
+    run: Run = RUN,
+    lr: float = 1.0,
+    moved: int = 0,
+    without: str = "",
+    **settings: Any,
+) -> None:
+    """Load the checkpoint into an engine of other weights, and do its first step. `without`: a key of the metadata that is not there.
 
     Raises:
         CheckpointError: It is damaged, or the step is not the one that followed.
@@ -99,6 +113,7 @@ def resume(root: Path, layout: Layout = Layout(), *, run: Run = RUN, lr: float =
     engine = build_engine(run, layout, mesh_of(layout), key="other weights")
     saver = saver_of(engine, root, **settings)
     checkpoint = Checkpoint.open(store.step_path(root, SAVED))
+    checkpoint.metadata.pop(without, None)
     saver.require_sound(checkpoint)
     saver.load(engine, checkpoint)
     saver.expect(checkpoint)

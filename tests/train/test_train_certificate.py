@@ -80,7 +80,7 @@ DAMAGE: dict[Change, str] = {
     keep_a_moment_stale: f"exp_avg_sq/{WEIGHT}",
     name_the_first_moment_of_another: f"exp_avg/{WEIGHT}",
 }
-"""What is done to a state, and a part of the name of the tensor that a refusal then tells."""
+"""What is done to a state, and a part of the name of the tensor that a digest, or the step after, then tells."""
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +129,14 @@ def test_in_several_chunks_too(tmp_path: Path) -> None:
     assert found[0] == found[1] is not None
 
 
-@pytest.mark.parametrize(
-    ("damage", "beside"),
-    [*((damage, True) for damage in DAMAGE), (flip_one_bit, False), (keep_a_moment_stale, False)],
-    ids=lambda value: getattr(value, "__name__", "beside" if value else "without a copy"),
-)
-def test_damage_before_the_digest_is_found_by_the_next_step(tmp_path: Path, damage: Change, beside: bool) -> None:
-    write(tmp_path, beside=beside, change=damage)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_the_engine_gives_for_its_state_is_held_to_the_next_step(tmp_path: Path, damage: Change) -> None:
+    """Damaged before the fingerprint is taken."""
+    write(tmp_path, beside=False, change=damage)
     with Checkpoint.open(store.step_path(tmp_path, SAVED)) as checkpoint:
         assert checkpoint.verify(), "its digests are sound"
-    with pytest.raises(CheckpointError, match=rf"step {SAVED + 1}, done again from .* bits.*on_mismatch continue") as caught:
+    told = rf"step {SAVED + 1}, done again from .*: the step differs, though it began with the very state .* bits.*on_mismatch continue"
+    with pytest.raises(CheckpointError, match=told) as caught:
         resume(tmp_path)
     assert DAMAGE[damage] in str(caught.value)
 
@@ -169,7 +167,9 @@ def test_damage_after_the_digest_is_found_by_the_digest(sound: Path, tmp_path: P
 def test_told_to_go_on_it_goes_on_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, change=flip_one_bit)
     resume(tmp_path, on_mismatch="continue")
-    assert WEIGHT in caplog.text and "going on all the same, as checkpoint.on_mismatch is continue" in caplog.text
+    assert caplog.text.count("going on all the same, as checkpoint.on_mismatch is continue") == 2, "of the state, and of the step"
+    assert f"master/{WEIGHT}, as loaded from" in caplog.text and "done again from" in caplog.text
+    assert "the step differs" not in caplog.text, "the state did"
 
 
 def test_other_tokens_are_refused(sound: Path) -> None:
@@ -193,10 +193,16 @@ def test_the_digest_of_tokens_sees_samples_their_numbers_and_targets() -> None:
 def test_another_learning_rate_leaves_out_the_updates_aloud(sound: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "megagate"):
         resume(sound, lr=0.5)
-    assert "NOT CHECKED" in caplog.text and "the updates: the learning rate of step 5 is" in caplog.text
-    write(tmp_path, change=swap_two_experts)
-    with pytest.raises(CheckpointError, match="the loss is"):  # and what can be compared is
-        resume(tmp_path, lr=0.5)
+    assert "NOT CHECKED" in caplog.text and "the updates of the masters: the learning rate of step 5 is" in caplog.text
+    for damage, told in (  # and what can be compared is
+        (swap_two_experts, "the loss is"),
+        (swap_moments_of_two_experts, "the update of exp_avg.*/layers.1.moe.experts"),
+        (keep_a_moment_stale, f"the update of exp_avg_sq/{WEIGHT}"),
+        (name_the_first_moment_of_another, f"the update of exp_avg/{WEIGHT}"),
+    ):
+        write(tmp_path / damage.__name__, change=damage, beside=False)
+        with pytest.raises(CheckpointError, match=told):
+            resume(tmp_path / damage.__name__, lr=0.5)
 
 
 def test_without_a_record_it_is_said_aloud(sound: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -254,6 +260,6 @@ def test_every_stage_of_zero_waits_until_the_step_before_is_measured(tmp_path: P
 
 @pytest.mark.parametrize("damage", [swap_moments_of_two_experts, keep_a_moment_stale])
 def test_another_layout_finds_damage_too(tmp_path: Path, damage: Change) -> None:
-    write(tmp_path, change=damage)
+    write(tmp_path, beside=False, change=damage)
     found = ranks.run_ranks(resume_in_ranks, 4, tmp_path, RUN, TP2_EP4)
     assert len(set(found)) == 1 and DAMAGE[damage] in found[0] and "they must agree to 0.0001" in found[0]
