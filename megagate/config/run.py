@@ -145,8 +145,8 @@ class CheckpointConfig:
         asynchronous: Go on training while a copy of the state in host memory is written, which takes as much host memory as a checkpoint
             has bytes, over all ranks (page-locked, beside GPUs, somewhat more); false stands still until it is written, and in the next
             step until it is read back. What is saved at the end or on a signal takes no copy.
-        on_mismatch: What a resumed run does whose first step is not the one that followed the checkpoint when it was saved: `stop`, or say
-            it and `continue`, which holds for one start: RUN/config.yaml does not keep it.
+        on_mismatch: What a resumed run does whose state is not what was in memory at the save, or whose first step is not the one that
+            followed it then: `stop`, or say it and `continue`, which holds for one start: RUN/config.yaml does not keep it.
     """
 
     every: int = 1000

@@ -12,6 +12,7 @@ from parity.variants import VARIANTS
 from megagate.backend.native import NativeBackend
 from megagate.checkpoint import store
 from megagate.checkpoint.certificate import read_next_step
+from megagate.checkpoint.fingerprint import digits, piece_sum
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.config.run import RunConfig, TrainConfig
@@ -142,6 +143,9 @@ def save_beside_training(device: str, root: Path) -> None:
     folder = store.step_path(root, 2)
     with Checkpoint.open(folder) as checkpoint:
         assert all(torch.equal(checkpoint.read_whole(name), tensor) for name, tensor in states[1].items())
+        prints = {name: digits(int(piece_sum(tensor, (0,) * tensor.dim()))) for name, tensor in states[1].items()}
+        assert prints.items() <= checkpoint.metadata["fingerprint"].items(), "whole numbers wrap alike on both"
+        saver.load(engine, checkpoint)
     recorded = read_next_step(folder)
     assert recorded is not None and recorded.step == 3
     for name, norm in recorded.updates.items():
