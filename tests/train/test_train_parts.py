@@ -370,7 +370,11 @@ def failing_save(context: RankContext, root: str, config: RunConfig, what: str, 
     """A save of which a part fails in one rank: what each is told, and what is left on the disk. `beside`: written while steps go on."""
     mesh = ParallelMesh.build(tp=1, ep=1)
     saver = Saver(Path(root), config=config, mesh=mesh, order=lambda samples: {"order": "it", "samples": samples})
-    engine = SimpleNamespace(state_pieces=lambda: iter(()), applied_steps=1)
+    weight = torch.zeros(1)
+    model, optimizer = SimpleNamespace(embedding=SimpleNamespace(weight=weight)), torch.optim.SGD([weight])
+    engine = SimpleNamespace(
+        state_pieces=lambda: iter(()), state_names=[], kinds=(), applied_steps=1, mesh=mesh, model=model, optimizer=optimizer
+    )
     saver.save(engine, step=3, best_val_loss=None, last=True)
     part = getattr(store, what)
 
@@ -388,6 +392,7 @@ def failing_save(context: RankContext, root: str, config: RunConfig, what: str, 
                 saver.poll()
         except RunError as error:
             on_first(mesh.world, lambda: None)  # all are still together
+            assert not optimizer._optimizer_step_pre_hooks, "nothing waits for the fingerprint any more"
             return str(error), sorted(path.name for path in Path(root).iterdir())
     return "saved", []
 
