@@ -18,6 +18,7 @@ from megagate.parallel.mesh import Axis
 from megagate.train.agree import everywhere
 from megagate.train.background import Task
 from megagate.train.certify import side_stream
+from megagate.train.folder import other_step
 
 
 class Taking(NamedTuple):
@@ -100,7 +101,7 @@ def hold(engine: Engine, checkpoint: Checkpoint, others: Iterable[Piece], *, nam
             *(checkpoint.folder.name, FINGERPRINT),
         )
         return False
-    here = take(engine, others, names=names, background=False).result(world)
+    here = everywhere(world, lambda: take(engine, others, names=names, background=False)).result(world)
     # What this version of PyTorch could not take over, such as another generator's state, has no piece here.
     wrong = differing({name: one for name, one in there.items() if name in here or not name.startswith("rng/")}, here)
     if not wrong:
@@ -116,6 +117,6 @@ def hold(engine: Engine, checkpoint: Checkpoint, others: Iterable[Piece], *, nam
         logger.warning("%s; going on all the same, as checkpoint.on_mismatch is continue", told)
         return False
     raise CheckpointError(
-        f"{told}; so it was damaged between that memory and this one: resume from another step with train.resume in another "
-        "train.output_dir, or go on from this one with --checkpoint.on_mismatch continue"
+        f"{told}; so it was damaged between that memory and this one: resume from another step "
+        f"({other_step(checkpoint.folder, checkpoint.step)}), or go on from this one with --checkpoint.on_mismatch continue"
     )

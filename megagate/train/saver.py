@@ -138,7 +138,7 @@ class Saver:
     def abandon(self, *, seconds: float = LEAVE_S) -> None:
         """Before this rank ends by a bug of its own: let its threads come to their end, so long at most. Uses no collective."""
         deadline = time.monotonic() + seconds
-        for task in (*([self._flight.task] if self._flight else []), *self._certifier.tasks):
+        for task in (*([self._flight.task, self._flight.fingerprint.task] if self._flight else []), *self._certifier.tasks):
             task.wait(max(0.0, deadline - time.monotonic()))
 
     def stall(self) -> dict[str, float]:

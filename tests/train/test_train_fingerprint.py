@@ -11,8 +11,8 @@ from unittest.mock import patch
 import pytest
 import ranks
 import torch
-from certified import RUN, SAVED, Change, resume, write
-from parity.engines import Layout, Run
+from certified import RUN, SAVED, Change, resume, saver_of, step, write
+from parity.engines import Layout, Run, build_engine
 from test_train_certificate import (
     DP2_EP2,
     EXPERTS,
@@ -33,6 +33,7 @@ from megagate.checkpoint.fingerprint import digits, piece_sum
 from megagate.checkpoint.store import Checkpoint, Piece
 from megagate.engine import base
 from megagate.errors import CheckpointError
+from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
 from megagate.train import fingerprints
 
@@ -146,6 +147,17 @@ def test_the_optimizer_of_one_process_waits_too(tmp_path: Path) -> None:
         write(tmp_path, run=BIASED)
     assert fingerprint_of(tmp_path) == of_all_elements(tmp_path)
     assert why(tmp_path, run=BIASED) == ""
+
+
+def test_a_rank_that_ends_by_a_bug_lets_it_come_to_its_end(tmp_path: Path) -> None:
+    engine = build_engine(RUN, Layout(), ParallelMesh.single())
+    saver = saver_of(engine, tmp_path)
+    step(engine, saver, 1)
+    with patch.object(fingerprints, "sums", late_sums):
+        saver.save(engine, step=1, best_val_loss=None)
+        assert saver._flight is not None and not saver._flight.fingerprint.task.done
+        saver.abandon()
+        assert saver._flight.fingerprint.task.done
 
 
 def test_a_save_at_a_signal_is_held_to_it_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
