@@ -93,7 +93,7 @@ def test_damage_in_the_copy_is_named(tmp_path: Path, damage: Change, run: Run) -
     assert refused(why(tmp_path, run=run), *DAMAGE[damage])
 
 
-@pytest.mark.parametrize(("run", "layout"), [(RUN, TP2_EP4), (BF16, DP2_EP2), (BF16, ZERO_3)], ids=str)
+@pytest.mark.parametrize(("run", "layout"), [(RUN, TP2_EP4), (BF16, DP2_EP2), (BF16, ZERO_3)], ids=["fp32", "bf16", "bf16-zero3"])
 def test_at_another_layout_as_well(tmp_path: Path, run: Run, layout: Layout) -> None:
     """In bf16 the step itself shows neither."""
     for damage in (keep_a_moment_stale, swap_moments_of_two_experts):
