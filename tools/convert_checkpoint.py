@@ -162,7 +162,9 @@ def _from_hf(options: argparse.Namespace) -> int:
 
 
 def _tell_adopted(done: "Adopted") -> None:
+    from megagate.checkpoint.hf.imported import has_tokenizer
     from megagate.config.count import count_parameters
+    from megagate.data.tokenizer import TOKENIZER_NAME
 
     origin = "written by to-hf" if done.exported else "not written by to-hf, so that training settings have their defaults"
     parameters = count_parameters(done.config.model).total
@@ -175,19 +177,21 @@ def _tell_adopted(done: "Adopted") -> None:
         print(f"NOT EXACT: norms are stored as w - 1, and w was rounded by up to {done.rounding:.1e} in fp32")
     if done.below_half and done.exported:
         print(f"{done.below_half:,} norm weights are below 1/2: rounded by up to {2**-25:.1e} when an fp32 file took them as w - 1")
+    if done.narrow and done.exported:
+        most = f"by up to {done.narrow:.1e}"
+        print(f"norms are stored as w - 1 in 16 bits: w was rounded {most} if another tool saved them so; to-hf does so where it is exact")
+    if has_tokenizer(done.source):
+        print(f"prepare data to train on with its tokenizer: --tokenizer {shlex.quote(str(done.source / TOKENIZER_NAME))}")
     print("the checkpoint has no moments and no place in the data: training begins at step 0 with a new optimizer")
 
 
 def _compare_adopted(done: "Adopted") -> bool:
     """Print what was compared; returns whether all is equal."""
-    from megagate.checkpoint.hf.adopt import check_adopted
     from megagate.checkpoint.hf.verify import verify_adopted
     from megagate.errors import MegagateError
 
     try:
-        count = check_adopted(done)
-        print(f"verified: {count:,} tensors, made again of the checkpoint, are those of {done.source} bit by bit")
-        found = verify_adopted(done.source, done.folder)  # what it makes of the directory, and what transformers computes with that
+        found = verify_adopted(done.source, done.folder)
     except MegagateError as error:
         print(f"NOT VERIFIED: {error}", file=sys.stderr)
         return False

@@ -3,8 +3,9 @@
 What it holds of a model is its weights, not an optimizer's moments; `config.yaml` beside it is the run to go on with.
 """
 
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,28 @@ def require_free(output: Path, *, name: str) -> None:
         name: Of the argument, for the message.
 
     Raises:
-        ConfigError: It is a file, or holds something.
+        ConfigError: It is a file, holds something, or cannot be the name of a folder.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    try:
+        taken = os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir()))
+        output.stat()
+    except (FileNotFoundError, NotADirectoryError):  # a part of it is missing; making it says the rest
+        taken = os.path.lexists(output)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{name} ({str(output)!r:.80}) cannot be used as a folder ({reason}); choose another") from error
+    if taken:
         raise ConfigError(f"{name} ({output}) must be a new or an empty folder, and it exists; choose another, or remove it")
 
 
-def require_outside(output: Path, run: Path, *, name: str) -> None:
-    """Refuse an output that lies in what is read, the run or directory `run`.
+def require_outside(output: Path, source: Path, *, name: str, what: str = "run") -> None:
+    """Refuse an output that lies in `source`, which is read, a `what`.
 
     Raises:
         ConfigError: It does.
     """
-    if output.resolve().is_relative_to(run.resolve()):
-        raise ConfigError(f"{name} ({output}) must not lie in the run that is read ({run}); choose a folder outside")
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{name} ({output}) must not lie in the {what} that is read ({source}); choose a folder outside")
 
 
 def require_root(output: Path, *, name: str) -> None:
@@ -56,7 +65,7 @@ def require_root(output: Path, *, name: str) -> None:
 
 @contextmanager
 def all_or_nothing(output: Path, *, name: str, source: Path) -> Iterator[None]:
-    """Fill the free folder `output` in the block; when that fails, all in it goes, and the folder too if it is new.
+    """Fill the free folder `output` in the block; when that fails, all in it goes, and so does every folder that had to be made.
 
     Args:
         output: The folder, after `require_free`.
@@ -66,11 +75,11 @@ def all_or_nothing(output: Path, *, name: str, source: Path) -> Iterator[None]:
     Raises:
         RunError: A file cannot be written or read.
     """
-    made_here = not output.exists()
+    made_here = [folder for folder in (output, *output.parents) if not os.path.lexists(folder)]
     try:
         yield
     except BaseException as error:
-        _clear(output, remove=made_here)
+        _clear(output, made_here)
         if isinstance(error, OSError):
             raise RunError(
                 f"{name} ({output}) cannot be written, or {source} not be read ({error.strerror}); nothing was left there: "
@@ -102,13 +111,13 @@ def write_checkpoint(
     return publish(output, step, world_size=ranks, metadata=given)
 
 
-def _clear(output: Path, *, remove: bool) -> None:
-    """Give up: the folder was empty, so all in it is ours."""
+def _clear(output: Path, made_here: Iterable[Path]) -> None:
+    """Give up: the folder was empty, so all in it is ours; of the folders that were made, innermost first, those that are empty go."""
     for path in output.iterdir() if output.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    if remove:
+    for folder in made_here:
         with suppress(OSError):
-            output.rmdir()
+            folder.rmdir()

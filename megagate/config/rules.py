@@ -33,7 +33,7 @@ SAME_RUN_KEYS = (
 """Keys (those with a last dot: whole groups) that may change when a run is resumed: where the work is done, and what is written
 down of it. Every other key decides which numbers the run computes, so that a change makes it another run."""
 
-_BASE_HINT = "give a base config first, e.g. --config examples/configs/tiny.yaml, or set {key}"
+BASE_HINT = "give a base config first, e.g. --config examples/configs/tiny.yaml, or set {key}"
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _size_rules(model: ModelConfig) -> Iterator[str]:
     for key, what_for in needed.items():
         # A negative width of an FFN has been reported by its range.
         if values[key] == 0 or (values[key] < 0 and key not in RANGES):
-            yield f"{key} ({values[key]}) must be at least 1{what_for}; {_BASE_HINT.format(key=key)}"
+            yield f"{key} ({values[key]}) must be at least 1{what_for}; {BASE_HINT.format(key=key)}"
 
 
 def _schedule_rules(config: RunConfig) -> Iterator[str]:

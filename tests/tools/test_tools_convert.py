@@ -22,6 +22,7 @@ from megagate.config.count import parameter_shapes
 from megagate.config.keys import to_dict
 from megagate.config.model import GateConfig, ModelConfig
 from megagate.config.run import DataConfig, PrecisionConfig, RunConfig, TrainConfig
+from megagate.data.tokenizer import Tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 STEP = 7
@@ -209,6 +210,29 @@ def test_nobody_reads_what_it_says(tmp_path: Path) -> None:
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, "") and (out / "config.json").exists()
+
+
+def test_there_and_back_keeps_the_tokenizer_and_the_type(
+    main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, back = tmp_path / "first", tmp_path / "back"
+    assert main("to-hf", checkpoint(tmp_path / "run", replace(MOE, vocab_size=300), dtype="bf16"), first, "--no-verify") == 0
+    Tokenizer.train(["a text to learn from, and another text"], vocab_size=270).save(first / "tokenizer.json")
+    capsys.readouterr()
+    assert main("from-hf", first, tmp_path / "native", "--no-verify") == 0
+    said = capsys.readouterr().out
+    assert f"prepare data to train on with its tokenizer: --tokenizer {first}/tokenizer.json\n" in said
+    assert "norms are stored as w - 1 in 16 bits" in said and "when an fp32 file took them" in said, "some are kept in fp32"
+    assert main("to-hf", tmp_path / "native", back, "--no-verify") == 0
+    said = capsys.readouterr().out
+    assert " tensors in bf16\n" in said and f"tokenizer: {first}/tokenizer.json\n" in said
+    for name in ("tokenizer.json", "model.safetensors"):
+        assert (back / name).read_bytes() == (first / name).read_bytes()
+    first.rename(tmp_path / "away")
+    assert main("to-hf", tmp_path / "native", tmp_path / "other", "--no-verify") == 2
+    assert f"{first}, from which this checkpoint was adopted" in (error := capsys.readouterr().err) and "is gone; --tokenizer PATH" in error
+    assert main("to-hf", tmp_path / "native", tmp_path / "other", "--no-verify", "--tokenizer", "none", "--dtype", "fp32") == 0
+    assert " tensors in fp32\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [["--help"], ["to-hf", "--help"], ["from-hf", "--help"]], ids=" ".join)

@@ -4,6 +4,7 @@ Rows of the mapping stream from the mapped files of the directory to those of th
 never copied; of what does, about `_COMPUTED_BYTES` are held for each file that is written.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +20,12 @@ from megagate import __version__
 from megagate.checkpoint.box import Box
 from megagate.checkpoint.hf.adopt_config import Described, describe
 from megagate.checkpoint.hf.adopt_files import Weights
-from megagate.checkpoint.hf.ops import Expert, LessOne, Same, Scaled
+from megagate.checkpoint.hf.imported import IMPORTED_DTYPE, IMPORTED_FROM
+from megagate.checkpoint.hf.ops import Expert, LessOne
 from megagate.checkpoint.hf.table import Layout, Region, Row, mapping
 from megagate.checkpoint.rewrite import all_or_nothing, require_free, require_outside, require_root, write_checkpoint
 from megagate.checkpoint.saved_model import native_shapes
-from megagate.checkpoint.store import Checkpoint, Piece, write_rank
+from megagate.checkpoint.store import Piece, write_rank
 from megagate.config.model import ModelConfig
 from megagate.config.run import RunConfig, TrainConfig
 from megagate.errors import CheckpointError, RunError
@@ -60,7 +62,8 @@ class Adopted:
         dtypes: Their types, sorted.
         left_out: Tensors that were not taken, since others say the same.
         rounding: The largest rounding of a norm's weight, 1 + w in fp32.
-        below_half: Norm weights below 1/2 that were stored as w - 1, and so rounded by up to 2^-25 when that was done.
+        below_half: Norm weights below 1/2 that were stored as w - 1 in fp32, and so rounded by up to 2^-25 when that was done.
+        narrow: By how much, at most, norm weights were rounded that were stored as w - 1 in 16 bits, if that was done to them there.
     """
 
     source: Path
@@ -73,6 +76,7 @@ class Adopted:
     left_out: tuple[str, ...]
     rounding: float
     below_half: int
+    narrow: float
 
 
 def adopt(source: Path, output: Path) -> Adopted:
@@ -86,7 +90,7 @@ def adopt(source: Path, output: Path) -> Adopted:
     name = "OUT"
     opened = open_directory(source)
     require_free(output, name=name)
-    require_outside(output, source, name=name)
+    require_outside(output, source, name=name, what="directory")
     require_root(output, name=name)
     model = opened.described.model
     config = RunConfig(model=model, train=_training(opened.described))
@@ -95,7 +99,8 @@ def adopt(source: Path, output: Path) -> Adopted:
         "micro_step_samples": None,
         "best_val_loss": None,
         "megagate": __version__,
-        "imported_from": str(source),
+        IMPORTED_FROM: str(source.absolute()),
+        IMPORTED_DTYPE: _dtype_of(opened),
     }
     writer = _Writer(opened)
     with all_or_nothing(output, name=name, source=source):
@@ -112,26 +117,8 @@ def adopt(source: Path, output: Path) -> Adopted:
         left_out=opened.left_out,
         rounding=writer.rounding,
         below_half=writer.below_half,
+        narrow=writer.narrow,
     )
-
-
-def check_adopted(adopted: Adopted) -> int:
-    """Make their tensors of ours again and compare them with the directory's, bit by bit; norms stored as w - 1 to their rounding.
-
-    Returns:
-        The number of tensors that were compared.
-
-    Raises:
-        CheckpointError: One differs, or a file of the checkpoint is damaged.
-    """
-    opened = open_directory(adopted.source)
-    with Checkpoint.open(adopted.folder) as checkpoint:
-        checkpoint.verify()
-        for cut in (cut for row in opened.rows for cut in _cuts(row)):
-            ours = [_read(checkpoint, region) for region in cut.row.native]
-            for name, made in zip(cut.row.theirs, cut.row.op.to_hf(ours), strict=True):
-                _require_same(opened.weights, name, made, cut, ours)
-    return len({name for row in opened.rows for name in row.theirs})
 
 
 class Opened(NamedTuple):
@@ -150,16 +137,10 @@ class Opened(NamedTuple):
     left_out: tuple[str, ...]
 
 
-class _Cut(NamedTuple):
-    """A row of the mapping, or as much of it as is taken at a time.
-
-    Args:
-        row: Its regions are those of this part.
-        rows: The rows of their one tensor; None for all of theirs.
-    """
-
-    row: Row
-    rows: slice | None = None
+def _dtype_of(opened: Opened) -> str:
+    """The narrowest type in which an export loses nothing of the matrices."""
+    dtypes = {held.dtype for held in opened.weights.held.values() if held.dtype.is_floating_point and len(held.shape) > 1}
+    return "bf16" if dtypes == {torch.bfloat16} else "fp32"
 
 
 def _training(described: Described) -> TrainConfig:
@@ -174,13 +155,15 @@ def open_directory(source: Path) -> Opened:
     Raises:
         CheckpointError: As `adopt`.
     """
-    if not source.is_dir():
-        state = "is a file" if source.exists() else "does not exist"
-        raise CheckpointError(f"{source} {state}; give the directory of a Hugging Face model, with config.json and .safetensors files")
+    if not os.path.isdir(source):  # unlike Path's own, takes any name
+        state = "is a file" if os.path.exists(source) else "does not exist"
+        raise CheckpointError(f"{source!s:.300} {state}; give the directory of a Hugging Face model: config.json and .safetensors files")
     described = describe(source)
-    weights = Weights.open(source).renamed(_OTHER_NAMES.get(described.source, {}))
-    _require_enough(weights, described.model)
-    rows = mapping(described.model, described.source, keep_padding=described.keep_padding)
+    model = described.model
+    experts = (model.moe.num_experts, model.moe.ffn_size, model.hidden_size) if model.is_moe else None
+    weights = Weights.open(source, experts=experts).renamed(_OTHER_NAMES.get(described.source, {}))
+    _require_enough(weights, model)
+    rows = mapping(model, described.source, keep_padding=described.keep_padding)
     if described.empty_shared_expert:
         rows = [row for row in rows if row.native or not row.theirs]
     left_out = tuple(_left_out(weights, described))
@@ -190,11 +173,15 @@ def open_directory(source: Path) -> Opened:
 
 def _require_enough(weights: Weights, model: ModelConfig) -> None:
     """Refuse a config that asks for far more than there is, before every layer and expert of it is gone through."""
-    needed = model.num_layers + model.num_moe_layers * model.moe.num_experts
+    switch = model.attention.switch
+    heads = len(switch.switched) * switch.num_experts
+    needed = model.num_layers * (1 + heads) + model.num_moe_layers * model.moe.num_experts
     if needed > len(weights.held):
+        switched = f", and {heads} switched projections in each" if heads else ""
         raise CheckpointError(
             f"{weights.directory}: by its config.json the model has {model.num_layers} layers, {model.num_moe_layers} of them of "
-            f"{model.moe.num_experts} experts, and there are {len(weights.held)} tensors; get the directory anew, with its own config.json"
+            f"{model.moe.num_experts} experts{switched}, and there are {len(weights.held)} tensors; get the directory anew, with its own "
+            "config.json"
         )
 
 
@@ -233,31 +220,27 @@ def _require_fits(weights: Weights, rows: list[Row], described: Described, left_
         )
 
 
-def _cuts(row: Row) -> Iterator[_Cut]:
-    """A row in parts that fit into memory, or into no memory at all."""
+def _cuts(row: Row) -> Iterator[tuple[Row, slice]]:
+    """A row in parts that fit into memory, or into no memory at all, each with the rows of their one tensor that it is."""
     if isinstance(row.op, Expert) and len(row.theirs) > 1:
         ((name, box),) = row.native
         stack, height = box.offset[0], box.shape[1] // len(row.theirs)
         for index, theirs in enumerate(row.theirs):
             part = Box((stack, index * height, 0), (1, height, box.shape[2]))
-            yield _Cut(Row((Region(name, part),), (theirs,), Expert(1)))
-    elif isinstance(row.op, Same | Scaled | LessOne) and row.native[0].box.volume * 4 > _BLOCK_BYTES:
-        ((name, (offset, shape)),) = row.native
-        step = max(1, _BLOCK_BYTES // 4 * shape[0] // row.native[0].box.volume)
-        for begin in range(0, shape[0], step):
-            end = min(begin + step, shape[0])
-            part = Box((offset[0] + begin, *offset[1:]), (end - begin, *shape[1:]))
-            yield _Cut(Row((Region(name, part),), row.theirs, row.op), slice(begin, end))
+            yield Row((Region(name, part),), (theirs,), Expert(1)), slice(None)
     else:
-        yield _Cut(row)
+        yield from row.parts(_BLOCK_BYTES // 4)
 
 
-def _theirs(weights: Weights, name: str, cut: _Cut, dtype: torch.dtype) -> Tensor:
-    """Their tensor, or the part of it, in the type of ours, exactly; a view of the file where it has that type."""
-    tensor = weights.tensor(name) if cut.rows is None else weights.tensor(name)[cut.rows]
+def _theirs(weights: Weights, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Some rows of their tensor in the type of ours, exactly; a view of the file where it has that type."""
+    tensor = weights.tensor(name)[rows]
     converted = tensor.to(dtype)
     if not dtype.is_floating_point and not torch.equal(converted.to(tensor.dtype), tensor):
         raise CheckpointError(f"{weights.where(name)} must be whole numbers, and is not; the file is damaged, export it again")
+    # The extremes alone need no memory, and are not finite where any element is not.
+    if tensor.numel() and dtype.is_floating_point and not all(one.isfinite() for one in tensor.aminmax()):
+        raise CheckpointError(f"{weights.where(name)} holds numbers that are not finite, from which nothing can be trained; get it anew")
     return converted
 
 
@@ -276,7 +259,7 @@ class _Writer:
     def __init__(self, opened: Opened) -> None:
         self._weights, self._rows = opened.weights, opened.rows
         self._shapes = native_shapes(opened.described.model)
-        self.rounding, self.below_half = 0.0, 0
+        self.rounding, self.below_half, self.narrow = 0.0, 0, 0.0
 
     def write(self, staging: Path) -> int:
         """Write all tensors as the parts of some ranks; returns how many.
@@ -307,8 +290,8 @@ class _Writer:
     def _files(self) -> Iterator[list[Piece]]:
         pieces: list[Piece] = []
         computed = held = 0
-        for cut in (cut for row in self._rows for cut in _cuts(row)):
-            for piece, is_view in self._pieces(cut):
+        for part, rows in (cut for row in self._rows for cut in _cuts(row)):
+            for piece, is_view in self._pieces(part, rows):
                 pieces.append(piece)
                 computed += 0 if is_view else piece.tensor.nbytes
                 held += piece.tensor.nbytes
@@ -318,14 +301,14 @@ class _Writer:
         if pieces:
             yield pieces
 
-    def _pieces(self, cut: _Cut) -> Iterator[tuple[Piece, bool]]:
+    def _pieces(self, row: Row, rows: slice) -> Iterator[tuple[Piece, bool]]:
         """Our pieces of one part, each with whether it takes no memory of its own."""
-        row, dtype = cut.row, _native_dtype(cut.row)
-        theirs = [_theirs(self._weights, name, cut, dtype) for name in row.theirs]
+        dtype = _native_dtype(row)
+        theirs = [_theirs(self._weights, name, rows, dtype) for name in row.theirs]
         where = self._weights.where(row.theirs[0]) if row.theirs else ""
         made = row.op.from_hf(theirs, where=where)
         if isinstance(row.op, LessOne):
-            self._follow(theirs[0], made[0])
+            self._follow(theirs[0], made[0], self._weights.held[row.theirs[0]].dtype)
         mapped = {tensor.untyped_storage().data_ptr() for tensor in theirs} if all(map(self._is_native, row.theirs)) else set()
         for region, tensor in zip(row.native, made, strict=True):
             piece = Piece(region.name, self._shapes[region.name], region.box.offset, tensor)
@@ -334,29 +317,12 @@ class _Writer:
     def _is_native(self, name: str) -> bool:
         return self._weights.held[name].dtype in (torch.float32, torch.int32)
 
-    def _follow(self, stored: Tensor, weight: Tensor) -> None:
-        """Remember what rounding does to 1 + w."""
-        error = (stored.double() + 1 - weight.double()).abs().max().item() if weight.numel() else 0.0
-        self.rounding = max(self.rounding, error)
-        self.below_half += int((weight < 0.5).sum())
-
-
-def _read(checkpoint: Checkpoint, region: Region) -> Tensor:
-    out = torch.empty(region.box.shape, dtype=checkpoint.stored(region.name).dtype)
-    checkpoint.read(region.name, region.box.offset, out)
-    return out
-
-
-def _require_same(weights: Weights, name: str, made: Tensor, cut: _Cut, ours: list[Tensor]) -> None:
-    """A tensor made of ours is the directory's."""
-    theirs = _theirs(weights, name, cut, _native_dtype(cut.row))
-    if isinstance(cut.row.op, LessOne):
-        error = (theirs.double() + 1 - ours[0].double()).abs()
-        same = bool((error <= torch.finfo(torch.float32).eps / 2 * ours[0].double().abs().clamp(min=1)).all())
-    else:
-        same = torch.equal(made.contiguous().view(torch.int32), theirs.contiguous().view(torch.int32))
-    if not same:
-        raise CheckpointError(
-            f"{weights.where(name)} is not what the checkpoint gives back: the conversion is wrong, or one of them was changed meanwhile; "
-            "convert again, and report it if it stays so"
-        )
+    def _follow(self, stored: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+        """Remember what rounding does to 1 + w, and what it may have done to w - 1 in the file, of type `dtype`."""
+        if not weight.numel():
+            return
+        self.rounding = max(self.rounding, (stored.double() + 1 - weight.double()).abs().max().item())
+        if dtype == torch.float32:
+            self.below_half += int((weight < 0.5).sum())
+        else:  # half a unit in the last place is at most eps / 2 of the number
+            self.narrow = max(self.narrow, stored.abs().max().item() * torch.finfo(dtype).eps / 2)

@@ -4,6 +4,7 @@ Our own exports say their model exactly, under the key `megagate`. Of others, ke
 configuration classes; no code of the directory is run. What megagate's model cannot be is refused, with the reason.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from megagate.checkpoint.hf.table import Layout, Target
 from megagate.checkpoint.hf.targets import reasons
 from megagate.config.keys import from_dict
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig, RopeConfig
-from megagate.config.rules import check
+from megagate.config.rules import BASE_HINT, check
 from megagate.config.run import RunConfig
 from megagate.errors import CheckpointError, ConfigError
 
@@ -24,8 +25,11 @@ CONFIG = "config.json"
 _USE_KEYS = ("max_position_embeddings", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 """Keys that say how a model is used, not what it is."""
 
-_MOST_LAYERS, _LARGEST = 1 << 16, (1 << 31) - 1
-"""Beyond these a config is damaged, and to go through its layers, or to allocate its lists, would never end."""
+_MOST, _LARGEST = 1 << 16, (1 << 31) - 1
+"""Of layers or experts, and of any other number; a config of more is damaged, and to go through its layers would never end."""
+_COUNTS = ("num_hidden_layers", "num_layers", "num_experts", "num_local_experts")
+_SHOWN = 200
+"""Characters of a value, in a message."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def describe(directory: Path) -> Described:
     path = directory / CONFIG
     settings = read_json(path)
     for key, value in _whole_numbers(settings):
-        most = _MOST_LAYERS if key in ("num_hidden_layers", "num_layers") else _LARGEST
+        most = _MOST if key in _COUNTS else _LARGEST
         if abs(value) > most:
             raise _refusal(path, key, value, f"it may be {most} at most", "get the directory anew")
     kind, positions = settings.get("model_type"), settings.get("max_position_embeddings")
@@ -75,7 +79,9 @@ def describe(directory: Path) -> Described:
     try:
         check(RunConfig(model=described.model), world_size=1)
     except (ConfigError, TypeError) as error:  # the latter of a text where a number belongs, which not every class of theirs refuses
-        raise CheckpointError(f"{path} describes a model that megagate does not train: {error}; get the directory anew") from error
+        hint = BASE_HINT.partition("{key}")[0]  # for who writes a config; this one was read
+        reason = re.sub(rf"; {re.escape(hint)}\S+", "", str(error))
+        raise CheckpointError(f"{path} describes a model that megagate does not train: {reason}; get the directory anew") from error
     return Described(**{**vars(described), "max_positions": positions if isinstance(positions, int) and positions > 0 else 0})
 
 
@@ -89,7 +95,12 @@ def _whole_numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _refusal(path: Path, key: str, value: object, why: str, remedy: str = "such a model cannot be adopted") -> CheckpointError:
-    return CheckpointError(f"{path}: {key} is {value}, and {why}; {remedy}")
+    return CheckpointError(f"{path}: {key} is {_short(value)}, and {why}; {remedy}")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _source(path: Path, kind: object) -> Target:
@@ -125,7 +136,7 @@ def _exported(path: Path, settings: Mapping[str, Any], source: Target) -> Descri
     for key, value in expected.items():
         # What is absent was dropped by another tool's rewriting; it says nothing against the model.
         if key not in _USE_KEYS and key in settings and not _agrees(settings[key], value):
-            why = f"by megagate.model it is {value}: the file contradicts itself"
+            why = f"by megagate.model it is {_short(value)}: the file contradicts itself"
             raise _refusal(path, key, settings[key], why, "export it again, or undo the change")
     return Described(model, source, keep_padding=keep_padding, exported=True)
 
@@ -268,12 +279,12 @@ def _released_gate(config: _Config) -> GateConfig | None:
 def _mixture(config: _Config) -> MoEConfig:
     """The experts; dense layers only before the first mixture."""
     layers, experts = config["num_hidden_layers"], config["num_experts"] or 0
-    sparse_step, only_dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
+    sparse_step, only_dense = config["decoder_sparse_step"], frozenset(config["mlp_only_layers"] or ())
     dense = [layer for layer in range(layers) if layer in only_dense or not experts or (layer + 1) % sparse_step]
     if len(dense) == layers:
         return MoEConfig()
     if dense != list(range(len(dense))):
-        told = f"decoder_sparse_step ({sparse_step}) and mlp_only_layers ({only_dense}) make layers {_short(dense)} dense"
+        told = f"decoder_sparse_step ({sparse_step}) and mlp_only_layers ({_short(sorted(only_dense))}) make layers {_first(dense)} dense"
         raise CheckpointError(f"{config.path}: {told}, and megagate has dense layers before the first mixture only; it cannot be adopted")
     shared = config["shared_expert_intermediate_size"] or 0
     return MoEConfig(
@@ -287,7 +298,7 @@ def _mixture(config: _Config) -> MoEConfig:
     )
 
 
-def _short(layers: list[int]) -> str:
+def _first(layers: list[int]) -> str:
     return ", ".join(map(str, layers[:4])) + (", ..." if len(layers) > 4 else "")
 
 

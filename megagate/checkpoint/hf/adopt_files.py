@@ -5,6 +5,8 @@ Nothing is unpickled and no code of the directory is run.
 
 import json
 import mmap
+import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from megagate.checkpoint.box import Shape
 from megagate.checkpoint.index import DTYPE_NAMES
-from megagate.checkpoint.safefile import LENGTH_BYTES
+from megagate.checkpoint.safefile import decode_header
 from megagate.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -25,6 +27,14 @@ INDEX = "model.safetensors.index.json"
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _AGAIN = "download or export it again"
 _OPEN_FILES = 16
+_MOST_JSON, _MOST_INDEX = 4 << 20, 100_000_000
+"""Bytes of a config, and of the index: a hundred times what the largest models have."""
+_MOST_MATRICES = 1 << 20
+"""Of experts that are read from stacks; a header and a file with holes in it may name any number, and each takes memory here."""
+_DEEPEST = 64
+"""Nesting of JSON; more is refused before anything goes down into it."""
+STACKS: Mapping[str, tuple[str, ...]] = MappingProxyType({"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)})
+"""What classes of mixtures keep as one stack [E, ...] in memory, and the matrices of each expert that it is made of."""
 
 
 class Held(NamedTuple):
@@ -59,11 +69,17 @@ class Weights:
         self._files: OrderedDict[str, mmap.mmap] = OrderedDict()
 
     @classmethod
-    def open(cls, directory: Path) -> "Weights":
+    def open(cls, directory: Path, *, experts: Shape | None = None) -> "Weights":
         """Read the headers of all files, and check them and the index.
 
+        Args:
+            directory: The directory.
+            experts: Of a mixture, (experts E, width f, hidden size h): its fused stacks [E, 2 f, h] and [E, h, f] are read as the matrices
+                of each expert. Without it a stack is one tensor.
+
         Raises:
-            CheckpointError: There are no safetensors files, one is missing, truncated or damaged, or holds what another holds too.
+            CheckpointError: There are no safetensors files, one is missing, truncated or damaged, or holds what another holds too; a stack
+                has another shape.
         """
         named = _named_files(directory)
         held: dict[str, Held] = {}
@@ -76,7 +92,12 @@ class Weights:
                 held[tensor.key] = tensor
         if named is not None:
             _require_index(directory, named, held)
-        return cls(directory, {name: part for key, tensor in held.items() for name, part in _unfused(key, tensor)})
+        if experts is not None:
+            matrices = experts[0] * sum(len(STACKS[part]) for part in (key.rpartition(".experts.")[2] for key in held) if part in STACKS)
+            if matrices > _MOST_MATRICES:
+                raise CheckpointError(f"{directory}: its stacks hold {matrices:,} matrices, and {_MOST_MATRICES:,} are the most; {_AGAIN}")
+            held = {name: part for key, tensor in held.items() for name, part in _unfused(directory, key, tensor, experts)}
+        return cls(directory, held)
 
     def renamed(self, other_names: Mapping[str, str]) -> "Weights":
         """The same with parts of names replaced, where no tensor has the new name already."""
@@ -111,41 +132,60 @@ class Weights:
         return self._files[name]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+def read_json(path: Path, *, most: int = _MOST_JSON) -> dict[str, Any]:
+    """The JSON object in `path`, of at most `most` bytes.
 
     Raises:
-        CheckpointError: It is missing, unreadable, not JSON, or no object.
+        CheckpointError: It is missing, unreadable, no file, too large, not JSON, or no object.
     """
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device never ends
+            raise CheckpointError(f"{path} must be a file, and is none; give the directory of a Hugging Face model")
+        if found.st_size > most:
+            raise CheckpointError(f"{path} has {found.st_size:,} bytes, and may have {most:,} at most: it is damaged; {_AGAIN}")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); give the directory of a Hugging Face model") from error
+    except RecursionError as error:
+        raise CheckpointError(_too_deep(path)) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must be a JSON object, and is a {type(content).__name__}; {_AGAIN}")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        values = (value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer))
+        level = [value for value in values if isinstance(value, dict | list)]
+    if level:
+        raise CheckpointError(_too_deep(path))
     return content
+
+
+def _too_deep(path: Path) -> str:
+    return f"{path} is nested deeper than {_DEEPEST} levels, as no such file is: it is damaged; {_AGAIN}"
 
 
 def _named_files(directory: Path) -> Mapping[str, str] | None:
     """The file of each tensor by the index; None where one file holds all."""
-    single, index = (directory / SINGLE).is_file(), directory / INDEX
-    if single and index.is_file():
+    # os.path's, unlike Path's own, takes any name, and says no where the system refuses it.
+    single, index = os.path.isfile(directory / SINGLE), directory / INDEX
+    if single and os.path.isfile(index):
         raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}, so which weights are meant is not clear; remove one")
     if single:
         return None
-    if not index.is_file():
+    if not os.path.isfile(index):
         raise CheckpointError(_without_weights(directory))
-    named = read_json(index).get("weight_map")
+    named = read_json(index, most=_MOST_INDEX).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
         raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files; {_AGAIN}")
-    for name, file in named.items():
-        if Path(file).name != file:
-            raise CheckpointError(f"{index}: the file of {name}, {file!r}, must be the name of a file beside the index; {_AGAIN}")
-        if not (directory / file).is_file():
-            count = sum(other == file for other in named.values())
-            raise CheckpointError(f"{directory / file} is missing, and {INDEX} names it for {count} tensors, {name} among them; {_AGAIN}")
+    first = {file: name for name, file in reversed(named.items())}
+    for file, name in first.items():
+        if Path(file).name != file or "\0" in file:
+            raise CheckpointError(f"{index}: the file of {name}, {file!r:.80}, must be the name of a file beside the index; {_AGAIN}")
+        if not os.path.isfile(directory / file):
+            count, place = sum(other == file for other in named.values()), f"{directory / file!s:.300}"
+            raise CheckpointError(f"{place} is missing, and {INDEX} names it for {count} tensors, {name} among them; {_AGAIN}")
     return named
 
 
@@ -162,41 +202,25 @@ def _without_weights(directory: Path) -> str:
 
 def _read_header(path: Path) -> Iterator[Held]:
     """The tensors of one file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if size < LENGTH_BYTES or length > size - LENGTH_BYTES:
-            raise CheckpointError(f"{path}: it is of {size} bytes, and its header alone takes {length}: damaged or truncated; {_AGAIN}")
-        try:
-            header = json.loads(file.read(length))
-            items = [(key, _DTYPES.get(item["dtype"]), item) for key, item in header.items() if key != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path}: its header is damaged ({error!r}); {_AGAIN}") from error
-    start, filled = LENGTH_BYTES + length, 0
-    for key, dtype, item in items:
+    try:
+        with path.open("rb") as file:
+            # An empty file cannot be mapped.
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); mend that, or {_AGAIN}") from error
+    start, found = decode_header(content, path, remedy=_AGAIN)
+    for key, entry in found.items():
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype == torch.float64:
+            raise CheckpointError(
+                f"{path}: {key} is of the type F64, and weights must be F32, BF16 or F16; save them in fp32 first, for masters have no more"
+            )
         if dtype is None or not dtype.is_floating_point and not _is_state(key) or dtype.itemsize not in (2, 4):
             raise CheckpointError(
-                f"{path}: {key} is of the type {item['dtype']}, and weights must be F32, BF16 or F16: quantised checkpoints are not "
+                f"{path}: {key} is of the type {entry.dtype}, and weights must be F32, BF16 or F16: quantised checkpoints are not "
                 "trained on; give the unquantised one"
             )
-        shape, (begin, end) = _place(path, key, item)
-        if end - begin != prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{path}: {key} of the shape {list(shape)} has {end - begin} bytes: its header is damaged; {_AGAIN}")
-        if start + end > size:
-            raise CheckpointError(f"{path}: {key} ends at byte {start + end}, and the file has {size}: it is truncated; {_AGAIN}")
-        filled += end - begin
-        yield Held(path.name, key, dtype, shape, start + begin)
-    if filled != size - start:
-        raise CheckpointError(f"{path}: its tensors take {filled} bytes of {size - start}: it is damaged; {_AGAIN}")
-
-
-def _place(path: Path, key: str, item: dict[str, Any]) -> tuple[Shape, tuple[int, int]]:
-    """The shape and the range of bytes, after a check that they are numbers."""
-    shape, offsets = item.get("shape"), item.get("data_offsets")
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 else [None]
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise CheckpointError(f"{path}: the header's entry of {key} is damaged ({str(item)[:80]}); {_AGAIN}")
-    return tuple(shape), (offsets[0], offsets[1])
+        yield Held(path.name, key, dtype, entry.shape, start + entry.begin)
 
 
 def _is_state(key: str) -> bool:
@@ -212,16 +236,26 @@ def _require_index(directory: Path, named: Mapping[str, str], held: Mapping[str,
         raise CheckpointError(f"{directory}: {len(flaws)} tensors are not where its index says: {'; '.join(sorted(flaws)[:3])}; {_AGAIN}")
 
 
-def _unfused(key: str, tensor: Held) -> Iterator[tuple[str, Held]]:
-    """Each expert's matrices of a fused stack: gate and up [E, 2 f, h], down [E, h, f]; anything else is itself."""
+def _unfused(directory: Path, key: str, tensor: Held, experts: Shape) -> Iterator[tuple[str, Held]]:
+    """Each expert's matrices of a fused stack: gate and up [E, 2 f, h], down [E, h, f]; anything else is itself.
+
+    Raises:
+        CheckpointError: The stack has another shape; what it would be cut into is then neither these experts' nor of any certain number.
+    """
     place, _, part = key.rpartition(".experts.")
-    if not place or part not in ("gate_up_proj", "down_proj") or len(tensor.shape) != 3:
+    if not place or part not in STACKS:
         yield key, tensor
         return
-    experts, rows, columns = tensor.shape
-    names = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
-    shape = (rows // len(names), columns)
+    count, width, hidden = experts
+    expected = (count, 2 * width, hidden) if part == "gate_up_proj" else (count, hidden, width)
+    if tensor.shape != expected:
+        raise CheckpointError(
+            f"{directory / tensor.file}: {key} has the shape {list(tensor.shape)}, and by config.json the experts are {list(expected)}; "
+            "get the directory anew, with its own config.json"
+        )
+    names = STACKS[part]
+    shape = (expected[1] // len(names), expected[2])
     size = prod(shape) * tensor.dtype.itemsize
-    for index in range(experts * len(names)):
+    for index in range(count * len(names)):
         expert, name = index // len(names), names[index % len(names)]
         yield f"{place}.experts.{expert}.{name}.weight", tensor._replace(shape=shape, begin=tensor.begin + index * size)

@@ -18,6 +18,7 @@ import torch
 from megagate.checkpoint.durable import create, write_all
 from megagate.checkpoint.folders import ROOT_NAME, run_around
 from megagate.checkpoint.hf.hf_config import CODE_PATTERN, Use, generation_config, hf_config
+from megagate.checkpoint.hf.imported import imported_dtype, imported_tokenizer
 from megagate.checkpoint.hf.ops import LeftOut
 from megagate.checkpoint.hf.shards import INDEX_NAME, Planned, by_file, forward, index_file, plan, write_shard
 from megagate.checkpoint.hf.source import FILES, Source
@@ -113,8 +114,9 @@ def export(
         run = run_around(checkpoint.folder)
         _require_free(output, run if (run / ROOT_NAME).is_dir() else checkpoint.folder)  # a step alone may lie anywhere
         target = select(config.model, format, installed=installed_transformers())
-        kind = _dtype(dtype, config)
+        kind = _dtype(dtype or imported_dtype(checkpoint.metadata), config)
         length = max_positions or config.train.seq_len
+        tokenizer = tokenizer or imported_tokenizer(checkpoint.metadata)
         words = tokenizer_files(tokenizer, config, run, max_length=length)
         use = Use(length, {"fp32": "float32", "bf16": "bfloat16"}[kind], words.eos_id, words.pad_id, keep_padding)
         rows = _sound_mapping(config, target, keep_padding=keep_padding)

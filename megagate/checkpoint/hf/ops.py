@@ -151,7 +151,8 @@ class Zeros:
     exact = True
 
     def to_hf(self, native: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.zeros(shape) for shape in self.shapes]
+        # Of one number each: a config may ask for any size, and is refused by the shapes alone.
+        return [torch.zeros(1).expand(shape) for shape in self.shapes]
 
     def from_hf(self, theirs: Sequence[Tensor], *, where: str) -> list[Tensor]:
         if any(tensor.count_nonzero() for tensor in theirs):
@@ -174,4 +175,4 @@ class LeftOut:
 
 
 ELEMENTWISE = (Same, Scaled, LessOne)
-"""Ops of one tensor whose every element depends on the same one: a part of the one gives that part of the other."""
+"""Ops of one tensor whose every element depends on the same one: a part of the one gives that part of the other (`table.Row.parts`)."""

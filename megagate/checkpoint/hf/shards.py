@@ -5,17 +5,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megagate.checkpoint.box import Box, Shape
+from megagate.checkpoint.box import Shape
 from megagate.checkpoint.durable import create, write_all
 from megagate.checkpoint.hf.ops import ELEMENTWISE
 from megagate.checkpoint.hf.source import Source
-from megagate.checkpoint.hf.table import Region, Row
+from megagate.checkpoint.hf.table import Row
 from megagate.checkpoint.safefile import Entry, encode_header, write_tensor
 from megagate.errors import ConfigError
 
@@ -128,20 +128,10 @@ class _Made:
     def blocks(self, one: Planned) -> Iterator[Tensor]:
         """The elements of a tensor in row-major order."""
         if isinstance(one.row.op, ELEMENTWISE) and one.shape:
-            for part in _parts(one.row):
+            for part, _ in one.row.parts(_BLOCK // 4):
                 yield forward(part, self._source, self._dtype)[0].to(one.dtype)
             return
         if self._row is not one.row:
             self._tensors = []  # before the next are made
             self._row, self._tensors = one.row, forward(one.row, self._source, self._dtype)
         yield self._tensors[one.index].to(one.dtype)
-
-
-def _parts(row: Row) -> Iterator[Row]:
-    """The row cut into blocks along the first dim of its one tensor."""
-    (region,) = row.native
-    (start, *offset), (size, *shape) = region.box
-    rows = max(1, _BLOCK // max(1, 4 * torch.Size(shape).numel()))
-    for first in range(0, size, rows):
-        box = Box((start + first, *offset), (min(rows, size - first), *shape))
-        yield replace(row, native=(Region(region.name, box),))

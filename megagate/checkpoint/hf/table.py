@@ -7,14 +7,14 @@ exactly one row.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
 
 from megagate.checkpoint.box import Box, Shape, find_flaw
-from megagate.checkpoint.hf.ops import Expert, GroupedQueryAndGate, LeftOut, LessOne, Op, QueryAndGate, Same, Scaled, Zeros
+from megagate.checkpoint.hf.ops import ELEMENTWISE, Expert, GroupedQueryAndGate, LeftOut, LessOne, Op, QueryAndGate, Same, Scaled, Zeros
 from megagate.checkpoint.saved_model import native_shapes
 from megagate.config.model import ModelConfig
 
@@ -53,6 +53,22 @@ class Row:
         """The shape of each of their tensors."""
         made = self.op.to_hf([torch.empty(region.box.shape, device="meta") for region in self.native])
         return {name: tuple(tensor.shape) for name, tensor in zip(self.theirs, made, strict=True)}
+
+    def parts(self, elements: int) -> Iterator[tuple["Row", slice]]:
+        """The row cut along the first dim of its one tensor into parts of about `elements` elements, where its op allows that.
+
+        Yields:
+            A part, and the rows of their tensor that it is; all of them for a row that is left whole.
+        """
+        if not isinstance(self.op, ELEMENTWISE) or self.native[0].box.volume <= elements:
+            yield self, slice(None)
+            return
+        ((name, (offset, shape)),) = self.native
+        step = max(1, elements * shape[0] // self.native[0].box.volume)
+        for begin in range(0, shape[0], step):
+            end = min(begin + step, shape[0])
+            part = Box((offset[0] + begin, *offset[1:]), (end - begin, *shape[1:]))
+            yield replace(self, native=(Region(name, part),)), slice(begin, end)
 
 
 @dataclass(frozen=True)

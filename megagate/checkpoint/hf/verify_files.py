@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from megagate.checkpoint.box import Shape
-from megagate.checkpoint.hf.adopt_files import Weights
+from megagate.checkpoint.hf.adopt_files import STACKS, Weights
 from megagate.checkpoint.hf.table import Row
 from megagate.checkpoint.saved_model import native_shapes
 from megagate.config.model import ModelConfig
-
-STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""What classes of mixtures keep as one stack [E, ...] in memory, and the matrices of each expert in the file that it is made of."""
 
 
 class FolderTensors:

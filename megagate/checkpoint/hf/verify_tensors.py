@@ -3,15 +3,13 @@
 Streamed: a few rows, or one expert, are in memory at a time.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
-from megagate.checkpoint.box import Box
-from megagate.checkpoint.hf.ops import LessOne, Same, Scaled
 from megagate.checkpoint.hf.table import Region, Row
 from megagate.checkpoint.hf.verify_files import FolderTensors
 from megagate.checkpoint.store import Checkpoint
@@ -93,6 +91,12 @@ def compare_adopted(rows: list[Row], checkpoint: Checkpoint, tensors: FolderTens
         checkpoint: That was made.
         tensors: Of the folder.
         left_out: Those that say nothing more.
+
+    Returns:
+        What was found; its count is of the folder's tensors.
+
+    Raises:
+        CheckpointError: A piece of the checkpoint does not have the digest that was recorded.
     """
     if flaws := compare_names(rows, tensors, left_out=left_out):
         return Compared(0, tuple(flaws), loadable=False)
@@ -105,7 +109,8 @@ def compare_adopted(rows: list[Row], checkpoint: Checkpoint, tensors: FolderTens
     def found(row: Row, part: slice) -> dict[str, Tensor]:
         return {_named(region, row): _read(checkpoint, region) for region in row.native}
 
-    return _compare(rows, _Pair(found, expected))
+    checkpoint.verify()
+    return replace(_compare(rows, _Pair(found, expected)), tensors=len({name for row in rows for name in row.theirs}))
 
 
 def _named(region: Region, row: Row) -> str:
@@ -150,7 +155,7 @@ def _compare(rows: list[Row], pair: _Pair) -> Compared:
 def _differing(row: Row, pair: _Pair) -> tuple[Iterable[str], int]:
     """The tensors of a row that are not equal, and how many tensors there are."""
     differing, names = dict[str, None](), set()
-    for part_of_row, part in _parts(row):
+    for part_of_row, part in row.parts(CHUNK_ELEMENTS):
         found, expected = pair.found(part_of_row, part), pair.expected(part_of_row, part)
         labels = {name: name if part == slice(None) else _whole_name(name, row) for name in expected}
         names |= set(labels.values())
@@ -161,19 +166,6 @@ def _differing(row: Row, pair: _Pair) -> tuple[Iterable[str], int]:
 def _whole_name(name: str, row: Row) -> str:
     """Of a part of a row's tensor: the name without the place."""
     return name if name in row.theirs else _named(row.native[0], row)
-
-
-def _parts(row: Row) -> Iterator[tuple[Row, slice]]:
-    """A row in parts that are small, where its op works element by element, and the rows of theirs that each is about."""
-    whole = row.native[0].box if len(row.native) == 1 else None
-    if whole is None or len(row.theirs) != 1 or not isinstance(row.op, (Same, Scaled, LessOne)) or whole.volume <= CHUNK_ELEMENTS:
-        yield row, slice(None)
-        return
-    step = max(1, CHUNK_ELEMENTS // (whole.volume // whole.shape[0]))
-    for first in range(0, whole.shape[0], step):
-        size = min(step, whole.shape[0] - first)
-        box = Box((whole.offset[0] + first, *whole.offset[1:]), (size, *whole.shape[1:]))
-        yield replace(row, native=(Region(row.native[0].name, box),)), slice(first, first + size)
 
 
 def _same_bits(found: Tensor, expected: Tensor) -> bool:
@@ -215,7 +207,7 @@ def _explained(wrong: dict[str, Row], pair: _Pair) -> list[str]:
 def _examined(name: str, row: Row, pair: _Pair) -> _Report:
     """Read a tensor again, in parts."""
     digests, differing, elements, first = (blake3(), blake3()), 0, 0, ""
-    for part_of_row, part in _parts(row):
+    for part_of_row, part in row.parts(CHUNK_ELEMENTS):
         is_, should = (
             next(tensor for key, tensor in source(part_of_row, part).items() if name in (key, _whole_name(key, row)))
             for source in (pair.found, pair.expected)

@@ -8,11 +8,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megagate.checkpoint.hf.adopt import Adopted, open_directory
 from megagate.checkpoint.hf.hf_config import Use, hf_config
 from megagate.checkpoint.hf.table import Target, mapping
+from megagate.checkpoint.hf.verify_files import FolderTensors
+from megagate.checkpoint.hf.verify_tensors import compare_adopted
 from megagate.checkpoint.saved_model import native_shapes
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.model import ModelConfig
+from megagate.errors import CheckpointError
 
 USE = Use(max_positions=64)
 
@@ -63,6 +67,21 @@ def export_of(folder: Path, model: ModelConfig, target: Target, state: dict[str,
     """What to-hf writes of a state, but for the tokenizer and the code."""
     use = Use(max_positions=USE.max_positions, keep_padding=keep_padding)
     return write_directory(folder, hf_config(model, target, use), theirs_of(model, target, state, keep_padding=keep_padding))
+
+
+def require_verified(done: Adopted) -> int:
+    """What an adoption wrote is what it read, bit by bit; returns how many tensors of the directory that is. No model is run.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    opened = open_directory(done.source)
+    with Checkpoint.open(done.folder) as checkpoint:
+        tensors = FolderTensors(done.source, opened.weights)
+        found = compare_adopted(opened.rows, checkpoint, tensors, left_out=opened.left_out)
+    if found.flaws:
+        raise CheckpointError("; ".join(found.flaws))
+    return found.tensors
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ from typing import get_args
 
 import pytest
 import torch
-from hf_dirs import USE, differing, export_of, near, random_state, tensors_of, theirs_of, write_directory
+from hf_dirs import USE, differing, export_of, near, random_state, require_verified, tensors_of, theirs_of, write_directory
 from parity.variants import DENSE, MOE, VARIANTS, with_gate, with_moe
 
-from megagate.checkpoint.hf.adopt import Adopted, adopt, check_adopted
+from megagate.checkpoint.hf.adopt import Adopted, adopt
 from megagate.checkpoint.hf.hf_config import hf_config
 from megagate.checkpoint.hf.table import Target
 from megagate.checkpoint.hf.targets import REMOTE, reasons
@@ -42,7 +42,7 @@ def round_trip(folder: Path, model: ModelConfig, target: Target) -> Adopted:
     else:
         assert not different
         assert (done.below_half, done.rounding) == (0, 0.0)
-    assert check_adopted(done)
+    assert require_verified(done)
     return done
 
 
@@ -92,7 +92,7 @@ def test_half_precision_is_widened_exactly(tmp_path: Path, dtype: torch.dtype) -
     assert done.dtypes == (str(dtype).removeprefix("torch."),)
     expected = {name: tensor.to(dtype).float() for name, tensor in state.items()}
     assert not differing(tensors_of(tmp_path / "out"), expected)
-    assert check_adopted(done) == len(theirs)
+    assert require_verified(done) == len(theirs)
 
 
 def test_shards_and_fused_experts_are_the_same_model(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_shards_and_fused_experts_are_the_same_model(tmp_path: Path) -> None:
     expected = None
     for kind in ("one", "many", "fused"):
         done = adopt(tmp_path / kind, tmp_path / f"out-{kind}")
-        assert check_adopted(done)
+        assert require_verified(done)
         found = tensors_of(tmp_path / f"out-{kind}")
         expected = expected or found
         assert not differing(found, expected)
@@ -141,5 +141,5 @@ def test_what_was_changed_meanwhile_is_found(tmp_path: Path) -> None:
         other[f"master/{name}"].view(-1)[-1] += change
         folder = tmp_path / name
         export_of(folder, MOE, "qwen3_next", other)
-        with pytest.raises(Exception, match="is not what the checkpoint gives back"):
-            check_adopted(replace(done, source=folder))
+        with pytest.raises(Exception, match="is not what it should be"):
+            require_verified(replace(done, source=folder))

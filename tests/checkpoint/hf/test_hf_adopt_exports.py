@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_dirs import USE, differing, near, random_state, tensors_of
+from hf_dirs import USE, differing, near, random_state, require_verified, tensors_of
 from hf_exports import run_config, save
 from parity.variants import DENSE, MOE, with_moe
 from safetensors.torch import save_file
 
 import megagate
-from megagate.checkpoint.hf.adopt import adopt, check_adopted
+from megagate.checkpoint.hf.adopt import adopt
 from megagate.checkpoint.hf.export import export
 from megagate.checkpoint.hf.hf_config import hf_config
 from megagate.checkpoint.hf.table import mapping
@@ -41,7 +41,7 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
     assert ("shards" in name or "bias" in name) == (len(list((tmp_path / "hf").glob("*.safetensors"))) > 1)
     done = adopt(tmp_path / "hf", tmp_path / "out")
     assert done.config.model == model and done.exported
-    assert check_adopted(done)
+    assert require_verified(done)
     found = tensors_of(tmp_path / "out")
     assert near(found, state, differing(found, state))
 
@@ -90,7 +90,7 @@ def tell_growth(folder: str) -> None:
 
     before, watcher = own_memory(), threading.Thread(target=watch)
     watcher.start()
-    check_adopted(adopt(Path(folder) / "hf", Path(folder) / "out"))
+    require_verified(adopt(Path(folder) / "hf", Path(folder) / "out"))
     ended.set()
     watcher.join()
     sys.stdout.write(str(peak - before))

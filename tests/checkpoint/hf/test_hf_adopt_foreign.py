@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hf_dirs import write_directory
+from hf_dirs import require_verified, write_directory
 from hf_released import SIZES, TOKENS, released, released_logits
 from parity.sharded import BACKEND
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megagate.checkpoint.hf.adopt import Adopted, adopt, check_adopted
+from megagate.checkpoint.hf.adopt import Adopted, adopt
 from megagate.checkpoint.hf.verify import verify_adopted
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.keys import from_dict
@@ -91,7 +91,7 @@ STOCK: dict[str, dict[str, Any]] = {
 def test_a_stock_model_computes_the_same(tmp_path: Path, name: str) -> None:
     folder, expected = stock(tmp_path / "hf", name.split()[0], **STOCK[name])
     done = adopt(folder, tmp_path / "out")
-    assert check_adopted(done)
+    assert require_verified(done)
     assert not done.exported
     assert (logits_of(tmp_path / "out") - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -125,7 +125,7 @@ def test_a_released_model_computes_the_same(tmp_path: Path, kind: str, qk_norm: 
     assert done.config.model.attention.gate.position == ("none" if kind == "baseline" else "G1")
     expected = released_logits(weights, kind, qk_norm=qk_norm)
     assert (logits_of(tmp_path / "out") - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert check_adopted(done) == len(weights)
+    assert require_verified(done) == len(weights)
 
 
 def test_a_released_model_in_bf16(tmp_path: Path) -> None:

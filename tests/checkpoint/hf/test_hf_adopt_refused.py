@@ -217,20 +217,22 @@ def test_files_that_are_damaged(tmp_path: Path) -> None:
         text = json.dumps(other).encode()
         return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
-    entry = "lm_head.weight"
+    entry, keys, values = "lm_head.weight", f"{FIRST}.self_attn.k_proj.weight", f"{FIRST}.self_attn.v_proj.weight"
     for damaged, told in (
-        (content[:-1], "it is truncated"),
-        (content[:20], "damaged or truncated"),
-        (b"", "damaged or truncated"),
-        (b"\xff" * 8 + content[8:], "damaged or truncated"),
+        (content[:-1], "its tensors have"),
+        (content[:20], "its header is damaged"),
+        (b"", "its header is damaged"),
+        (b"\xff" * 8 + content[8:], "its header is damaged"),
         (content[:8] + b"x" + content[9:], "its header is damaged"),
-        (content + b"\0", "it is damaged"),
+        (content + b"\0", "its tensors have"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "its header is damaged"),
         (with_header(lambda other: other[entry].pop("dtype")), "its header is damaged"),
         (with_header(lambda other: other[entry].update(dtype="F5")), "lm_head.weight is of the type F5"),
-        (with_header(lambda other: other[entry].update(shape=[3, 3])), "lm_head.weight of the shape [3, 3] has 32000 bytes"),
-        (with_header(lambda other: other[entry].update(shape="x")), "the header's entry of lm_head.weight is damaged"),
-        (with_header(lambda other: other[entry].update(data_offsets=[-4, 4])), "the header's entry of lm_head.weight is damaged"),
-        (with_header(lambda other: other.update(more=other[entry])), "its tensors take"),
+        (with_header(lambda other: other[entry].update(shape=[3, 3])), "a tensor of shape (3, 3) and F32 takes 36 bytes, not 32000"),
+        (with_header(lambda other: other[entry].update(shape="x")), "must be whole numbers"),
+        (with_header(lambda other: other[entry].update(data_offsets=[-4, 4])), "must be whole numbers"),
+        (with_header(lambda other: other.update(more=other[entry])), "what stands before it ends at"),
+        (with_header(lambda other: other[keys].update(data_offsets=other[values]["data_offsets"])), "what stands before it ends at"),
     ):
         path.write_bytes(damaged)
         message = refused(source, out)
@@ -291,7 +293,7 @@ def test_outputs_that_cannot_be_taken(tmp_path: Path) -> None:
     for output, told in (
         (tmp_path / "full", "must be a new or an empty folder, and it exists"),
         (source, "must be a new or an empty folder, and it exists"),
-        (source / "new", "must not lie in"),
+        (source / "new", f"must not lie in the directory that is read ({source})"),
         (tmp_path / "step-00000003", "step-* names one of them"),
     ):
         message = refused(source, output, ConfigError)
