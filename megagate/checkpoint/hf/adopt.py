@@ -28,7 +28,7 @@ from megagate.checkpoint.saved_model import native_shapes
 from megagate.checkpoint.store import Piece, write_rank
 from megagate.config.model import ModelConfig
 from megagate.config.run import RunConfig, TrainConfig
-from megagate.errors import CheckpointError, RunError
+from megagate.errors import CheckpointError
 
 _COMPUTED_BYTES = 128 << 20
 _FILE_BYTES = 512 << 20
@@ -269,22 +269,14 @@ class _Writer:
         """
         ranks = 0
         writing: deque[Future[None]] = deque()
-        try:
-            with ThreadPoolExecutor(_WRITERS) as pool:
-                for pieces in self._files():
-                    if len(writing) == _WRITERS:
-                        writing[0].result()
-                        writing.popleft()
-                    writing.append(pool.submit(write_rank, staging, ranks, pieces))
-                    ranks += 1
-                while writing:
-                    writing[0].result()
-                    writing.popleft()
-        except FileNotFoundError as error:
-            for other in writing:  # which failed first, and took the folder away with its file; its error says why
-                if isinstance(cause := other.exception(), RunError):
-                    raise cause from error
-            raise
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            for pieces in self._files():
+                if len(writing) == _WRITERS:
+                    writing.popleft().result()
+                writing.append(pool.submit(write_rank, staging, ranks, pieces))
+                ranks += 1
+            while writing:
+                writing.popleft().result()
         return ranks
 
     def _files(self) -> Iterator[list[Piece]]:

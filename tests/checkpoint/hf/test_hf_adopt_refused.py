@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from hf_dirs import USE, export_of, random_state, theirs_of, write_directory
 from parity.variants import DENSE, MOE, with_gate, with_moe
 from torch import Tensor
 
-from megagate.checkpoint import store
 from megagate.checkpoint.hf.adopt import adopt
 from megagate.checkpoint.hf.hf_config import hf_config
 from megagate.checkpoint.hf.table import Target
@@ -321,28 +319,6 @@ def test_without_space_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for writes in (0, 1, 2, 5, 20, 60):
         left = writes
         assert "no space" in refused(source, tmp_path / "out", RunError)
-
-
-def test_the_first_of_two_writers_to_fail_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the folder away; the other, which begins then, is asked first."""
-    source, failed = export_of(tmp_path / "hf", MOE, "qwen3_next", random_state(MOE)), threading.Event()
-
-    def full(descriptor: int, data: memoryview) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def write_second_first(staging: Path, rank: int, pieces: list[store.Piece]) -> None:
-        if rank == 0:
-            assert failed.wait(30)
-        try:
-            store.write_rank(staging, rank, pieces)
-        finally:
-            failed.set()
-
-    monkeypatch.setattr("megagate.checkpoint.hf.adopt._FILE_BYTES", 10_000)
-    monkeypatch.setattr("megagate.checkpoint.hf.adopt.write_rank", write_second_first)
-    monkeypatch.setattr(os, "write", full)
-    message = refused(source, tmp_path / "out", RunError)
-    assert "rank-00001.safetensors: no space" in message
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
