@@ -20,13 +20,14 @@ from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import ParallelMesh
 
 LARGE = gated(
-    replace(DENSE, vocab_size=4000, hidden_size=256, num_layers=8, ffn_size=0, moe=MoEConfig(num_experts=32, top_k=4, ffn_size=256)),
+    replace(DENSE, vocab_size=4000, hidden_size=256, num_layers=4, ffn_size=0, moe=MoEConfig(num_experts=64, top_k=4, ffn_size=512)),
     ELEMENTWISE,
 )
-"""50 M parameters: 0.2 GB in fp32, 26 MB of it in each block."""
+"""100 M parameters: 0.4 GB in fp32, 101 MB of it in each block. Stacks of 32 MiB or more are given back by malloc at once, smaller ones
+may not be."""
 SMALL = replace(LARGE, num_layers=1, hidden_size=32)
-BLOCK = 26 << 20
-WHOLE = 8 * BLOCK
+BLOCK = 101 << 20
+WHOLE = 4 * BLOCK
 
 
 def own_memory() -> int:
