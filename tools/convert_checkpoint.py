@@ -66,7 +66,7 @@ def _add_to_hf(commands: argparse._SubParsersAction) -> None:
     )
     to_hf.add_argument("--keep-padding", action="store_true", help="keep the rows that pad the vocabulary to a multiple of 128")
     to_hf.add_argument("--max-position-embeddings", type=positive, metavar="N", help="(default: the run's train.seq_len)")
-    to_hf.add_argument("--no-verify", dest="verify", action="store_false", help="do not load and compare what was written")
+    to_hf.add_argument("--verify", default=True, action=argparse.BooleanOptionalAction, help="load and compare what was written (default)")
     to_hf.set_defaults(run=_to_hf)
 
 
@@ -80,7 +80,7 @@ def _add_from_hf(commands: argparse._SubParsersAction) -> None:
     )
     from_hf.add_argument("folder", type=Path, metavar="DIR", help="with config.json and .safetensors files")
     from_hf.add_argument("output", type=Path, metavar="OUT", help="a new or empty folder of checkpoints")
-    from_hf.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare what was written with the source")
+    from_hf.add_argument("--verify", default=True, action=argparse.BooleanOptionalAction, help="compare what was written (default)")
     from_hf.set_defaults(run=_from_hf)
 
 
@@ -98,7 +98,7 @@ def _to_hf(options: argparse.Namespace) -> int:
         max_positions=options.max_position_embeddings,
     )
     _tell_export(done)
-    passed = not options.verify or _verify_export(done)
+    passed = not options.verify or _verify_export(done, max_positions=options.max_position_embeddings)
     dtype = "torch.float32" if done.wide else "'auto'"
     code = ", trust_remote_code=True" if done.target == "remote-code" else ""
     print(f"load it with: AutoModelForCausalLM.from_pretrained({str(done.folder)!r}, dtype={dtype}{code})" if passed else "do not use it")
@@ -133,13 +133,13 @@ def _most(changes: dict[str, float]) -> str:
     return f"{changes[worst]:.1e} of w ({worst})"
 
 
-def _verify_export(done: "Export") -> bool:
+def _verify_export(done: "Export", *, max_positions: int | None) -> bool:
     """Print what was compared; returns whether all is equal."""
     from megagate.checkpoint.hf.verify import verify_export
     from megagate.errors import MegagateError
 
     try:
-        found = verify_export(done.source, done.folder)
+        found = verify_export(done.source, done.folder, dtype=done.dtype, max_positions=max_positions)
     except MegagateError as error:
         print(f"NOT VERIFIED: {error}", file=sys.stderr)
         return False

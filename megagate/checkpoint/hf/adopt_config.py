@@ -30,6 +30,8 @@ _MOST, _LARGEST = 1 << 16, (1 << 31) - 1
 _COUNTS = ("num_hidden_layers", "num_layers", "num_experts", "num_local_experts")
 _SHOWN = 200
 """Characters of a value, in a message."""
+FOLLOWED = ("configuration_files", "transformers_weights")
+"""Keys by which transformers reads other files in the place of these, which nobody has checked."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def describe(directory: Path) -> Described:
     _require_architecture(path, settings, source)
     if settings.get("quantization_config"):
         raise _refusal(path, "quantization_config", "present", "weights are quantised", "give the unquantised checkpoint")
+    for key in FOLLOWED:
+        if key in settings:
+            raise _refusal(path, key, settings[key], "it leads to other files than those that are checked", "remove the key")
     if REMOTE_MODEL_TYPE in settings:
         described = _exported(path, settings, source)
     elif source == "remote-code":

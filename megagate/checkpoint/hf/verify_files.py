@@ -27,25 +27,25 @@ class FolderTensors:
 
     def __init__(self, folder: Path, weights: Weights | None = None):
         self.folder = folder
-        self._weights = weights or Weights.open(folder)
+        self.weights = weights or Weights.open(folder)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights.held)
+        return iter(self.weights.held)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._weights.held
+        return name in self.weights.held
 
     def shape(self, name: str) -> Shape:
         """Of a tensor."""
-        return self._weights.held[name].shape
+        return self.weights.held[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor."""
-        return self._weights.held[name].dtype
+        return self.weights.held[name].dtype
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Some rows of a tensor."""
-        return self._weights.tensor(name)[rows]
+        return self.weights.tensor(name)[rows]
 
     def read_fp32(self, name: str) -> Tensor:
         """A tensor, floating-point numbers as fp32; of its own memory."""
@@ -53,9 +53,14 @@ class FolderTensors:
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
     @property
+    def files(self) -> set[str]:
+        """Names of the files that hold them."""
+        return {held.file for held in self.weights.held.values()}
+
+    @property
     def elements(self) -> int:
         """Of all tensors."""
-        return sum(prod(held.shape) for held in self._weights.held.values())
+        return sum(prod(held.shape) for held in self.weights.held.values())
 
 
 class Rebuilt:

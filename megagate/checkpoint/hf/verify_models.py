@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from megagate.backend.native import NativeBackend
-from megagate.checkpoint.hf.hf_config import CODE_PATTERN, REMOTE_MODEL_TYPE
+from megagate.checkpoint.hf.hf_config import REMOTE_MODEL_TYPE
 from megagate.checkpoint.hf.table import NAMES, Target
 from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt, without_place
 from megagate.checkpoint.hf.verify_logits import LENGTH, NEW_TOKENS, PROMPT, SEQUENCES, Agreement, agreement, fixed_tokens
-from megagate.checkpoint.hf.verify_stream import give_buffers, streamed_ours, streamed_theirs
+from megagate.checkpoint.hf.verify_room import classes_of, clean_room
+from megagate.checkpoint.hf.verify_stream import give_buffers, streamed_ours, streamed_theirs, wide_logits
 from megagate.config.model import ModelConfig
 from megagate.errors import CheckpointError, MegagateError
 from megagate.model.lm import LanguageModel
@@ -23,8 +24,6 @@ from megagate.parallel.mesh import ParallelMesh
 
 _PART_TOLERANCE = 1e-4
 """Of an attention's or feed-forward's output, as a share of its largest number: beyond it the part is named as the first that differs."""
-_OWN = Path(__file__).parent
-"""Where the code lies that exports bring along."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,9 @@ class Case:
         tensors: Its tensors.
         weights: What they are in our model.
         left_out: Of the tensors, those that say nothing more.
+        config: The content of its `config.json`, as it was checked.
+        experts: How transformers runs experts: None for its default, which users of an export run. Where their model only serves to
+            check ours, `eager` is sturdier: it has no kernels, so no rules of sizes.
     """
 
     folder: Path
@@ -63,6 +65,8 @@ class Case:
     tensors: FolderTensors
     weights: Rebuilt
     left_out: frozenset[str] = frozenset()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    experts: str | None = None
 
     @property
     def remote(self) -> bool:
@@ -75,13 +79,6 @@ class Case:
         return 4 * (2 * self.tensors.elements + 4 * SEQUENCES * LENGTH * self.model.padded_vocab_size)
 
 
-def foreign_code(folder: Path) -> list[str]:
-    """Files of code in the folder that are not, or not as, those that exports bring along; and those that are missing. None is run."""
-    places = ((_OWN, CODE_PATTERN), (folder, "*.py"))
-    ours, theirs = ({path.name: path.read_bytes() for path in sorted(place.glob(pattern))} for place, pattern in places)
-    return sorted({name for name, _ in ours.items() ^ theirs.items()})
-
-
 @torch.no_grad()
 def compare_whole(case: Case) -> Outcome:
     """Both models in memory.
@@ -89,17 +86,16 @@ def compare_whole(case: Case) -> Outcome:
     Raises:
         CheckpointError: Transformers cannot load theirs, or run it; or its tensors cannot be ours.
     """
-    with _quiet():
-        flaws = config_flaws(_config(case), case.model)
+    with _quiet(), clean_room(case.folder, case.config, case.tensors.files) as room:
+        flaws = config_flaws(_config(case, room), case.model)
         with _running_theirs(case, flaws):
-            theirs, said = _load(case)
+            theirs, said = _load(case, room)
         if said:
             return Outcome(None, None, 0, (*said, *flaws))
         ours = _ours(case.model)
         ours.load_state_dict(case.weights.under(""), assign=True)
-        with _running_theirs(case, flaws):
-            logits, found = _compare_logits(case, ours, theirs)
-            greedy, count = compare_greedy(case, ours, theirs)
+        logits, found = _compare_logits(case, ours, theirs, flaws)
+        greedy, count = compare_greedy(case, ours, theirs, flaws)
     if greedy.flaw and logits.flaw is None:
         found.append(f"in a greedy continuation with cache {greedy.flaw}")
     return Outcome(logits, greedy, count, (*flaws, *found))
@@ -112,8 +108,8 @@ def compare_streamed(case: Case) -> Outcome:
     Raises:
         CheckpointError: As `compare_whole`.
     """
-    with _quiet():
-        config = _config(case)
+    with _quiet(), clean_room(case.folder, case.config, case.tensors.files) as room:
+        config = _config(case, room)
         flaws = config_flaws(config, case.model)
         with _running_theirs(case, flaws):
             theirs = _on_meta(case, config)
@@ -123,8 +119,8 @@ def compare_streamed(case: Case) -> Outcome:
             return Outcome(None, None, 0, tuple(flaws))
         ours = _ours(case.model)
         tied = case.model.tie_embeddings
-        with streamed_ours(ours, case.weights), streamed_theirs(theirs, case.target, case.tensors, tied=tied), _running_theirs(case, flaws):
-            logits, found = _compare_logits(case, ours, theirs)
+        with streamed_ours(ours, case.weights), streamed_theirs(theirs, case.target, case.tensors, tied=tied):
+            logits, found = _compare_logits(case, ours, theirs, flaws)
     return Outcome(logits, None, 0, (*flaws, *found))
 
 
@@ -147,7 +143,9 @@ def config_flaws(config: Any, model: ModelConfig) -> list[str]:
         settings = {"rope_theta": attention.rope.base, "partial_rotary_factor": 1.0, "rope_type": "default"}
         flaws += [_contradiction(key, rope[key], value) for key, value in settings.items() if rope.get(key, value) != value]
     entry = getattr(config, REMOTE_MODEL_TYPE, None)
-    return flaws if entry is None else [*flaws, *model_flaws(entry.get("model", {}), model)]
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("model"), Mapping):
+        return flaws  # a damaged one is told where config.json is compared as it stands
+    return [*flaws, *model_flaws(entry["model"], model)]
 
 
 def _attention_flaws(config: Any) -> Iterator[str]:
@@ -191,30 +189,31 @@ def _ours(model: ModelConfig) -> LanguageModel:
     return LanguageModel(model, dtype=torch.float32, backend=backend, mesh=ParallelMesh.single()).eval()
 
 
-def _config(case: Case) -> Any:
+def _config(case: Case, room: Path) -> Any:
     """As transformers reads it."""
-    from transformers import AutoConfig  # noqa: PLC0415  heavy
-
     with _running_theirs(case, []):
-        return AutoConfig.from_pretrained(case.folder, local_files_only=True, trust_remote_code=case.remote)
+        loader, _ = classes_of(case.target)
+        config = loader.from_pretrained(room, local_files_only=True)
+        if case.experts is not None and not case.remote:
+            config._experts_implementation = case.experts
+        return config
 
 
-def _load(case: Case) -> tuple[Any, list[str]]:
+def _load(case: Case, room: Path) -> tuple[Any, list[str]]:
     """Their model in fp32, and what its loading complained of."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415  heavy
-
-    model, info = AutoModelForCausalLM.from_pretrained(
-        case.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=case.remote, output_loading_info=True
+    _, loader = classes_of(case.target)
+    model, info = loader.from_pretrained(
+        room, config=_config(case, room), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     told = {kind: sorted(map(str, set(found) - case.left_out)) for kind, found in info.items()}
     return model.eval(), [f"transformers, loading it, reports {kind}: {names[:3]}" for kind, names in told.items() if names]
 
 
 def _on_meta(case: Case, config: Any) -> Any:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415  heavy
-
+    _, loader = classes_of(case.target)
+    build = loader._from_config if case.remote else loader.from_config
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=case.remote).eval()
+        return build(config, dtype=torch.float32).eval()
 
 
 @contextmanager
@@ -235,14 +234,14 @@ def _running_theirs(case: Case, flaws: list[str]) -> Iterator[None]:
         ) from error
 
 
-def _compare_logits(case: Case, ours: LanguageModel, theirs: nn.Module) -> tuple[Agreement, list[str]]:
+def _compare_logits(case: Case, ours: LanguageModel, theirs: nn.Module, flaws: list[str]) -> tuple[Agreement, list[str]]:
     """On the fixed tokens; where they differ, with the first part that does."""
     tokens = fixed_tokens(case.model.vocab_size)[:, : _window(theirs.config)]
     with watched_gaps(ours) as gaps, _watched(_our_parts(case, ours)) as mine:
         our_logits = ours.logits(tokens)
-    with _watched(_their_parts(case, theirs)) as other:
+    with _running_theirs(case, flaws), _watched(_their_parts(case, theirs)) as other:
         their_logits = theirs(input_ids=tokens, use_cache=False).logits.float()
-    found = agreement(our_logits, their_logits, gaps)
+    found = agreement(our_logits, their_logits, gaps, wide=lambda: wide_logits(case.model, case.weights, tokens))
     if found.flaw is None:
         return found, []
     first = next((name for name in mine if _apart(mine[name], other[name])), None)
@@ -294,7 +293,7 @@ def _watched(parts: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def compare_greedy(case: Case, ours: LanguageModel, theirs: Any) -> tuple[Agreement, int]:
+def compare_greedy(case: Case, ours: LanguageModel, theirs: Any, flaws: list[str]) -> tuple[Agreement, int]:
     """Their greedy continuation with cache, the logits of each step against ours of the whole text without a cache.
 
     Where the logits agree, so do the tokens, but for ties within the error.
@@ -305,16 +304,18 @@ def compare_greedy(case: Case, ours: LanguageModel, theirs: Any) -> tuple[Agreem
     prompt = fixed_tokens(case.model.vocab_size)[:, : min(PROMPT, _window(theirs.config) - new)]
     # No token ends a text here; their own config would stop at the first of them.
     theirs.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
-    made = theirs.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True, output_logits=True, return_dict_in_generate=True
-    )
+    with _running_theirs(case, flaws):
+        made = theirs.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True, output_logits=True, return_dict_in_generate=True
+        )
     steps = torch.stack(made.logits, dim=1).float()  # [b, new, V]
+    text, first = made.sequences[:, :-1], prompt.shape[1] - 1
     with watched_gaps(ours) as gaps:
-        logits = ours.logits(made.sequences[:, :-1])[:, prompt.shape[1] - 1 :]
+        logits = ours.logits(text)[:, first:]
     # A route that flips anywhere in the prompt shows at the first step.
-    last = prompt.shape[1] - 1
-    of_steps = [torch.cat([gap[:, : last + 1].amin(1, keepdim=True), gap[:, last + 1 :]], 1) for gap in gaps]
-    return agreement(logits, steps, of_steps), made.sequences[:, prompt.shape[1] :].numel()
+    of_steps = [torch.cat([gap[:, : first + 1].amin(1, keepdim=True), gap[:, first + 1 :]], 1) for gap in gaps]
+    found = agreement(logits, steps, of_steps, wide=lambda: wide_logits(case.model, case.weights, text)[:, first:])
+    return found, made.sequences[:, prompt.shape[1] :].numel()
 
 
 @contextmanager

@@ -3,18 +3,50 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from megagate.backend.native import NativeBackend
 from megagate.checkpoint.hf.table import NAMES, Target
 from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt, as_theirs
+from megagate.config.model import ModelConfig
 from megagate.model.lm import LanguageModel
+from megagate.parallel.mesh import ParallelMesh
 
 Load = Callable[[], Mapping[str, Tensor]]
 
 
+class _WideBackend(NativeBackend):
+    """Plain PyTorch whose norms and experts are in the dtype of their inputs, also fp64."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * w."""
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+    def grouped_linear(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """Expert by expert: the grouped kernel has no fp64."""
+        made = torch.zeros(x.shape[0], weight.shape[1], dtype=x.dtype)
+        for matrix, first, end in zip(weight, [0, *ends.tolist()], ends.tolist(), strict=False):
+            made[first:end] = F.linear(x[first:end], matrix)
+        return made
+
+
+class _Wide:
+    """Our tensors, in fp64."""
+
+    def __init__(self, weights: Rebuilt):
+        self._weights = weights
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """As of the narrow ones."""
+        found = self._weights.under(prefix)
+        return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+
+
 @contextmanager
-def streamed_ours(model: LanguageModel, weights: Rebuilt) -> Iterator[None]:
+def streamed_ours(model: LanguageModel, weights: Rebuilt | _Wide) -> Iterator[None]:
     """Inside, the model's forward pass reads each part's weights just before it. The model is on the meta device."""
     parts: dict[str, nn.Module] = {"embedding": model.embedding, "final_norm": model.final_norm}
     parts |= {f"layers.{index}": block for index, block in enumerate(model.layers)}
@@ -38,6 +70,16 @@ def streamed_theirs(model: nn.Module, target: Target, tensors: FolderTensors, *,
     loads = {module: lambda m=module, prefix=prefix: as_theirs(tensors, prefix, m.state_dict()) for module, prefix in modules.items()}
     with _streamed(loads):
         yield
+
+
+def wide_logits(config: ModelConfig, weights: Rebuilt, tokens: Tensor) -> Tensor:
+    """Our logits with matrix products, norms' products and attention in fp64, a part of the model in memory at a time.
+
+    What the model does in fp32 whatever its weights are (routers, the gate's score) stays so.
+    """
+    model = LanguageModel(config, dtype=torch.float64, backend=_WideBackend(torch.device("cpu")), mesh=ParallelMesh.single()).eval()
+    with streamed_ours(model, _Wide(weights)):
+        return model.logits(tokens)
 
 
 def give_buffers(model: nn.Module, config: object) -> None:

@@ -230,7 +230,7 @@ def test_a_cache_that_is_used_wrongly_shows_in_the_continuation(tmp_path):
     tensors = FolderTensors(made.folder)
     case = Case(made.folder, DENSE, "qwen3", tensors, Rebuilt(DENSE, mapping(DENSE, "qwen3"), tensors))
     ours = language_model(DENSE).eval()
-    right, count = compare_greedy(case, ours, theirs)
+    right, count = compare_greedy(case, ours, theirs, [])
     assert right.flaw is None and count == SEQUENCES * NEW_TOKENS
 
     def too_early(_: torch.nn.Module, args: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,7 +238,7 @@ def test_a_cache_that_is_used_wrongly_shows_in_the_continuation(tmp_path):
         return states, positions - 1 if positions.shape[1] == 1 else positions
 
     theirs.model.rotary_emb.register_forward_pre_hook(too_early)
-    wrong, _ = compare_greedy(case, ours, theirs)
+    wrong, _ = compare_greedy(case, ours, theirs, [])
     assert wrong.flaw and wrong.at[1] > 0, wrong
 
 
