@@ -141,6 +141,7 @@ def check(config: RunConfig, *, world_size: int) -> None:
         *_data_rules(config),
         *_schedule_rules(config),
         *_zero_rules(config),
+        *_kernel_rules(config),
         *_sharding_rules(config),
         *_world_rules(config, world_size),
     ]
@@ -222,6 +223,20 @@ def _zero_rules(config: RunConfig) -> Iterator[str]:
             "parallel.zero_stage (0) must be at least 1 where precision.dtype is bf16: DeepSpeed's stage 0 keeps no fp32 masters with fp32 "
             "gradient sums; set parallel.zero_stage to 1 or precision.dtype to fp32"
         )
+
+
+def _kernel_rules(config: RunConfig) -> Iterator[str]:
+    """What the kernel of the experts asks of sizes: rows of whole 16 bytes. `auto` may become bf16 on a GPU, and is checked again then."""
+    if not config.model.is_moe:
+        return
+    dtype = "bf16" if config.precision.dtype == "bf16" else "fp32"
+    multiple = {"bf16": 8, "fp32": 4}[dtype]
+    for key, size in (("model.hidden_size", config.model.hidden_size), ("model.moe.ffn_size", config.model.moe.ffn_size)):
+        if size > 0 and size % multiple:
+            yield (
+                f"{key} ({size}) must be a multiple of {multiple} for a mixture in {dtype}: PyTorch's grouped matrix product takes rows of "
+                f"whole 16 bytes; change {key}"
+            )
 
 
 def _sharding_rules(config: RunConfig) -> Iterator[str]:

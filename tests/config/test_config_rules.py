@@ -92,6 +92,17 @@ def test_a_missing_base_config_is_the_hint() -> None:
             2,
             "model.moe.shared_ffn_size (33) must be divisible by parallel.tp (2); lower parallel.tp or change shared_ffn_size",
         ),
+        (
+            {"model.moe.ffn_size": 18},
+            1,
+            "model.moe.ffn_size (18) must be a multiple of 4 for a mixture in fp32: PyTorch's grouped matrix product takes rows of whole",
+        ),
+        ({"model.hidden_size": 30}, 1, "model.hidden_size (30) must be a multiple of 4 for a mixture in fp32"),
+        (
+            {"model.moe.ffn_size": 20, "precision.dtype": "bf16"},
+            1,
+            "model.moe.ffn_size (20) must be a multiple of 8 for a mixture in bf16",
+        ),
         ({"model.moe.top_k": 9}, 1, "model.moe.top_k (9) must be at most model.moe.num_experts (8); lower model.moe.top_k"),
         ({"schedule.warmup_steps": 101}, 1, "schedule.warmup_steps (101) must be at most train.steps (100); lower"),
         ({"schedule.min_lr": 0.5, "optim.lr": 0.1}, 1, "schedule.min_lr (0.5) must be at most optim.lr (0.1); lower"),
@@ -161,6 +172,11 @@ def test_dense_models() -> None:
     assert line.startswith("parallel.zero_stage (0) must be at least 1 where precision.dtype is bf16: DeepSpeed's stage 0 keeps no fp32")
     unused = {"model.moe.top_k": 4, "model.moe.shared_ffn_size": 33, "parallel.tp": 2}
     assert violations(unused, world_size=2, base=DENSE) == [], "the keys of a mixture of experts do not matter to a dense model"
+
+
+def test_sizes_that_the_experts_kernel_takes_are_no_rule_of_others() -> None:
+    assert violations({"model.moe.ffn_size": 20, "model.hidden_size": 36}) == []
+    assert violations({"model.ffn_size": 17, "model.hidden_size": 30}, base=DENSE) == []
 
 
 def test_all_violations_come_at_once() -> None:
