@@ -245,7 +245,8 @@ def _compare_logits(case: Case, ours: LanguageModel, theirs: nn.Module, flaws: l
     if found.flaw is None:
         return found, []
     first = next((name for name in mine if _apart(mine[name], other[name])), None)
-    where = f"the first part whose output differs is {first}" if first else "attention and feed-forwards agree, what follows them does not"
+    agreed = f"each attention and feed-forward agrees to {_PART_TOLERANCE:.0e} of its largest output"
+    where = f"the first part whose output differs is {first}" if first else agreed
     return found, [f"{found.flaw}; {where}"]
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from exports import Config, Exported, Tensors, exported, spoil
 from hf_exports import CASES, DENSE, ELEMENTWISE, HEADWISE, gated, language_model, load_theirs, moe
-from hf_released import released
 from remote_models import ALL_VARIANTS
 from test_hf_adopt_foreign import STOCK, stock
 
@@ -206,23 +205,6 @@ def test_large_tensors_are_compared_in_parts_to_their_end(tmp_path):
         assert flaw.startswith(f"{name} is not") and "1 of 1280000 elements differ, the first at [39990, 3]" in flaw, flaw
 
 
-@pytest.mark.parametrize("change", ["other", "more", "missing"])
-def test_code_that_is_not_ours_is_not_run(change, tmp_path, modules_cache):
-    made = exported(tmp_path, REMOTE["gate position G2"])
-    code, trace = made.folder / "modeling_megagate.py", tmp_path / "was_run"
-    more = f"\nopen({str(trace)!r}, 'w').close()\n"
-    if change == "missing":
-        code.unlink()
-    elif change == "more":
-        (made.folder / "other.py").write_text(more)
-    else:
-        code.write_text(code.read_text() + more)
-    found = verify_export(*made)
-    name = "other.py" if change == "more" else code.name
-    assert len(found.flaws) == 1 and found.flaws[0].startswith(name) and found.logits is None, found.flaws
-    assert found.tensors and not trace.exists()
-
-
 def test_a_cache_that_is_used_wrongly_shows_in_the_continuation(tmp_path):
     """Their model, but each step with the cache sees its token one place too early: logits of whole texts are right."""
     made = exported(tmp_path, DENSE)
@@ -276,13 +258,6 @@ def test_a_tied_projection_that_is_there_twice_is_left_out(tmp_path):
     for memory in (None, LITTLE):
         assert verify_adopted(made.folder, tmp_path / "new", memory=memory).flaws == ()
     assert not verify_export(*made).passed, "an export holds it once"
-
-
-def test_a_released_model_is_compared_without_its_code(tmp_path):
-    folder, weights = released(tmp_path / "hf", "headwise")
-    adopt(folder, tmp_path / "new")
-    found = verify_adopted(folder, tmp_path / "new")
-    assert found.passed and found.tensors == len(weights) and "logits were NOT compared" in "\n".join(found.lines())
 
 
 def test_another_config_is_not_the_checkpoints(tmp_path):
