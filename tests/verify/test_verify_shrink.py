@@ -30,7 +30,7 @@ ODD = {
     "every expert": "nano --model.moe.num_experts 4 --model.moe.top_k 4",
     "one expert": "nano --model.moe.num_experts 1 --model.moe.top_k 1",
     "padded vocabulary": "nano --model.vocab_size 300 --model.tie_embeddings true",
-    "small": "nano --model.num_layers 1 --model.attention.head_dim 4 --model.moe.ffn_size 5 --model.attention.num_kv_heads 4",
+    "small": "nano --model.num_layers 1 --model.attention.head_dim 4 --model.moe.ffn_size 4 --model.attention.num_kv_heads 4",
     "kept": "nano --optim.grad_clip 0 --train.recompute true --precision.dtype bf16 --precision.grad_dtype model --parallel.zero_stage 3",
     "loss": "nano --model.moe.balance_scope sequence --model.moe.balance_coef 0.2 --model.moe.z_loss_coef 0 --model.moe.renormalize false",
     "norms": "nano --model.attention.qk_norm false --model.norm_eps 1e-3 --model.attention.rope.base 500",
