@@ -68,7 +68,7 @@ def describe(directory: Path) -> Described:
         if abs(value) > most:
             raise _refusal(path, key, value, f"it may be {most} at most", "get the directory anew")
     kind, positions = settings.get("model_type"), settings.get("max_position_embeddings")
-    source = _source(path, kind)
+    source = target_of(path, kind)
     _require_architecture(path, settings, source)
     if settings.get("quantization_config"):
         raise _refusal(path, "quantization_config", "present", "weights are quantised", "give the unquantised checkpoint")
@@ -108,10 +108,15 @@ def _short(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _source(path: Path, kind: object) -> Target:
+def target_of(path: Path, kind: object) -> Target:
+    """The class that the config in the file `path` names by its `model_type`.
+
+    Raises:
+        CheckpointError: It is none of those that are known.
+    """
     known: dict[str, Target] = {REMOTE_MODEL_TYPE if target == "remote-code" else target: target for target in ARCHITECTURES}
     if not isinstance(kind, str) or kind not in known:
-        raise _refusal(path, "model_type", kind, f"known are {', '.join(known)}", "only directories of these can be adopted")
+        raise _refusal(path, "model_type", kind, f"known are {', '.join(known)}", "only these can be read and compared")
     return known[kind]
 
 

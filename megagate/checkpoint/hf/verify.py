@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from megagate.checkpoint.hf.adopt import open_directory
+from megagate.checkpoint.hf.adopt_config import CONFIG, target_of
 from megagate.checkpoint.hf.adopt_files import read_json
 from megagate.checkpoint.hf.hf_config import Use, hf_config
 from megagate.checkpoint.hf.table import mapping
@@ -22,7 +23,7 @@ from megagate.checkpoint.hf.verify_logits import Agreement
 from megagate.checkpoint.hf.verify_memory import available_memory
 from megagate.checkpoint.hf.verify_models import Case, Outcome, compare_streamed, compare_whole, model_flaws
 from megagate.checkpoint.hf.verify_released import Regrouped
-from megagate.checkpoint.hf.verify_room import foreign_code, target_of
+from megagate.checkpoint.hf.verify_room import foreign_code
 from megagate.checkpoint.hf.verify_tensors import Compared, compare_adopted, compare_export
 from megagate.checkpoint.saved_model import run_of
 from megagate.checkpoint.store import Checkpoint
@@ -100,8 +101,8 @@ def verify_export(
         run = run_of(opened)
         model = run.model
         try:
-            config = read_json(folder / "config.json")
-            target, kind = target_of(folder, config), dtype or _dtype(folder, config)
+            config = read_json(folder / CONFIG)
+            target, kind = target_of(folder / CONFIG, config.get("model_type")), dtype or _dtype(folder, config)
             if unheld := reasons(model, target):
                 raise CheckpointError(f"{folder}: config.json has model_type {target}, which cannot hold the model: {unheld[0]}")
             tensors, keep_padding = FolderTensors(folder), config.get("vocab_size") == model.padded_vocab_size
@@ -135,7 +136,7 @@ def verify_adopted(source: Path, checkpoint: Path, *, memory: int | None = None)
             opened = open_directory(source)
             if flaws := model_flaws(asdict(opened.described.model), model):
                 return Verification("tensors", 0, flaws=tuple(flaws))
-            tensors, target, config = FolderTensors(source, opened.weights), opened.described.source, read_json(source / "config.json")
+            tensors, target, config = FolderTensors(source, opened.weights), opened.described.source, read_json(source / CONFIG)
             compared = compare_adopted(opened.rows, saved, tensors, left_out=opened.left_out)
         except MegagateError as error:
             return Verification("tensors", 0, flaws=(str(error),))

@@ -12,29 +12,13 @@ from typing import Any
 
 from megagate.checkpoint.hf.adopt_config import FOLLOWED
 from megagate.checkpoint.hf.adopt_files import INDEX, SINGLE
-from megagate.checkpoint.hf.hf_config import ARCHITECTURES, CODE_PATTERN, REMOTE_MODEL_TYPE
+from megagate.checkpoint.hf.hf_config import CODE_PATTERN
 from megagate.checkpoint.hf.table import Target
-from megagate.errors import CheckpointError
 
 _DROPPED = (*FOLLOWED, "auto_map", "quantization_config", "attn_implementation", "experts_implementation")
 """Keys that choose code or files. What begins with an underscore is private to transformers, and may choose kernels of others."""
 _OWN = Path(__file__).parent
 """Where the code lies that exports bring along."""
-
-
-def target_of(folder: Path, config: Mapping[str, Any]) -> Target:
-    """The class that a config names.
-
-    Raises:
-        CheckpointError: It is none of those that are known.
-    """
-    known: dict[str, Target] = {REMOTE_MODEL_TYPE if target == "remote-code" else target: target for target in ARCHITECTURES}
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in known:
-        raise CheckpointError(
-            f"{folder}: config.json has model_type {kind}, and verified can be {', '.join(known)}; compare it by other means"
-        )
-    return known[kind]
 
 
 def foreign_code(folder: Path) -> list[str]:

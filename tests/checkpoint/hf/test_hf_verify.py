@@ -159,7 +159,7 @@ WRONG = {
     linear_layer: ["layer_types linear_attention, and the model full_attention", "self_attn.k_norm.weight"],
     no_head_dim: ["has head_dim 256, and the model 8", "transformers", "cannot load and run it as qwen3_next"],
     other_entry: ["has megagate.model.attention.gate.granularity headwise, and the model elementwise"],
-    of_no_class: ["config.json has model_type llama, and verified can be"],
+    of_no_class: ["config.json: model_type is llama, and known are"],
 }
 
 

@@ -107,7 +107,7 @@ WRONG = {
     "a part of the channels": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25, and to-hf writes no such key"),
     "no megagate": ({"megagate": "x"}, "config.json has megagate x, and to-hf writes {'format': 1"),
     "dtypes": ({"dtype": [1]}, "config.json has dtype [1], an export has float32 or bfloat16"),
-    "classes": ({"model_type": [1]}, "config.json has model_type [1], and verified can be"),
+    "classes": ({"model_type": [1]}, "config.json: model_type is [1], and known are"),
     "another's": ({"model_type": "lfm3"}, "config.json has model_type lfm3, which cannot hold the model"),
     "an id": ({"eos_token_id": 200}, "eos_token_id 200, and the model's tokens are 0 to 199"),
     "an id in one file": ({"eos_token_id": 5}, "generation_config.json has eos_token_id missing, and to-hf writes 5"),
