@@ -207,7 +207,7 @@ class PromisedShard:
         except OSError:
             there = False
         if not there:
-            self._refuse()
+            _open_shard(Path(folder), manifest, entry)  # which says what is wrong
 
     @property
     def prefix(self) -> Path:
@@ -222,13 +222,6 @@ class PromisedShard:
             DataError: The files were changed since, or are of another data set of the same size.
         """
         return _open_shard(Path(self._folder), self._manifest, self._entry).stream
-
-    def _refuse(self) -> None:
-        _open_shard(Path(self._folder), self._manifest, self._entry)  # which says what is wrong, where it is the files' own fault
-        raise DataError(
-            f"{self.prefix}: its files have other sizes than {MANIFEST_NAME} says ({self._entry.bin_bytes} and {self._entry.idx_bytes}"
-            f" bytes of .bin and .idx); the shard is of another data set; {_AGAIN}"
-        )
 
 
 def promised_shards(folder: Path, manifest: Manifest, *, split: SplitName) -> tuple[PromisedShard, ...]:
@@ -275,6 +268,13 @@ def _open_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> Shard:
                 f"{shard.prefix} has {value} {what}, and {MANIFEST_NAME} says {getattr(entry, what)}; the shard is truncated or of another"
                 f" data set; {_AGAIN}"
             )
+    with clean_errors("read", shard.prefix):
+        sizes = bin_path(shard.prefix).stat().st_size, idx_path(shard.prefix).stat().st_size
+    if sizes != (entry.bin_bytes, entry.idx_bytes):
+        raise DataError(
+            f"{shard.prefix}: its files have other sizes than {MANIFEST_NAME} says ({entry.bin_bytes} and {entry.idx_bytes}"
+            f" bytes of .bin and .idx); the shard is of another data set; {_AGAIN}"
+        )
     return shard
 
 
