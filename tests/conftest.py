@@ -6,6 +6,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that a test fails by what was changed and not by chance; `--hypothesis-profile default` draws new ones.
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.load_profile("fixed")
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: ranks share few cores
 
