@@ -29,7 +29,7 @@ class Key:
 
     Args:
         name: The dotted name, as in `optim.lr`.
-        type: `int`, `float`, `str`, `bool` or a `Literal`.
+        type: `int`, `float`, `str`, `bool`, a `Literal`, or a tuple of any number of values of a `Literal`.
         default: The value where no config names one.
         help: The field's line in the docstring of its dataclass.
     """
@@ -40,12 +40,19 @@ class Key:
     help: str
 
     @property
+    def is_list(self) -> bool:
+        """Whether the key takes several values."""
+        return typing.get_origin(self.type) is tuple
+
+    @property
     def choices(self) -> tuple[str, ...]:
-        """The values of a `Literal`; empty for other types."""
-        return typing.get_args(self.type)
+        """The values of a `Literal`, or of a list of them; empty for other types."""
+        return typing.get_args(typing.get_args(self.type)[0] if self.is_list else self.type)
 
     def accepts(self, value: Any) -> bool:
         """Whether `value` is of this type; a whole number is a number, a truth value is none."""
+        if self.is_list:
+            return isinstance(value, (list, tuple)) and all(one in self.choices for one in value) and len(set(value)) == len(value)
         if self.choices:
             return value in self.choices
         kinds = (int, float) if self.type is float else (self.type,)
@@ -78,7 +85,7 @@ def _argument_help(cls: type) -> dict[str, str]:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The config as nested dicts of plain values, complete, in the order of the dataclasses."""
-    return asdict(config)
+    return asdict(config, dict_factory=lambda items: {name: list(value) if isinstance(value, tuple) else value for name, value in items})
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
@@ -115,8 +122,15 @@ def _build(cls: type, leaves: Mapping[str, Any], *, prefix: str) -> Any:
         if is_dataclass(item.type):
             values[item.name] = _build(typing.cast(type, item.type), leaves, prefix=f"{name}.")
         elif name in leaves:
-            values[item.name] = float(leaves[name]) if item.type is float else leaves[name]
+            values[item.name] = _plain(all_keys()[name], leaves[name])
     return cls(**values)
+
+
+def _plain(key: Key, value: Any) -> Any:
+    """An accepted value, in the type of its key."""
+    if key.is_list:
+        return tuple(value)
+    return float(value) if key.type is float else value
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -149,6 +163,8 @@ def wrong_type(key: Key, value: Any, *, where: str = "") -> str:
     if not key.choices:
         return f"{key.name} ({value!r}{place}) must be {_TYPE_RULES[key.type]}"
     listed = ", ".join(key.choices)
+    if key.is_list:
+        return f"{key.name} ({value!r}{place}) must be a list of some of {listed}, each once; write [{', '.join(key.default)}]"
     near = difflib.get_close_matches(str(value), key.choices, n=1, cutoff=_NEAR_ENOUGH)
     remedy = f"did you mean {near[0]}?" if near else f"its default is {key.default}"
     return f"{key.name} ({value!r}{place}) must be one of {listed}; {remedy}"

@@ -99,6 +99,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "schedule.warmup_steps": _AT_LEAST_0,
         "schedule.decay_steps": _AT_LEAST_0,
         "schedule.min_lr": _AT_LEAST_0,
+        "precision.fp8.amax_history": _AT_LEAST_1,
         "parallel.tp": _AT_LEAST_1,
         "parallel.ep": _AT_LEAST_1,
         "checkpoint.every": _AT_LEAST_0,

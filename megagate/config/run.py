@@ -13,6 +13,11 @@ OnNonfinite = Literal["stop", "skip"]
 AttentionSpan = Literal["causal", "document"]
 WandbMode = Literal["disabled", "offline", "online"]
 OnMismatch = Literal["stop", "continue"]
+KernelBackend = Literal["native", "te"]
+NormKernel = Literal["native", "apex"]
+Fp8Recipe = Literal["none", "delayed", "current", "blockwise", "mxfp8"]
+Fp8Part = Literal["embedding", "head", "router", "gate", "first_layers", "last_layers"]
+OptimizerImplementation = Literal["torch", "apex", "te", "deepspeed"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class OptimConfig:
 
     Args:
         name: `adamw`, or `sgd` (tests of layouts: Adam hides errors of scale).
+        implementation: Whose kernel makes the step: PyTorch's (fused), or the FusedAdam of NVIDIA's `apex`, of Transformer Engine (`te`) or of
+            `deepspeed`; those three are for GPUs.
         lr: Peak learning rate.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
@@ -81,6 +88,7 @@ class OptimConfig:
     """
 
     name: OptimizerName = "adamw"
+    implementation: OptimizerImplementation = "torch"
     lr: float = 2e-3
     beta1: float = 0.9
     beta2: float = 0.95
@@ -122,6 +130,26 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """Products in FP8. Weights, gradients, masters and moments stay what they are: a product rounds what goes into it, and nothing else.
+
+    Args:
+        recipe: How the scales of FP8 tensors are found, by Transformer Engine's names: one for each tensor, of the amaxes of earlier
+            micro-steps (`delayed`) or of the tensor itself (`current`), of blocks of 128 and of 128 x 128 numbers (`blockwise`), of 32
+            numbers (`mxfp8`); `none` rounds nothing.
+        emulate: Round as the recipe does, and multiply in fp32, on any device: slow, and the recipe's effect on the loss to see.
+        keep_high_precision: What stays out of FP8: embedding, head and router, which have no such form and must be listed; the logits of an
+            elementwise gate (`gate`; others' always stay out); all of the first block (`first_layers`), of the last (`last_layers`).
+        amax_history: Micro-steps whose largest amax decides the scale of `delayed`.
+    """
+
+    recipe: Fp8Recipe = "none"
+    emulate: bool = False
+    keep_high_precision: tuple[Fp8Part, ...] = ("embedding", "head", "router", "gate")
+    amax_history: int = 1024
+
+
+@dataclass(frozen=True)
 class PrecisionConfig:
     """The numbers.
 
@@ -129,10 +157,15 @@ class PrecisionConfig:
         dtype: Of weights and activations; `auto` is bf16 on GPUs and fp32 on CPUs, and RUN/config.yaml names which. Masters, moments,
             router, softmax, gate, norm statistics and loss are fp32 always.
         grad_dtype: In which gradients are accumulated and summed over ranks.
+        backend: Whose kernels compute: PyTorch's (`native`), or Transformer Engine's (`te`; GPUs).
+        norm: Whose kernel norms: PyTorch's operations (`native`), or NVIDIA's `apex` (GPUs).
     """
 
     dtype: DType = "auto"
     grad_dtype: GradDType = "fp32"
+    backend: KernelBackend = "native"
+    norm: NormKernel = "native"
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
 
 @dataclass(frozen=True)
