@@ -1,14 +1,23 @@
 """The backend in plain PyTorch, for CPUs and GPUs."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from megagate.backend import routing, rows
+from megagate.backend.base import AttentionCore, Chosen, ColumnLinears, GroupedLinear, Norm, Part, Permuted, RowLinear
 from megagate.backend.blockwise import causal_attention
 from megagate.backend.documents import Documents
+from megagate.config.model import MoEConfig
 from megagate.parallel.comm import enter, leave
-from megagate.parallel.mesh import Axis
+from megagate.parallel.mesh import Axis, ParallelMesh
 
 CPU_ROW_MULTIPLE = 32
 """oneDNN compiles a kernel for every row count it has not seen, which dominates a dropless step; multiples of 32 make counts repeat."""
@@ -20,42 +29,87 @@ FLASH_WIDTH_MULTIPLE, FLASH_WIDEST = 8, 256
 
 
 class NativeBackend:
-    """See `Backend` for shapes and collectives."""
+    """See `Backend` for shapes and collectives. Its sites are functions that keep nothing."""
 
     def __init__(self, device: torch.device):
         self.row_multiple = GPU_ROW_MULTIPLE if device.type == "cuda" else CPU_ROW_MULTIPLE
 
-    def column_linears(self, x: Tensor, weights: list[Tensor], tp: Axis) -> list[Tensor]:
-        """One GEMM over the concatenated weights."""
-        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
-        out = F.linear(enter(x, tp, dim=1), joined)  # [b, s, sum(rows)/tp]
-        return list(out.split([w.shape[0] for w in weights], dim=-1))
+    def of_layer(self, index: int, num_layers: int) -> "NativeBackend":
+        """All blocks are alike."""
+        return self
 
-    def row_linear(self, x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+    def column_linears(self, width: int, parts: Sequence[Part], *, tp: Axis) -> ColumnLinears:
+        """One GEMM over the concatenated weights."""
+        return partial(_column_linears, tp)
+
+    def row_linear(self, width: int, rows: int, *, tp: Axis) -> RowLinear:
         """A GEMM of partial sums."""
-        return leave(F.linear(x, weight), tp, dim=1)
+        return partial(_row_linear, tp)
+
+    def grouped_linear(self, width: int, rows: int, *, num_experts: int, mesh: ParallelMesh) -> GroupedLinear:
+        """PyTorch's grouped GEMM."""
+        return _grouped_linear
+
+    def attention_core(self, heads: int, kv_heads: int, width: int) -> AttentionCore:
+        """PyTorch's scaled dot product attention; of documents its flash kernel of variable length; on a CPU, blocks."""
+        return attend
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Statistics and product in fp32, one cast at the end."""
         return _RMSNorm.apply(x, weight.float(), eps)
 
-    def attention_core(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-        """PyTorch's scaled dot product attention; of documents its flash kernel of variable length; on a CPU, blocks.
+    def choose(self, logits: Tensor, config: MoEConfig, *, bias: Tensor | None) -> Chosen:
+        """Scores, top-k, gather."""
+        return routing.choose(logits, config, bias=bias)
 
-        That kernel has neither fp32 nor widths of heads that are above 256 or no multiple of 8: documents then go in blocks on a GPU too,
-        exact and slow.
-        """
-        if q.device.type == "cpu":
-            return causal_attention(q, k, v, documents)
-        if documents is not None:
-            flash = flash_takes(q.dtype, q.shape[-1])
-            return _varlen_attention(q, k, v, documents) if flash else causal_attention(q, k, v, documents)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [b, heads, s, d]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    def permute(self, x: Tensor, probs: Tensor, ids: Tensor, *, num_experts: int) -> Permuted:
+        """A stable sort."""
+        return rows.permute(x, probs, ids)
 
-    def grouped_linear(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        """PyTorch's grouped GEMM."""
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    def unpermute(self, rows_: Tensor, restore: rows.Order) -> Tensor:
+        """Sums in the order of each token's choices."""
+        return rows.collect(rows_, *restore)
+
+    def running(self) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
+    def recompute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """PyTorch's checkpoint; nothing in a block is random."""
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Nothing to do."""
+
+
+def _column_linears(tp: Axis, x: Tensor, weights: Sequence[Tensor], norm: Norm | None = None) -> tuple[list[Tensor], Tensor]:
+    normed = x if norm is None else norm(x)
+    joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    out = F.linear(enter(normed, tp, dim=1), joined)  # [b, s, sum(rows)/tp]
+    return list(out.split([w.shape[0] for w in weights], dim=-1)), normed
+
+
+def _row_linear(tp: Axis, x: Tensor, weight: Tensor) -> Tensor:
+    return leave(F.linear(x, weight), tp, dim=1)
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """See `AttentionCore`. PyTorch's own attention; of documents its flash kernel of variable length; on a CPU, blocks.
+
+    That kernel has neither fp32 nor widths of heads that are above 256 or no multiple of 8: documents then go in blocks on a GPU too,
+    exact and slow.
+    """
+    if q.device.type == "cpu":
+        return causal_attention(q, k, v, documents)
+    if documents is not None:
+        flash = flash_takes(q.dtype, q.shape[-1])
+        return _varlen_attention(q, k, v, documents) if flash else causal_attention(q, k, v, documents)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [b, heads, s, d]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def flash_takes(dtype: torch.dtype, width: int) -> bool:

@@ -77,8 +77,8 @@ class OptimConfig:
 
     Args:
         name: `adamw`, or `sgd` (tests of layouts: Adam hides errors of scale).
-        implementation: Whose kernel makes the step: PyTorch's (fused), or the FusedAdam of NVIDIA's `apex`, of Transformer Engine (`te`) or of
-            `deepspeed`; those three are for GPUs.
+        implementation: Whose kernel makes the step: PyTorch's (fused), or the FusedAdam of NVIDIA's `apex`, of Transformer Engine (`te`)
+            or of `deepspeed`; those three are for GPUs.
         lr: Peak learning rate.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.

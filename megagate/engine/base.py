@@ -101,6 +101,7 @@ class Engine(ABC):
                 loss = loss + balance.share(parts.stats)
             ce_sum += parts.ce_sum.detach()
             self._backward(loss, last=k == last)
+            self.model.backend.after_backward(self.model)
         grad_norm, applied = self._update(lr)
         self.applied_steps += applied
         loss, aux = total(ce_sum, self.mesh.dp).item() / targets, None

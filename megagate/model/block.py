@@ -40,9 +40,8 @@ class Block(Layer):
 
     def forward(self, x: Tensor, rope: Tensor, documents: Documents | None = None) -> tuple[Tensor, RouterStats | None]:
         """Apply the block."""
-        x = x + self._tamed(self.attention(self.attention_norm(x), rope, documents), self.attention_out_norm)
-        normed = self.ffn_norm(x)
-        out, stats = self.moe(normed) if self.is_moe else (self.ffn(normed), None)
+        x = x + self._tamed(self.attention(x, rope, documents, norm=self.attention_norm), self.attention_out_norm)
+        out, stats = self.moe(self.ffn_norm(x)) if self.is_moe else (self.ffn(x, norm=self.ffn_norm), None)
         return x + self._tamed(out, self.ffn_out_norm), stats
 
     def _tamed(self, out: Tensor, norm: RMSNorm | None) -> Tensor:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from megagate.backend.base import Backend
 from megagate.backend.documents import Documents
@@ -61,10 +60,12 @@ class LanguageModel(Layer):
         eod_id: int | None = None,
     ):
         super().__init__(dtype)
-        self.config, self.mesh, self.recompute, self.eod_id = config, mesh, recompute, eod_id
+        self.config, self.backend, self.mesh, self.recompute, self.eod_id = config, backend, mesh, recompute, eod_id
         self.embedding = Embedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=mesh.tp)
-        block = {"dtype": dtype, "backend": backend, "mesh": mesh}
-        self.layers = nn.ModuleList(Block(config, is_moe=config.is_moe_layer(layer), **block) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Block(config, is_moe=config.is_moe_layer(layer), dtype=dtype, backend=backend.of_layer(layer, config.num_layers), mesh=mesh)
+            for layer in range(config.num_layers)
+        )
         self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, backend=backend, tp=mesh.tp)
         if not config.tie_embeddings:
             self.head = Weight((config.padded_vocab_size, config.hidden_size), dtype, axis=mesh.tp)
@@ -79,7 +80,8 @@ class LanguageModel(Layer):
 
         Shapes: tokens and labels [b, s] int64, the same on all tp ranks.
         """
-        x, stats = self._hidden(tokens)
+        with self.backend.running():
+            x, stats = self._hidden(tokens)
         if labels is None:
             local = F.linear(enter(x, self.mesh.tp, dim=1), self.output_weight).float()
             return gather(local, self.mesh.tp, dim=2)[..., : self.config.vocab_size]
@@ -116,7 +118,7 @@ class LanguageModel(Layer):
         for block in self.layers:
             # The balance losses are formed from the returned sums outside the recomputed region, so nothing is counted twice.
             if self.recompute and self.training:
-                x, layer_stats = checkpoint(block, x, rope, documents, use_reentrant=False, preserve_rng_state=False)
+                x, layer_stats = self.backend.recompute(block, x, rope, documents)
             else:
                 x, layer_stats = block(x, rope, documents)
             if layer_stats is not None:

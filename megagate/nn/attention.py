@@ -1,9 +1,11 @@
 """Gated grouped-query attention."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from megagate.backend.base import Backend
+from megagate.backend.base import Backend, Norm, Part, Role
 from megagate.backend.documents import Documents
 from megagate.config.model import GatePosition, ModelConfig
 from megagate.nn.base import Layer, Weight
@@ -13,6 +15,14 @@ from megagate.nn.norm import RMSNorm
 from megagate.nn.rope import rotate
 from megagate.nn.switch import SwitchHeads
 from megagate.parallel.mesh import Axis
+
+
+class _Rider(NamedTuple):
+    """A weight in the GEMM of q, k and v."""
+
+    name: str
+    weight: Tensor
+    role: Role = "projection"
 
 
 class GatedAttention(Layer):
@@ -28,7 +38,7 @@ class GatedAttention(Layer):
     def __init__(self, model: ModelConfig, *, dtype: torch.dtype, backend: Backend, tp: Axis):
         super().__init__(dtype)
         config = model.attention
-        self.config, self.backend, self.tp = config, backend, tp
+        self.config, self.tp = config, tp
         self.kv_axis = tp if tp.size <= config.num_kv_heads else None
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = Weight((q_rows, model.hidden_size), dtype, axis=tp)
@@ -42,30 +52,43 @@ class GatedAttention(Layer):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
             self.k_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
+        heads, kv_heads = config.num_heads // tp.size, max(1, config.num_kv_heads // tp.size)
+        parts = [Part(rider.name, len(rider.weight), rider.role) for group in self._riders() for rider in group]
+        self.project = backend.column_linears(model.hidden_size, parts, tp=tp)
+        self.attend = backend.attention_core(heads, kv_heads, config.head_dim)
+        self.out = backend.row_linear(heads * config.head_dim, model.hidden_size, tp=tp)
 
-    def forward(self, x: Tensor, rope: Tensor, documents: Documents | None = None) -> Tensor:
-        """Attend (within each document, where they are given), gate, project."""
-        (q,), keys, values, logits = self._project(x)
+    def forward(self, x: Tensor, rope: Tensor, documents: Documents | None = None, norm: Norm | None = None) -> Tensor:
+        """Attend (within each document, where they are given), gate, project; to x, or, where a norm is given, to the normed x."""
+        (q,), keys, values, logits, x = self._project(x, norm)
         q, k, v = self._heads(q), self._heads(*keys, switch=self.k_switch), self._heads(*values, switch=self.v_switch)
         q, k, v = self._gated("G4", q, *logits), self._gated("G3", k, *logits), self._gated("G2", v, *logits)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        y = self.backend.attention_core(rotate(q, rope), rotate(k, rope), v, documents)
+        y = self.attend(rotate(q, rope), rotate(k, rope), v, documents)
         y = self._gated("G1", y, *logits)
-        out = self.backend.row_linear(y.flatten(2), self.o.weight, self.tp)
+        out = self.out(y.flatten(2), self.o.weight)
         return self.gate.gate_output(out, x) if self.config.gate.position == "G5" else out
 
-    def _project(self, x: Tensor) -> list[list[Tensor]]:
-        """What q, k, v and the gate are made of, by one GEMM; nothing for a gate that needs no logits."""
+    def _project(self, x: Tensor, norm: Norm | None) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+        """What q, k, v and the gate are made of, by one GEMM, and the normed x."""
+        groups = self._riders()
+        made, normed = self.project(x, [rider.weight for group in groups for rider in group], norm)
+        outputs = iter(made)
+        q, k, v, gate = ([next(outputs) for _ in group] for group in groups)
+        return q, k, v, gate, normed
+
+    def _riders(self) -> list[list[_Rider]]:
+        """What rides in that GEMM, for q, for k, for v and for the gate; nothing for a gate that needs no logits."""
         k, v = (local_heads(w.weight, self.config.num_kv_heads, cut=self.kv_axis, tp=self.tp) for w in (self.k, self.v))
-        groups = [
-            [self.q.weight],
-            [k, *(self.k_switch.local_weights() if self.k_switch is not None else ())],
-            [v, *(self.v_switch.local_weights() if self.v_switch is not None else ())],
-            [self.gate.local_weight()] if self.gate is not None and self.gate.rides else [],
-        ]
-        outputs = iter(self.backend.column_linears(x, [weight for group in groups for weight in group], self.tp))
-        return [[next(outputs) for _ in group] for group in groups]
+        groups = [[_Rider("q", self.q.weight)], [_Rider("k", k)], [_Rider("v", v)], []]
+        for name, switch, group in (("k", self.k_switch, groups[1]), ("v", self.v_switch, groups[2])):
+            router, *others = switch.local_weights() if switch is not None else [None]
+            if router is not None:
+                group += [_Rider(f"{name}_router", router, "logits"), *(_Rider(f"{name}{i}", w) for i, w in enumerate(others, 1))]
+        if self.gate is not None and self.gate.rides:
+            groups[3].append(_Rider("gate", self.gate.local_weight(), "gate" if self.gate.width > 1 else "logits"))
+        return groups
 
     def _heads(self, projected: Tensor, *others: Tensor, switch: SwitchHeads | None = None) -> Tensor:
         """[b, s, heads/tp, d]; `others` is what a switch chooses by and from."""

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from megagate.backend.base import Backend
+from megagate.backend.base import Backend, Norm, Part
 from megagate.nn.base import Layer, Weight
 from megagate.parallel.mesh import Axis
 
@@ -46,12 +46,14 @@ class DenseFFN(Layer):
 
     def __init__(self, hidden_size: int, ffn_size: int, *, dtype: torch.dtype, backend: Backend, tp: Axis):
         super().__init__(dtype)
-        self.backend, self.tp = backend, tp
         self.gate = Weight((ffn_size, hidden_size), dtype, axis=tp)
         self.up = Weight((ffn_size, hidden_size), dtype, axis=tp)
         self.down = Weight((hidden_size, ffn_size), dtype, init="output", axis=tp, dim=1)
+        local = ffn_size // tp.size
+        self.project = backend.column_linears(hidden_size, [Part("gate", local), Part("up", local)], tp=tp)
+        self.out = backend.row_linear(local, hidden_size, tp=tp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
-        gate, up = self.backend.column_linears(x, [self.gate.weight, self.up.weight], self.tp)
-        return self.backend.row_linear(swiglu(gate, up), self.down.weight, self.tp)
+    def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """Apply the block to x, or, where a norm is given, to the normed x."""
+        (gate, up), _ = self.project(x, [self.gate.weight, self.up.weight], norm)
+        return self.out(swiglu(gate, up), self.down.weight)

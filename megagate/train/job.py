@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megagate.backend.native import NativeBackend
+from megagate.backend.build import build_backend
 from megagate.checkpoint.store import Checkpoint, clean_leftovers
 from megagate.config.keys import to_dict
 from megagate.config.rules import check
@@ -179,7 +179,7 @@ class Job:
     def _build_engine(self, *, eod_id: int | None) -> Engine:
         config = self.config
         dtype = DTYPES[config.precision.dtype]
-        backend = NativeBackend(self.device)
+        backend = build_backend(config.precision, device=self.device, mesh=self.mesh)
         how = {"dtype": dtype, "backend": backend, "mesh": self.mesh, "recompute": config.train.recompute}
         model = LanguageModel(config.model, **how, eod_id=eod_id)
         model.initialize(seed=config.train.seed, device=self.device)

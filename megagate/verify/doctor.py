@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megagate.backend.native import NativeBackend
+from megagate.backend.build import build_backend
 from megagate.config.rules import check
 from megagate.config.run import RunConfig
 from megagate.engine.reference import ReferenceEngine
@@ -76,7 +76,7 @@ def examine(order: Order, *, device: torch.device) -> Diagnosis | None:
     mesh = ParallelMesh.build(tp=config.parallel.tp, ep=config.parallel.ep)
     references = _References.make(config, dp=mesh.dp.size, device=device) if mesh.world.rank == 0 else None
     seed = gather_objects(references.seed if references else None, mesh.world)[0]
-    model = build_model(config, mesh, backend=NativeBackend(device), device=device, seed=seed)
+    model = build_model(config, mesh, backend=build_backend(config.precision, device=device, mesh=mesh), device=device, seed=seed)
     if config.precision.dtype == "bf16":
         pin_routes(model, mesh)
     engine = ZeroEngine(model, config, mesh)
@@ -128,7 +128,7 @@ class _References:
 def _run_reference(config: RunConfig, *, seed: int, device: torch.device, pinned: bool = False) -> tuple[Outcome, float]:
     """On this process alone; also the smallest gap of its routes."""
     mesh = ParallelMesh.single()
-    model = build_model(config, mesh, backend=NativeBackend(device), device=device, seed=seed)
+    model = build_model(config, mesh, backend=build_backend(config.precision, device=device, mesh=mesh), device=device, seed=seed)
     if pinned:
         pin_routes(model, mesh)
     with watched_routes(model) as gaps:

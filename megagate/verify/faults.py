@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from megagate.backend.base import RowLinear
 from megagate.config.run import RunConfig
 from megagate.engine.base import Engine
 from megagate.errors import ConfigError
@@ -118,7 +118,7 @@ def _wrong_vocabulary_shard(engine: Engine) -> None:
 
 def _in_place_collective(engine: Engine) -> None:
     for block in engine.model.layers:
-        block.attention.backend = _ReducesItsInput(block.attention.backend)
+        block.attention.out = _reducing_its_input(block.attention.out, engine.mesh.tp)
 
 
 def _norm_forgets_experts(engine: Engine) -> None:
@@ -198,20 +198,16 @@ def _own(x: Tensor, tp: Axis) -> Tensor:
     return x.chunk(tp.size, dim=1)[tp.rank].clone()
 
 
-class _ReducesItsInput:
-    """A backend whose row-parallel product sums its *input* over tp, in place, after using it."""
+def _reducing_its_input(product: RowLinear, tp: Axis) -> RowLinear:
+    """A row-parallel product that sums its *input* over tp, in place, after using it."""
 
-    def __init__(self, backend: Any):
-        self._backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def row_linear(self, x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
-        out = self._backend.row_linear(x, weight, tp)
+    def reduce(x: Tensor, weight: Tensor) -> Tensor:
+        out = product(x, weight)
         with torch.no_grad():
             dist.all_reduce(x.data, group=tp.group)  # autograd saved x for the weight's gradient, and does not notice
         return out
+
+    return reduce
 
 
 FAULTS: Mapping[str, Fault] = MappingProxyType(

@@ -1,6 +1,6 @@
 """Helpers of the retrofit's tests: trained checkpoints of small models, loaded again; refusals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -13,6 +13,7 @@ from parity.sharded import BACKEND, CPU, fill
 from torch import Tensor
 from torch.nn import functional as F
 
+from megagate.backend.base import ColumnLinears, Norm, Part
 from megagate.backend.native import NativeBackend
 from megagate.checkpoint import store
 from megagate.checkpoint.retrofit import Retrofit
@@ -38,9 +39,13 @@ TOKENS = batch(7, ALONE)[0].flatten(0, 1)
 class Separate(NativeBackend):
     """One GEMM per weight, so that a gate's rows change no other product."""
 
-    def column_linears(self, x: Tensor, weights: list[Tensor], tp: Axis) -> list[Tensor]:
-        x = enter(x, tp, dim=1)
-        return [F.linear(x, weight) for weight in weights]
+    def column_linears(self, width: int, parts: Sequence[Part], *, tp: Axis) -> ColumnLinears:
+        def products(x: Tensor, weights: Sequence[Tensor], norm: Norm | None = None) -> tuple[list[Tensor], Tensor]:
+            normed = x if norm is None else norm(x)
+            x = enter(normed, tp, dim=1)
+            return [F.linear(x, weight) for weight in weights], normed
+
+        return products
 
 
 SEPARATE = Separate(CPU)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megagate.backend.blockwise import BLOCK, _blocks, causal_attention
 from megagate.backend.documents import Documents, squared_lengths
-from megagate.backend.native import NativeBackend, flash_takes
+from megagate.backend.native import attend, flash_takes
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.data.loader import IGNORE_INDEX
 from megagate.model.lm import LanguageModel
@@ -137,11 +137,11 @@ def test_heads_that_the_kernel_of_gpus_refuses_go_in_blocks(dtype: torch.dtype, 
 
 def test_the_kernel_of_gpus_takes_what_it_is_given_and_has_a_gradient():
     """Shapes alone, on PyTorch's device for that; its numbers are a matter of `tests/gpu`."""
-    backend, meta = NativeBackend(torch.device("cuda")), torch.device("meta")
+    meta = torch.device("meta")
     starts, borders = torch.empty(2, 48, dtype=torch.int64, device=meta), torch.empty(6, dtype=torch.int32, device=meta)
     projected = torch.empty(2, 48, 8, 16, dtype=torch.bfloat16, device=meta, requires_grad=True)  # as one GEMM yields them
     q, k, v = projected.split([4, 2, 2], dim=2)
-    out = backend.attention_core(q, k, v, Documents(starts, borders))
+    out = attend(q, k, v, Documents(starts, borders))
     assert out.shape == q.shape and out.dtype == q.dtype
     flash = out.grad_fn.next_functions[0][0]
     assert flash.name() == "FlashAttentionBackward0" and flash._saved_is_causal and flash._saved_cum_seq_q is not None

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
+from megagate.backend.rows import collect, spread
 from megagate.nn.gate import _Gate
 from megagate.nn.mlp import swiglu
-from megagate.nn.moe.dispatch import _Collect, _Spread
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
@@ -66,20 +66,20 @@ SLOTS = torch.tensor([[2, 7], [5, 9], [0, 8], [3, 4]])
 
 def test_spread_and_collect_by_finite_differences():
     (x,), (y,) = leaves(random("x", 4, 3).double()), leaves(random("y", 10, 3).double())
-    assert gradcheck(lambda x: _Spread.apply(x, SOURCE, SLOTS), (x,))
+    assert gradcheck(lambda x: spread(x, SOURCE, SLOTS), (x,))
     # Padding rows (source -1) are in no slot, so that their gradient is zero.
-    assert gradcheck(lambda y: _Collect.apply(y, SOURCE, SLOTS), (y,))
+    assert gradcheck(lambda y: collect(y, SOURCE, SLOTS), (y,))
 
 
 def test_spread_and_collect_equal_plain_indexing():
     padding = (SOURCE < 0).unsqueeze(-1)
-    against_plain(lambda x: _Spread.apply(x, SOURCE, SLOTS), lambda x: x[SOURCE].masked_fill(padding, 0), random("x", 4, 3), to=1e-6)
-    against_plain(lambda y: _Collect.apply(y, SOURCE, SLOTS), lambda y: y[SLOTS].sum(1), random("y", 10, 3), to=1e-6)
+    against_plain(lambda x: spread(x, SOURCE, SLOTS), lambda x: x[SOURCE].masked_fill(padding, 0), random("x", 4, 3), to=1e-6)
+    against_plain(lambda y: collect(y, SOURCE, SLOTS), lambda y: y[SLOTS].sum(1), random("y", 10, 3), to=1e-6)
 
 
 def test_spread_and_collect_of_no_rows():
     x, slots = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 1, dtype=torch.int64)
-    spread = _Spread.apply(x, torch.zeros(0, dtype=torch.int64), slots)
-    collected = _Collect.apply(spread, torch.zeros(0, dtype=torch.int64), slots)
+    made = spread(x, torch.zeros(0, dtype=torch.int64), slots)
+    collected = collect(made, torch.zeros(0, dtype=torch.int64), slots)
     collected.sum().backward()
-    assert spread.shape == collected.shape == x.grad.shape == (0, 3)
+    assert made.shape == collected.shape == x.grad.shape == (0, 3)

@@ -19,6 +19,7 @@ from parity.sharded import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from megagate.backend.native import NativeBackend
 from megagate.config.model import MoEConfig
 from megagate.nn.moe.dispatch import Dispatcher
 from megagate.nn.moe.layer import MoE
@@ -229,7 +230,9 @@ def send_and_return(context: RankContext, row_multiple: int) -> list[tuple[list[
     ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:2] for _ in range(count)])
     x = torch.stack([torch.full((count,), float(context.rank)), torch.arange(count).float()], 1)
     route = Route(ids, 1 + x[:, 1:] / 100 + torch.tensor([[0.0, 0.001]]), torch.bincount(ids.flatten(), minlength=EXPERTS))
-    dispatcher = Dispatcher(row_multiple=row_multiple, ep=mesh.ep)
+    backend = NativeBackend(torch.device("cpu"))
+    backend.row_multiple = row_multiple
+    dispatcher = Dispatcher(backend=backend, ep=mesh.ep)
     rows, plan = dispatcher.dispatch(x, route)
 
     assert rows.ends.dtype == torch.int32 and rows.probs.dtype == torch.float32

@@ -26,7 +26,7 @@ STEPS = torch.tensor([4, 0, -3, 9, -9, 0, 2, -6], dtype=torch.int32)
 
 def router_of(**changes: object) -> Router:
     config = MoEConfig(num_experts=EXPERTS, top_k=TOP_K, ffn_size=16, **changes)
-    router = Router(config, HIDDEN, dtype=torch.float32, tp=SINGLE.tp)
+    router = Router(config, HIDDEN, dtype=torch.float32, backend=BACKEND, tp=SINGLE.tp)
     initialize(router, seed=1, std=0.2, num_layers=1, device=CPU)
     return router
 

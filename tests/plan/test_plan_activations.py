@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megagate.backend.base import AttentionCore
 from megagate.backend.native import NativeBackend
 from megagate.config.model import (
     AttentionConfig,
@@ -121,11 +122,14 @@ def test_every_variant_is_among_the_models(values, of):
 class FlashOnCpu(NativeBackend):
     """The native backend with the attention that it has on GPUs, whose CPU kernel keeps the same tensors."""
 
-    def attention_core(self, q: Tensor, k: Tensor, v: Tensor, documents: None = None) -> Tensor:
-        assert documents is None, "PyTorch's kernel of variable length has no form for CPUs"
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    def attention_core(self, heads: int, kv_heads: int, width: int) -> AttentionCore:
+        def attend(q: Tensor, k: Tensor, v: Tensor, documents: None = None) -> Tensor:
+            assert documents is None, "PyTorch's kernel of variable length has no form for CPUs"
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        return attend
 
 
 BACKENDS: dict[Core, NativeBackend] = {"blockwise": BACKEND, "flash": FlashOnCpu(CPU)}

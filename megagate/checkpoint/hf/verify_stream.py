@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from megagate.backend.base import GroupedLinear
 from megagate.backend.native import NativeBackend
 from megagate.checkpoint.hf.table import NAMES, Target
 from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt, as_theirs
@@ -25,12 +26,16 @@ class _WideBackend(NativeBackend):
         """x / rms(x) * w."""
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
-    def grouped_linear(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def grouped_linear(self, width: int, rows: int, *, num_experts: int, mesh: ParallelMesh) -> GroupedLinear:
         """Expert by expert: the grouped kernel has no fp64."""
-        made = torch.zeros(x.shape[0], weight.shape[1], dtype=x.dtype)
-        for matrix, first, end in zip(weight, [0, *ends.tolist()], ends.tolist(), strict=False):
-            made[first:end] = F.linear(x[first:end], matrix)
-        return made
+        return _expert_by_expert
+
+
+def _expert_by_expert(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    made = torch.zeros(x.shape[0], weight.shape[1], dtype=x.dtype)
+    for matrix, first, end in zip(weight, [0, *ends.tolist()], ends.tolist(), strict=False):
+        made[first:end] = F.linear(x[first:end], matrix)
+    return made
 
 
 class _Wide:

@@ -8,7 +8,7 @@ from megagate.config.model import MoEConfig
 from megagate.nn.base import Layer
 from megagate.nn.mlp import swiglu
 from megagate.nn.moe.dispatch import Rows
-from megagate.parallel.mesh import Axis
+from megagate.parallel.mesh import ParallelMesh
 
 
 class Experts(Layer):
@@ -23,13 +23,15 @@ class Experts(Layer):
     gate_up: Tensor
     down: Tensor
 
-    def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, backend: Backend, ep: Axis):
+    def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):
         super().__init__(dtype)
-        self.backend = backend
-        self.add_weight("gate_up", (config.num_experts, 2 * config.ffn_size, hidden_size), init="normal", axis=ep, stacked=True)
-        self.add_weight("down", (config.num_experts, hidden_size, config.ffn_size), init="output", axis=ep, stacked=True)
+        experts, width = config.num_experts, config.ffn_size
+        self.add_weight("gate_up", (experts, 2 * width, hidden_size), init="normal", axis=mesh.ep, stacked=True)
+        self.add_weight("down", (experts, hidden_size, width), init="output", axis=mesh.ep, stacked=True)
+        self.project = backend.grouped_linear(hidden_size, 2 * width, num_experts=experts, mesh=mesh)
+        self.out = backend.grouped_linear(width, hidden_size, num_experts=experts, mesh=mesh)
 
     def forward(self, rows: Rows) -> Tensor:
         """Apply each row's expert."""
-        gate, up = self.backend.grouped_linear(rows.x, self.gate_up, rows.ends).chunk(2, dim=-1)
-        return self.backend.grouped_linear(swiglu(gate, up, rows.probs), self.down, rows.ends)
+        gate, up = self.project(rows.x, self.gate_up, rows.ends).chunk(2, dim=-1)
+        return self.out(swiglu(gate, up, rows.probs), self.down, rows.ends)

@@ -26,9 +26,9 @@ class MoE(Layer):
 
     def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, backend: Backend, mesh: ParallelMesh):
         super().__init__(dtype)
-        self.router = Router(config, hidden_size, dtype=dtype, tp=mesh.tp)
-        self.dispatcher = Dispatcher(row_multiple=backend.row_multiple, ep=mesh.ep)
-        self.experts = Experts(config, hidden_size, dtype=dtype, backend=backend, ep=mesh.ep)
+        self.router = Router(config, hidden_size, dtype=dtype, backend=backend, tp=mesh.tp)
+        self.dispatcher = Dispatcher(backend=backend, ep=mesh.ep)
+        self.experts = Experts(config, hidden_size, dtype=dtype, backend=backend, mesh=mesh)
         shared = config.shared_ffn_size
         self.shared_expert = DenseFFN(hidden_size, shared, dtype=dtype, backend=backend, tp=mesh.tp) if shared else None
         self.shared_gate = TokenGate(hidden_size, dtype=dtype, tp=mesh.tp) if config.shared_gate else None

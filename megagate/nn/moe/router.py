@@ -1,19 +1,16 @@
 """The router: which experts a token goes to, and with what weight."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megagate.config.model import MoEConfig, RouterScore
+from megagate.backend.base import Backend
+from megagate.backend.routing import SCORES
+from megagate.config.model import MoEConfig
 from megagate.nn.base import Layer
 from megagate.parallel.comm import enter
 from megagate.parallel.mesh import Axis
-
-TINY = torch.finfo(torch.float32).tiny
-"""Sigmoid scores may all round to 0; their sum is kept from being a divisor of 0."""
 
 
 class RouterStats(NamedTuple):
@@ -44,12 +41,6 @@ class Route(NamedTuple):
     counts: Tensor
 
 
-SCORES: Mapping[RouterScore, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}
-)
-"""Of fp32 logits [..., E]."""
-
-
 class Router(Layer):
     """The k experts with the largest score, softmax or sigmoid in fp32, weighted by their scores, renormalised to sum 1 if so configured.
 
@@ -66,9 +57,9 @@ class Router(Layer):
     weight: Tensor
     bias_steps: Tensor | None
 
-    def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, tp: Axis):
+    def __init__(self, config: MoEConfig, hidden_size: int, *, dtype: torch.dtype, backend: Backend, tp: Axis):
         super().__init__(dtype)
-        self.config, self.tp = config, tp
+        self.config, self.backend, self.tp = config, backend, tp
         self.add_weight("weight", (config.num_experts, hidden_size), init="normal")
         steps = torch.empty(config.num_experts, dtype=torch.int32, device="meta") if config.bias_update_rate else None
         self.register_buffer("bias_steps", steps)
@@ -76,14 +67,7 @@ class Router(Layer):
     def forward(self, x: Tensor) -> tuple[Route, RouterStats]:
         """Route tokens."""
         logits = self.logits(x)
-        scores = SCORES[self.config.score](logits)
-        chosen_by = scores if self.bias_steps is None else scores + self._bias()
-        ids = chosen_by.topk(self.config.top_k, dim=-1).indices  # [b, s/tp, k]
-        probs = scores.gather(-1, ids)
-        if self.config.renormalize:
-            probs = probs / probs.sum(-1, keepdim=True).clamp_min(TINY)
-        # The balance loss needs a distribution; a softmax is one.
-        shares = scores if self.config.score == "softmax" else scores / scores.sum(-1, keepdim=True).clamp_min(TINY)
+        ids, probs, shares = self.backend.choose(logits, self.config, bias=None if self.bias_steps is None else self._bias())
         counts = count_rows(ids, self.config.num_experts)
         stats = RouterStats(counts.float(), shares.sum(1), logits.logsumexp(-1).square().sum())
         return Route(ids.flatten(0, 1), probs.flatten(0, 1), counts.sum(0)), stats
