@@ -31,17 +31,15 @@ def test_is_its_formula(model, clip, sandwich):
     """What is added is normed first, then clipped on both sides; norms before each part, the stream itself untouched."""
     block = block_of(replace(model, sandwich_norm=sandwich, residual_clip=clip))
     x, rope = random("x", BATCH, SEQUENCE, model.hidden_size), rope_table(SEQUENCE, model.attention.head_dim, base=100.0, device=CPU)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, Tensor] = {}
     parts = {"attention": block.attention, "ffn": block.moe if model.is_moe else block.ffn}
-    for name, part in parts.items():
-        part.register_forward_hook(
-            lambda module, args, out, name=name: seen.__setitem__(name, (args[0], out[0] if isinstance(out, tuple) else out))
-        )
+    for name, part in {**parts, **{f"{name}_norm": getattr(block, f"{name}_norm") for name in parts}}.items():
+        part.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out[0] if isinstance(out, tuple) else out))
     out, _ = block(x, rope)
 
     expected, clipped = x.double(), []
     for name in parts:
-        given, made = (tensor.detach().double() for tensor in seen[name])
+        given, made = (seen[part].detach().double() for part in (f"{name}_norm", name))
         assert_close(given, norm(expected, getattr(block, f"{name}_norm").weight), to=1e-5, what=f"input of {name}")
         made = norm(made, getattr(block, f"{name}_out_norm").weight) if sandwich else made
         clipped.append((made.abs() > clip).double().mean().item())

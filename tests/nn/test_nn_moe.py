@@ -192,7 +192,7 @@ def loop_over_experts(x: Tensor, weights: dict[str, Tensor], renormalize: bool) 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_router_probabilities(renormalize):
-    router = fill(Router(config(renormalize), HIDDEN, dtype=torch.float32, tp=ParallelMesh.single().tp))
+    router = fill(Router(config(renormalize), HIDDEN, dtype=torch.float32, backend=BACKEND, tp=ParallelMesh.single().tp))
     x = random("x", 50, HIDDEN)
     with clear_routes(router):
         route, stats = router(x.view(2, 25, HIDDEN))
@@ -208,7 +208,7 @@ def test_router_probabilities(renormalize):
 
 def test_router_is_fp32_under_bf16():
     """Logits are products in fp32, not bf16 products cast afterwards: routes of near-ties would differ."""
-    router = fill(Router(config(True), HIDDEN, dtype=torch.bfloat16, tp=ParallelMesh.single().tp))
+    router = fill(Router(config(True), HIDDEN, dtype=torch.bfloat16, backend=BACKEND, tp=ParallelMesh.single().tp))
     x = random("x", 100, HIDDEN).bfloat16()
     with clear_routes(router):
         route, stats = router(x.view(4, 25, HIDDEN))

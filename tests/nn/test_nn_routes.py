@@ -21,7 +21,7 @@ def filled(model: ModelConfig) -> LanguageModel:
 @pytest.mark.parametrize("bias", [0.0, 0.02])
 def test_of_a_router(bias):
     config = replace(MOE.moe, bias_update_rate=bias)
-    router = fill(Router(config, MOE.hidden_size, dtype=torch.float32, tp=ParallelMesh.single().tp))
+    router = fill(Router(config, MOE.hidden_size, dtype=torch.float32, backend=BACKEND, tp=ParallelMesh.single().tp))
     x = random("x", 2, 5, MOE.hidden_size)
     ranked = (x @ router.weight.t()).double()
     if bias:
