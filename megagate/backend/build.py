@@ -3,6 +3,7 @@
 import torch
 
 from megagate.backend.base import Backend
+from megagate.backend.fp8.backend import EmulatedBackend
 from megagate.backend.native import NativeBackend
 from megagate.config.run import PrecisionConfig
 from megagate.errors import ConfigError
@@ -15,6 +16,11 @@ def build_backend(precision: PrecisionConfig, *, device: torch.device, mesh: Par
     Raises:
         ConfigError: What the config names is not there.
     """
-    if precision.backend != "native" or precision.fp8.recipe != "none" or precision.norm != "native":
-        raise ConfigError("only precision.backend native without FP8 exists so far; leave precision.backend, .norm and .fp8 out")
-    return NativeBackend(device)
+    if precision.backend != "native" or precision.norm != "native":
+        raise ConfigError("only precision.backend native exists so far; leave precision.backend and .norm out")
+    native, fp8 = NativeBackend(device), precision.fp8
+    if fp8.recipe == "none":
+        return native
+    if not fp8.emulate:
+        raise ConfigError(f"precision.fp8.recipe ({fp8.recipe}) needs precision.backend te, or precision.fp8.emulate true")
+    return EmulatedBackend(native, fp8, device=device, mesh=mesh)

@@ -76,7 +76,7 @@ def test_one_current_scale(golden: dict[str, Tensor], kind: str, name: str) -> N
 @pytest.mark.parametrize("way", ["rows", "columns"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_mx_blocks(golden: dict[str, Tensor], kind: str, way: str) -> None:
-    made = quantize.by_mx_tiles(golden[f"mx.{kind}.x"], (1, MX_BLOCK) if way == "rows" else (MX_BLOCK, 1))
+    made = quantize.by_tiles(golden[f"mx.{kind}.x"], (1, MX_BLOCK) if way == "rows" else (MX_BLOCK, 1), mx=True)
     exponent = golden[f"mx.{kind}.{way}.exponent"].to(torch.float64)
     assert_bits(made, golden[f"mx.{kind}.{way}.bytes"], torch.exp2(exponent - 127).float())
 

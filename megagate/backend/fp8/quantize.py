@@ -91,29 +91,32 @@ def with_scale(x: Tensor, scale: Tensor, fp8: torch.dtype) -> Quantized:
     return Quantized(saturate(x.float() * scale, fp8), scale.reciprocal())
 
 
-def by_tiles(x: Tensor, tile: Tile, fp8: torch.dtype = E4M3) -> Quantized:
-    """One scale, a power of two, for each tile: (1, 128) and (128, 1) for activations and gradients, (128, 128) for weights.
+def by_tiles(x: Tensor, tile: Tile, fp8: torch.dtype = E4M3, *, mx: bool = False, together: Tensor | None = None) -> Quantized:
+    """One scale, a power of two, for each tile: (1, 128), (128, 1) or (128, 128) in block scaling, (1, 32) or (32, 1) in MXFP8.
 
     Shapes: x [..., m, k] -> data [..., m, k], inverse [..., ceil(m/r), ceil(k/c)].
+    Source: MXFP8: OCP Microscaling Formats 1.0, with the exponent rounded up so that nothing saturates.
+
+    Args:
+        x: The numbers.
+        tile: Its rows and columns.
+        fp8: The format.
+        mx: The scale of MXFP8, else that of block scaling.
+        together: [m/r, t] int64: for each row of tiles those that it shares its scales with, itself among them. Only of a matrix.
     """
     tiles = to_tiles(x.float(), tile)
-    scale = scale_of(_amax_of_tiles(tiles), fp8, power_of_two=True)
-    data = saturate(tiles.mul(_over_tiles(scale)), fp8)
-    return Quantized(from_tiles(data, x.shape), scale.reciprocal(), tile)
-
-
-def by_mx_tiles(x: Tensor, tile: Tile, fp8: torch.dtype = E4M3) -> Quantized:
-    """MXFP8: one E8M0 exponent for each tile of (1, 32) or (32, 1).
-
-    Shapes: x [..., m, k] -> data [..., m, k], inverse [..., ceil(m/r), ceil(k/c)].
-    Source: OCP Microscaling Formats 1.0, with the exponent rounded up so that nothing saturates.
-    """
-    tiles = to_tiles(x.float(), tile)
-    exponent = mx_exponent(_amax_of_tiles(tiles.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)), fp8)
-    scaled = tiles.mul(_over_tiles(_power_of_two(LARGEST_EXPONENT - exponent)))
-    # Numbers fit by their exponent; infinities saturate. A NaN loses its sign, as C++ and GPUs cast it.
-    data = scaled.nan_to_num_(nan=torch.nan, posinf=largest(fp8), neginf=-largest(fp8)).to(fp8)
-    return Quantized(from_tiles(data, x.shape), _power_of_two(exponent), tile)
+    high = (tiles.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf) if mx else tiles).abs().amax((-3, -1))  # [..., M, K]
+    if together is not None:
+        high = high[together].amax(1)
+    if mx:
+        exponent = mx_exponent(high, fp8)
+        scaled, inverse = tiles * _over_tiles(_power_of_two(LARGEST_EXPONENT - exponent)), _power_of_two(exponent)
+        # Numbers fit by their exponent; infinities saturate. A NaN loses its sign, as C++ and GPUs cast it.
+        data = scaled.nan_to_num_(nan=torch.nan, posinf=largest(fp8), neginf=-largest(fp8)).to(fp8)
+    else:
+        scale = scale_of(high, fp8, power_of_two=True)
+        data, inverse = saturate(tiles * _over_tiles(scale), fp8), scale.reciprocal()
+    return Quantized(from_tiles(data, x.shape), inverse, tile)
 
 
 def mx_exponent(amax: Tensor, fp8: torch.dtype) -> Tensor:
@@ -154,10 +157,6 @@ def from_tiles(tiles: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `to_tiles`."""
     whole = tiles.flatten(-2).flatten(-3, -2)
     return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]].contiguous()
-
-
-def _amax_of_tiles(tiles: Tensor) -> Tensor:
-    return tiles.abs().amax((-3, -1))
 
 
 def _over_tiles(scale: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""A backend whose products are rounded to FP8 as Transformer Engine's recipes do it, with another backend's kernels, on any device."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megagate.backend.base import AttentionCore, Backend, Chosen, ColumnLinears, GroupedLinear, Part, Permuted, RowLinear
+from megagate.backend.fp8.operand import Delayed, Operand, operands
+from megagate.backend.fp8.product import Fp8Product
+from megagate.backend.fp8.quantize import MX_BLOCK
+from megagate.backend.fp8.sites import Fp8Columns, Fp8Grouped, Fp8Row
+from megagate.config.model import MoEConfig
+from megagate.config.run import Fp8Config
+from megagate.parallel.comm import maximum
+from megagate.parallel.mesh import Axis, ParallelMesh
+
+ROW_MULTIPLE = 16
+"""What FP8 GEMMs take."""
+
+
+class EmulatedBackend:
+    """See `Backend`. Projections and experts are in FP8, all else is the base's.
+
+    Parallel: amaxes of delayed scaling, after each micro-step: one maximum over the world for all dense products, and one over edp for
+        all experts. Scales of the other recipes are of what each rank has.
+
+    Args:
+        base: Whose kernels do all else.
+        config: A recipe other than `none`.
+        device: Where scales live.
+        mesh: The layout.
+    """
+
+    def __init__(self, base: Backend, config: Fp8Config, *, device: torch.device, mesh: ParallelMesh):
+        self.base, self.config, self.device, self.mesh = base, config, device, mesh
+        self.row_multiple = max(base.row_multiple, MX_BLOCK if config.recipe == "mxfp8" else ROW_MULTIPLE)
+
+    def of_layer(self, index: int, num_layers: int) -> Backend:
+        """The base itself for a first or last block that stays in high precision."""
+        kept = self.config.keep_high_precision
+        is_high = ("first_layers" in kept and index == 0) or ("last_layers" in kept and index == num_layers - 1)
+        return self.base.of_layer(index, num_layers) if is_high else self
+
+    def column_linears(self, width: int, parts: Sequence[Part], *, tp: Axis) -> ColumnLinears:
+        """Two GEMMs, where some parts stay in high precision."""
+        rounded = [self._is_rounded(part) for part in parts]
+        if not any(rounded):
+            return self.base.column_linears(width, parts, tp=tp)
+        return Fp8Columns(self._operands(), rounded, tp=tp, world=self.mesh.world)
+
+    def row_linear(self, width: int, rows: int, *, tp: Axis) -> RowLinear:
+        """One GEMM."""
+        return Fp8Row(self._operands(), tp=tp, world=self.mesh.world)
+
+    def grouped_linear(self, width: int, rows: int, *, num_experts: int, mesh: ParallelMesh) -> GroupedLinear:
+        """One grouped GEMM."""
+        local = self._operands(num_experts // mesh.ep.size)
+        return Fp8Grouped(local, num_experts=num_experts, mesh=mesh, granule=self.row_multiple)
+
+    def attention_core(self, heads: int, kv_heads: int, width: int) -> AttentionCore:
+        """The base's."""
+        return self.base.attention_core(heads, kv_heads, width)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The base's."""
+        return self.base.norm(x, weight, eps)
+
+    def choose(self, logits: Tensor, config: MoEConfig, *, bias: Tensor | None) -> Chosen:
+        """The base's."""
+        return self.base.choose(logits, config, bias=bias)
+
+    def permute(self, x: Tensor, probs: Tensor, ids: Tensor, *, num_experts: int) -> Permuted:
+        """The base's."""
+        return self.base.permute(x, probs, ids, num_experts=num_experts)
+
+    def unpermute(self, rows: Tensor, restore: Any) -> Tensor:
+        """The base's."""
+        return self.base.unpermute(rows, restore)
+
+    def running(self) -> AbstractContextManager[None]:
+        """The base's."""
+        return self.base.running()
+
+    def recompute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The base's. Scales move in `after_backward` alone, so that the second time gives the numbers of the first."""
+        return self.base.recompute(function, *args)
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Close the micro-step of delayed scaling: what was recorded, over all ranks, decides the scales of the next."""
+        self.base.after_backward(model)
+        sites = [site for site in model.modules() if isinstance(site, Fp8Product) and site.delayed()]
+        for axis, of_axis in groupby(sorted(sites, key=_reduced_over), key=_reduced_over):
+            states = [state for site in of_axis for state in site.delayed().values()]
+            # A NaN is no size: a step with one leaves what the other ranks saw. An infinity goes on, and keeps the scale as it is.
+            amax = torch.cat([state.amax for state in states]).nan_to_num(nan=0.0, posinf=torch.inf)
+            _close(states, maximum(amax, self.mesh.edp if axis == self.mesh.edp.name else self.mesh.world))
+
+    def _is_rounded(self, part: Part) -> bool:
+        return part.role == "projection" or (part.role == "gate" and "gate" not in self.config.keep_high_precision)
+
+    def _operands(self, count: int = 1) -> dict[str, Operand]:
+        return operands(self.config.recipe, count=count, length=self.config.amax_history, device=self.device)
+
+
+def _reduced_over(site: Fp8Product) -> str:
+    return site.reduced.name
+
+
+def _close(states: list[Delayed], amax: Tensor) -> None:
+    for state, own in zip(states, amax.split([len(state.scale) for state in states]), strict=True):
+        state.update(own)
