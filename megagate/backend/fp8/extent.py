@@ -25,8 +25,8 @@ class Extent(Protocol):
         ...
 
     def together(self, length: int) -> Tensor | None:
-        """[rows/granule, tile/granule] int64: for each granule those of its tile of `length` rows, one of them again where the tile is short;
-        None where granules are tiles. No tile reaches over two experts."""
+        """[rows/granule, length/granule] int64: for each granule those of its tile of `length` rows, the first again where the tile is
+        short; None where granules are tiles. No tile reaches over two experts."""
         ...
 
 
