@@ -126,6 +126,19 @@ def test_experts_are_rounded_each_for_itself_and_one_may_have_no_rows(recipe: st
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_no_expert_may_have_rows(recipe: str) -> None:
+    made = backend(recipe)
+    model = nn.Module()
+    model.project = made.grouped_linear(96, 80, num_experts=2, mesh=MESH)
+    x, weight = torch.zeros(0, 96, requires_grad=True), numbers(1, 2, 80, 96).requires_grad_()
+    y = model.project(x, weight, torch.zeros(2, dtype=torch.int32))
+    y.sum().backward()
+    made.after_backward(model)
+    assert y.shape == (0, 80) and not weight.grad.any() and x.grad.shape == (0, 96)
+    assert all(not s.history.any() and s.scale.eq(1).all() for name, s in model.project.delayed().items() if name != "weight")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_rows_of_padding_do_not_matter(recipe: str) -> None:
     site = backend(recipe).grouped_linear(96, 80, num_experts=2, mesh=MESH)
     weight, places = numbers(1, 2, 80, 96), torch.cat([torch.arange(64), torch.arange(96, 256)])

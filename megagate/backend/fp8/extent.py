@@ -84,6 +84,8 @@ class Grouped:
 
     def amax(self, x: Tensor) -> Tensor:
         """[e]; 0 for an expert without rows."""
+        if self.rows == 0:
+            return torch.zeros(self.ends.shape, device=x.device)
         each = _largest(x.reshape(-1, self.granule * x.shape[-1]))
         own = self.experts == torch.arange(len(self.ends), device=x.device)[:, None]  # [e, rows/granule]
         return torch.where(own, each, 0.0).amax(1)
