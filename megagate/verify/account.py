@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megagate.backend.base import KeepsState
 from megagate.engine.base import Engine
+from megagate.parallel.shard import Shard
 from megagate.parallel.traffic import Kind, Sent
 from megagate.verify.minimum import FP32, StepShape, Term, step_terms, total_by_axis, zero_terms
 from megagate.verify.wire import RoutedRows, WireCounter, axis_names
@@ -67,6 +69,7 @@ def _row(sender: str, axis: str, kind: str, sent: Sent | None, least: Sent | Non
 def _shape(engine: Engine, tokens: Tensor, *, rows_out: int, rows_in: int) -> StepShape:
     config, mesh = engine.config, engine.mesh
     micro_steps, batch, seq_len = tokens.shape
+    scales = _delayed_scales(engine) if config.precision.fp8.emulate else []
     return StepShape(
         world=mesh.world.size,
         tp=mesh.tp.size,
@@ -80,7 +83,15 @@ def _shape(engine: Engine, tokens: Tensor, *, rows_out: int, rows_in: int) -> St
         rows_in=rows_in,
         norm_over_tp=config.parallel.zero_stage == 0,
         documents=engine.model.eod_id is not None,
+        dense_scales=sum(math.prod(shard.shape) for shard in scales if not shard.axis),
+        expert_scales=sum(math.prod(shard.shape) for shard in scales if shard.axis),
     )
+
+
+def _delayed_scales(engine: Engine) -> list[Shard]:
+    """Of the tensors that this rank rounds by scales of earlier micro-steps."""
+    sites = [site for site in engine.model.modules() if isinstance(site, KeepsState)]
+    return [kept.shard for site in sites for kept in site.kept_state() if kept.name.endswith(".scale")]
 
 
 def _zero_terms(engine: Engine, step: StepShape) -> list[Term]:

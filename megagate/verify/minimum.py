@@ -31,6 +31,8 @@ class StepShape:
         norm_over_tp: The engine sums the squares of the gradient over tp itself (ZeRO stage 0).
         chunk_tokens: Tokens whose logits exist at the same time.
         documents: Windows are cut into documents.
+        dense_scales: Scales of delayed scaling that the world shares.
+        expert_scales: Scales of delayed scaling of this rank's experts, which edp shares.
     """
 
     world: int
@@ -46,6 +48,8 @@ class StepShape:
     norm_over_tp: bool = False
     chunk_tokens: int = CHUNK_TOKENS
     documents: bool = False
+    dense_scales: int = 0
+    expert_scales: int = 0
 
     @property
     def tokens(self) -> int:
@@ -100,6 +104,9 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
     balance of a mixture, fp32:
         counts             all_reduce  M AR(4 L' E) over the world; scope `sequence`: M AR(4 L' b E) over tp
         logged             all_reduce  AR(4 (L' E + 1)) over the world; scope `sequence`: AR(4 L' E) more
+    delayed scaling of emulated FP8, fp32 amaxes:
+        dense amaxes       all_reduce  M AR(4 scales) over the world   (one of input, weight and gradient of each product in FP8)
+        experts' amaxes    all_reduce  M AR(4 scales) over edp         (as many for each expert of this rank)
     step:
         targets            all_reduce  AR(8) over dp, AR(16) where windows are cut into documents: their squared lengths too
         loss               all_reduce  AR(4) over dp
@@ -116,6 +123,10 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
     if model.is_moe:
         terms += [*_routing(model, step), *_balance(model, step)]
     terms += [_all_reduce("targets", "dp", [INT64 * (1 + step.documents)], step), _all_reduce("loss", "dp", [FP32], step)]
+    terms += [
+        _all_reduce(what, axis, [FP32 * scales] * step.micro_steps * (scales > 0), step)
+        for what, axis, scales in (("dense amaxes", "world", step.dense_scales), ("experts' amaxes", "edp", step.expert_scales))
+    ]
     return [*terms, _all_reduce("norm", "tp", [FP32] * step.norm_over_tp, step)]
 
 

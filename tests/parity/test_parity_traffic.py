@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from parity.variants import MOE, VARIANTS
 
-from megagate.backend.native import NativeBackend
+from megagate.backend.build import build_backend
 from megagate.config.model import BalanceScope, ModelConfig, MoEConfig
-from megagate.config.run import OptimConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
+from megagate.config.run import Fp8Config, Fp8Recipe, OptimConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from megagate.model.lm import LanguageModel
 from megagate.nn import loss
 from megagate.nn.base import named_labels
@@ -47,10 +47,12 @@ class Case:
     dtype: str = "fp32"
     stage: int = 1
     chunk: int = loss.CHUNK_TOKENS
+    fp8: Fp8Recipe = "none"
 
     def __str__(self) -> str:
         kind = "dense" if not self.model.is_moe else "shared" if self.model.moe.shared_ffn_size else "moe"
         extra = " recompute" * self.recompute + f" chunks of {self.chunk}" * (self.chunk != loss.CHUNK_TOKENS)
+        extra += f" fp8 {self.fp8}" * (self.fp8 != "none")
         return f"{self.world} ranks tp{self.tp} ep{self.ep} zero{self.stage} {kind} {self.scope} {self.dtype}{extra}"
 
     @property
@@ -62,7 +64,7 @@ class Case:
             train=TrainConfig(global_batch_size=BATCH, micro_batch_size=micro, seq_len=SEQUENCE, recompute=self.recompute),
             optim=OptimConfig(name="sgd", lr=0.1),
             parallel=ParallelConfig(tp=self.tp, ep=self.ep, zero_stage=self.stage),
-            precision=PrecisionConfig(dtype=self.dtype),
+            precision=PrecisionConfig(dtype=self.dtype, fp8=Fp8Config(self.fp8, emulate=self.fp8 != "none")),
         )
 
     def step(self, *, rows_out: int, rows_in: int) -> StepShape:
@@ -79,7 +81,13 @@ class Case:
             rows_in=rows_in,
             norm_over_tp=self.stage == 0,
             chunk_tokens=self.chunk,
+            dense_scales=self.delayed(2 * self.model.num_layers * (1 + bool(not self.model.is_moe or self.model.moe.shared_ffn_size))),
+            expert_scales=self.delayed(2 * self.model.num_moe_layers * self.model.moe.num_experts // self.ep),
         )
+
+    def delayed(self, products: int) -> int:
+        """Each has an input, a weight and a gradient."""
+        return 3 * products * (self.fp8 == "delayed")
 
 
 class Group(NamedTuple):
@@ -116,7 +124,8 @@ def run_step(context: RankContext, case: Case) -> Seen:
     traffic = Traffic()
     mesh, config = ParallelMesh.build(tp=case.tp, ep=case.ep, traffic=traffic), case.config
     cpu, dtype = torch.device("cpu"), torch.bfloat16 if case.dtype == "bf16" else torch.float32
-    model = LanguageModel(config.model, dtype=dtype, backend=NativeBackend(cpu), mesh=mesh, recompute=case.recompute)
+    backend = build_backend(config.precision, device=cpu, mesh=mesh)
+    model = LanguageModel(config.model, dtype=dtype, backend=backend, mesh=mesh, recompute=case.recompute)
     engine = ZeroEngine(model.initialize(seed=1, device=cpu), config, mesh)
     generator = torch.Generator().manual_seed(mesh.dp.rank)
     tokens = torch.randint(0, config.model.vocab_size, (MICRO_STEPS, config.train.micro_batch_size, SEQUENCE + 1), generator=generator)
@@ -208,6 +217,9 @@ CASES = [
     Case(4, 4, 1, DENSE, recompute=True),
     Case(4, 2, 1, DENSE, stage=0),
     Case(4, 1, 2, recompute=True, stage=3),
+    Case(4, 2, 2, dtype="bf16", fp8="delayed", recompute=True),
+    Case(2, 2, 1, DENSE, fp8="delayed"),
+    Case(4, 2, 4, fp8="blockwise"),
     Case(2, 1, 1),
     Case(4, 1, 1, DENSE),
     Case(1, 1, 1),
