@@ -3,7 +3,7 @@
     python tests/backend/golden/make_golden.py --checkout CHECKOUT --package PACKAGE --version 2.20.2 [--cuda /usr/local/cuda]
 
 CHECKOUT is a checkout of Transformer Engine (its tests hold the references of blocks and of current scaling), PACKAGE the unpacked wheel
-of the version named (the rule of delayed scaling). Its extension is not needed: what is run is Python on CPU tensors, and of MXFP8, which
+of the version named (the rule of delayed scaling; its own reference of current scaling must give the same scales). Its extension is not needed: what is run is Python on CPU tensors, and of MXFP8, which
 has no reference in Python, functions cut out of the C++ tests and compiled with g++ and CUDA's headers.
 
 Writes fp8.safetensors (inputs, bytes, scales) and fp8.json (where they come from) beside itself.
@@ -31,6 +31,7 @@ FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 REFERENCES = "tests/pytorch/references"
 CPP_HEADER, CPP_TEST = "tests/cpp/test_common.h", "tests/cpp/operator/test_cast_mxfp8.cu"
 UPDATE = "transformer_engine/pytorch/quantization.py"
+CURRENT = "transformer_engine/pytorch/custom_recipes/reference_current_scaling.py"
 DELAYED = ("_update_amax_history", "_default_get_amax_and_update_history", "_default_sf_compute")
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--cuda", type=Path, default=Path("/usr/local/cuda"), help="for cuda_fp8.h")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tensors = {**blocks(args.checkout), **current(args.checkout), **delayed(args.package), **mxfp8(args.checkout, args.cuda)}
+    tensors = {**blocks(args.checkout), **current(args.checkout, args.package), **delayed(args.package), **mxfp8(args.checkout, args.cuda)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, HERE / "fp8.safetensors")
     sources = [
         (args.checkout, f"{REFERENCES}/blockwise_quantizer_reference.py"),
@@ -51,6 +52,7 @@ def main() -> None:
         (args.checkout, CPP_HEADER),
         (args.checkout, CPP_TEST),
         (args.package, UPDATE),
+        (args.package, CURRENT),
     ]
     commit = subprocess.run(["git", "-C", args.checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     provenance = {
@@ -136,9 +138,14 @@ def blocks(checkout: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def current(checkout: Path) -> dict[str, torch.Tensor]:
-    """One scale for each tensor: every kind of block is a tensor of its own here."""
+def current(checkout: Path, package: Path) -> dict[str, torch.Tensor]:
+    """One scale for each tensor: every kind of block is a tensor of its own here.
+
+    The package's own reference takes the largest number of the tensor's dtype for a scale that overflows, the tests' that of fp32, as the
+    kernel does: they are held to each other in fp32.
+    """
     reference = load(checkout, "ref_per_tensor_cs").ref_per_tensor_cs_cast
+    packaged = cut_functions(package / CURRENT, ("_scale_from_amax_tensor",))["_scale_from_amax_tensor"]
     tensors = {}
     for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         x = block_kinds(64, dtype, seed=4)
@@ -146,7 +153,11 @@ def current(checkout: Path) -> dict[str, torch.Tensor]:
         for name, fp8 in FORMATS.items():
             made = [reference(row.unsqueeze(0), fp8_dtype=fp8) for row in x]
             tensors[f"current.{kind}.{name}.bytes"] = torch.cat([data.view(torch.uint8) for data, *_ in made])
-            tensors[f"current.{kind}.{name}.scale_inv"] = torch.cat([scale for _, scale, *_ in made])
+            scales = torch.cat([scale for _, scale, *_ in made])
+            amax = x.float().abs().amax(1)
+            _, other, _ = packaged(x_dtype=torch.float32, amax=amax, quant_dtype=fp8, eps=0.0, pow_2_scales=False)
+            torch.testing.assert_close(other, scales, rtol=0, atol=0, equal_nan=True)
+            tensors[f"current.{kind}.{name}.scale_inv"] = scales
     return tensors
 
 
