@@ -3,8 +3,9 @@
     python tests/backend/golden/make_golden.py --checkout CHECKOUT --package PACKAGE --version 2.20.2 [--cuda /usr/local/cuda]
 
 CHECKOUT is a checkout of Transformer Engine (its tests hold the references of blocks and of current scaling), PACKAGE the unpacked wheel
-of the version named (the rule of delayed scaling; its own reference of current scaling must give the same scales). Its extension is not needed: what is run is Python on CPU tensors, and of MXFP8, which
-has no reference in Python, functions cut out of the C++ tests and compiled with g++ and CUDA's headers.
+of the version named (the rule of delayed scaling; its own reference of current scaling must give the same scales). Its
+extension is not needed: what is run is Python on CPU tensors, and of MXFP8, which has no reference in Python, functions cut out of the C++
+tests and compiled with g++ and CUDA's headers.
 
 Writes fp8.safetensors (inputs, bytes, scales) and fp8.json (where they come from) beside itself.
 """
