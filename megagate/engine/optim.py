@@ -1,14 +1,34 @@
-"""The optimizer over parameter groups."""
+"""The optimizer over parameter groups, of whichever implementation.
 
-from typing import Any
+All implementations hold the same moments under the same names. Where they count steps, for Adam's bias correction, differs:
+
+| | the count lies in | and grows by one |
+|---|---|---|
+| torch | a tensor for each parameter | with that parameter's steps |
+| deepspeed | an integer for each parameter | for the last parameter of a group alone, whose count is the group's |
+| apex | the group | at each call with parameters, also where none has a gradient |
+| te | the group | at each call, also where the group has no parameters: ZeRO-3 calls once for every part of every group |
+
+The engine knows how many steps were applied, so all but torch's are told before each step (`_count`), and a resume needs nothing more.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from megagate.backend import apex, te
 from megagate.config.run import OptimConfig
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 """The per-element state of each optimizer, by its PyTorch names; fp32 masters come on top."""
+
+
+class MakeAdam(Protocol):
+    """Makes an AdamW: decoupled decay, bias correction, fp32 moments named as PyTorch's."""
+
+    def __call__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer: ...
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
@@ -28,15 +48,45 @@ def parameter_groups(named: list[tuple[str, nn.Parameter]], config: OptimConfig)
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """The configured optimizer; its learning rate is set before every step."""
+    """PyTorch's optimizer, whatever `config.implementation` says; its learning rate is set before every step."""
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
-def fresh_state(parameter: Tensor, config: OptimConfig, *, applied_steps: int) -> dict[str, Tensor]:
+def build_implementation(
+    groups: list[dict[str, Any]], config: OptimConfig, *, applied_steps: Callable[[], int], deepspeed_adam: MakeAdam
+) -> torch.optim.Optimizer:
+    """The optimizer of `config.implementation`; its learning rate is set before every step.
+
+    Args:
+        groups: See `parameter_groups`.
+        config: With `adamw`, unless the implementation is torch's.
+        applied_steps: How many steps the engine has applied so far.
+        deepspeed_adam: Makes DeepSpeed's, which is the engine's to import.
+    """
+    if config.implementation == "torch":
+        return build_optimizer(groups, config)
+    makers: dict[str, MakeAdam] = {"apex": apex.fused_adam, "te": te.fused_adam, "deepspeed": deepspeed_adam}
+    optimizer = makers[config.implementation](groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    optimizer.register_step_pre_hook(lambda *_: _count(optimizer, applied_steps()))
+    return optimizer
+
+
+def _count(optimizer: torch.optim.Optimizer, applied_steps: int) -> None:
+    """Tell an optimizer that counts steps in integers how many it has made."""
+    for group in optimizer.param_groups:
+        group["step"] = applied_steps
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state and "step" in state:
+                state["step"] = applied_steps
+
+
+def fresh_state(parameter: Tensor, config: OptimConfig, *, applied_steps: int) -> dict[str, Any]:
     """The state that the optimizer keeps for one parameter after some steps, moments still zero; empty before the first step."""
     if not applied_steps or not MOMENTS[config.name]:
         return {}
-    step = torch.tensor(float(applied_steps), device=parameter.device)
-    return {"step": step, **{moment: torch.zeros_like(parameter) for moment in MOMENTS[config.name]}}
+    moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS[config.name]}
+    counts: dict[str, Any] = {"torch": torch.tensor(float(applied_steps), device=parameter.device), "deepspeed": applied_steps}
+    return ({"step": counts[config.implementation]} if config.implementation in counts else {}) | moments

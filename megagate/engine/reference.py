@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,12 +16,15 @@ from megagate.parallel.mesh import ParallelMesh
 
 
 class ReferenceEngine(Engine):
-    """fp32 masters, fp32 gradient accumulation, one clip, one step. For a mesh of one rank."""
+    """fp32 masters, fp32 gradient accumulation, one clip, one step of PyTorch's own optimizer, which other implementations must equal.
+
+    For a mesh of one rank.
+    """
 
     def __init__(self, model: LanguageModel, config: RunConfig, mesh: ParallelMesh):
-        super().__init__(model, config, mesh)
+        super().__init__(model, replace(config, optim=replace(config.optim, implementation="torch")), mesh)
         self.masters = {name: torch.nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
-        self.optimizer = build_optimizer(parameter_groups(list(self.masters.items()), config.optim), config.optim)
+        self.optimizer = build_optimizer(parameter_groups(list(self.masters.items()), config.optim), self.config.optim)
 
     def _forward(self, tokens: Tensor, labels: Tensor) -> LossParts:
         return self.model(tokens, labels)

@@ -12,6 +12,7 @@ import deepspeed.runtime.bf16_optimizer
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.ops.adam import FusedAdam
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.run import RunConfig
 from megagate.engine.base import Engine, Fragment
-from megagate.engine.optim import build_optimizer, parameter_groups
+from megagate.engine.optim import build_implementation, parameter_groups
 from megagate.engine.zero_config import zero_config
 from megagate.model.lm import LanguageModel, LossParts
 from megagate.nn.base import Weight, named_labels
@@ -34,7 +35,8 @@ class ZeroEngine(Engine):
         super().__init__(model, config, mesh)
         _tame_deepspeed()
         self.stage = config.parallel.zero_stage
-        self.optimizer = build_optimizer(_groups(model, config, mesh), config.optim)
+        groups = _groups(model, config, mesh)
+        self.optimizer = build_implementation(groups, config.optim, applied_steps=lambda: self.applied_steps, deepspeed_adam=_fused_adam)
         mpu = _register(model, config, mesh)
         dtype = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         self.engine, *_ = deepspeed.initialize(
@@ -144,6 +146,11 @@ def _tame_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its bf16 optimizer prints a page about memory, whatever the level of the log.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+
+
+def _fused_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW with one kernel launch for many tensors; its kernel is compiled when it is first made on a machine."""
+    return FusedAdam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True, bias_correction=True)
 
 
 class _Mpu:
