@@ -2,9 +2,10 @@
 
 import torch
 
+from megagate.backend import apex
 from megagate.backend.base import Backend
 from megagate.backend.fp8.backend import EmulatedBackend
-from megagate.backend.native import NativeBackend
+from megagate.backend.native import NativeBackend, NormFunction, rms_norm
 from megagate.config.run import PrecisionConfig
 from megagate.errors import ConfigError
 from megagate.parallel.mesh import ParallelMesh
@@ -16,11 +17,23 @@ def build_backend(precision: PrecisionConfig, *, device: torch.device, mesh: Par
     Raises:
         ConfigError: What the config names is not there.
     """
-    if precision.backend != "native" or precision.norm != "native":
-        raise ConfigError("only precision.backend native exists so far; leave precision.backend and .norm out")
-    native, fp8 = NativeBackend(device), precision.fp8
+    if precision.backend != "native":
+        raise ConfigError("only precision.backend native exists so far; leave precision.backend out")
+    native, fp8 = NativeBackend(device, norm=build_norm(precision, device=device)), precision.fp8
     if fp8.recipe == "none":
         return native
     if not fp8.emulate:
         raise ConfigError(f"precision.fp8.recipe ({fp8.recipe}) needs precision.backend te, or precision.fp8.emulate true")
     return EmulatedBackend(native, fp8, device=device, mesh=mesh)
+
+
+def build_norm(precision: PrecisionConfig, *, device: torch.device) -> NormFunction:
+    """The kernel of norms, for any backend.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    if precision.norm == "native":
+        return rms_norm
+    apex.require("precision.norm", kernels=apex.NORM_KERNELS, device=device, otherwise="native")
+    return apex.rms_norm

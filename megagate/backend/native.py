@@ -28,11 +28,26 @@ FLASH_WIDTH_MULTIPLE, FLASH_WIDEST = 8, 256
 """Head widths that PyTorch's flash kernel takes as they are."""
 
 
-class NativeBackend:
-    """See `Backend` for shapes and collectives. Its sites are functions that keep nothing."""
+NormFunction = Callable[[Tensor, Tensor, float], Tensor]
+"""See `Backend.norm`."""
 
-    def __init__(self, device: torch.device):
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `Backend.norm`: statistics and product in fp32, one cast at the end."""
+    return _RMSNorm.apply(x, weight.float(), eps)
+
+
+class NativeBackend:
+    """See `Backend` for shapes and collectives. Its sites are functions that keep nothing.
+
+    Args:
+        device: Where it computes.
+        norm: The kernel of norms, where it is not PyTorch's operations.
+    """
+
+    def __init__(self, device: torch.device, *, norm: NormFunction = rms_norm):
         self.row_multiple = GPU_ROW_MULTIPLE if device.type == "cuda" else CPU_ROW_MULTIPLE
+        self._norm = norm
 
     def of_layer(self, index: int, num_layers: int) -> "NativeBackend":
         """All blocks are alike."""
@@ -55,8 +70,8 @@ class NativeBackend:
         return attend
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Statistics and product in fp32, one cast at the end."""
-        return _RMSNorm.apply(x, weight.float(), eps)
+        """By the kernel that it was given."""
+        return self._norm(x, weight, eps)
 
     def choose(self, logits: Tensor, config: MoEConfig, *, bias: Tensor | None) -> Chosen:
         """Scores, top-k, gather."""

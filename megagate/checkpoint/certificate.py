@@ -14,7 +14,7 @@ Pure data and comparison; `train/certify.py` measures.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ SAME_STEP_KEYS = (
     "data.valid",
     "data.cache_dir",
     "optim.lr",
+    "optim.implementation",
     "schedule.",
     "precision.",
     "parallel.",
@@ -67,6 +68,8 @@ class Circumstances:
         grad_dtype: In which gradients are summed: `fp32` or `model`.
         torch: PyTorch's version.
         threads: Of PyTorch in each rank.
+        optimizer: Whose kernel made the step, `optim.implementation`; records of versions that had but PyTorch's do not name it.
+        norm: Whose kernel normed, `precision.norm`; likewise.
     """
 
     dp: int
@@ -80,6 +83,8 @@ class Circumstances:
     grad_dtype: str
     torch: str
     threads: int
+    optimizer: str = "torch"
+    norm: str = "native"
 
 
 @dataclass(frozen=True)
@@ -322,7 +327,7 @@ def _decoded(path: Path, values: Mapping[str, Any]) -> NextStep:
     missing = [one.name for one in fields(NextStep) if one.name not in values]
     place = values.get("circumstances")
     if isinstance(place, Mapping):
-        missing += [f"circumstances.{one.name}" for one in fields(Circumstances) if one.name not in place]
+        missing += [f"circumstances.{one.name}" for one in fields(Circumstances) if one.name not in place and one.default is MISSING]
     if missing:
         raise CheckpointError(
             f"{path} does not record {', '.join(missing)}, so another version of megagate wrote it; resume with that one, or delete the "
@@ -331,7 +336,7 @@ def _decoded(path: Path, values: Mapping[str, Any]) -> NextStep:
     known = {one.name: values[one.name] for one in fields(NextStep)}
     for name in ("loss", "grad_norm"):
         known[name] = math.nan if known[name] is None else known[name]
-    known["circumstances"] = Circumstances(**{one.name: place[one.name] for one in fields(Circumstances)})
+    known["circumstances"] = Circumstances(**{one.name: place[one.name] for one in fields(Circumstances) if one.name in place})
     return NextStep(**known)
 
 

@@ -21,7 +21,9 @@ SAME_RUN_KEYS = (
     "train.resume",
     "train.micro_batch_size",
     "train.recompute",
+    "optim.implementation",
     "parallel.",
+    "precision.norm",
     "data.valid",
     "data.cache_dir",
     "checkpoint.",
@@ -30,8 +32,9 @@ SAME_RUN_KEYS = (
     "wandb.",
     "profile.",
 )
-"""Keys (those with a last dot: whole groups) that may change when a run is resumed: where the work is done, and what is written
-down of it. Every other key decides which numbers the run computes, so that a change makes it another run."""
+"""Keys (those with a last dot: whole groups) that may change when a run is resumed: where and by whose kernels the work is done, which is
+seen in the last bits alone, and what is written down of it. Every other key decides which numbers the run computes, so that a change makes
+it another run."""
 
 BASE_HINT = "give a base config first, e.g. --config examples/configs/tiny.yaml, or set {key}"
 
@@ -141,6 +144,7 @@ def check(config: RunConfig, *, world_size: int) -> None:
         *model_rules(config.model),
         *_data_rules(config),
         *_schedule_rules(config),
+        *_optimizer_rules(config),
         *_zero_rules(config),
         *_kernel_rules(config),
         *_sharding_rules(config),
@@ -198,6 +202,15 @@ def _schedule_rules(config: RunConfig) -> Iterator[str]:
         yield (
             f"schedule.decay_steps ({schedule.decay_steps}) must be at most train.steps - schedule.warmup_steps ({room}); "
             "lower schedule.decay_steps"
+        )
+
+
+def _optimizer_rules(config: RunConfig) -> Iterator[str]:
+    name, implementation = config.optim.name, config.optim.implementation
+    if name != "adamw" and implementation != "torch":
+        yield (
+            f"optim.implementation ({implementation}) must be torch where optim.name is {name}: the others are for adamw; "
+            "set optim.implementation to torch"
         )
 
 

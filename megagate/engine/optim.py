@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megagate.backend import apex, te
 from megagate.config.run import OptimConfig
+from megagate.parallel.init import require_gpu
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 """The per-element state of each optimizer, by its PyTorch names; fp32 masters come on top."""
@@ -71,6 +72,28 @@ def build_implementation(
     optimizer = makers[config.implementation](groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
     optimizer.register_step_pre_hook(lambda *_: _count(optimizer, applied_steps()))
     return optimizer
+
+
+def require_implementation(config: OptimConfig, *, device: torch.device, load_deepspeed: Callable[[], None]) -> None:
+    """Refuse, before anything is built or written, an implementation that this rank cannot have.
+
+    Args:
+        config: Names the implementation.
+        device: Of this rank.
+        load_deepspeed: Compiles and loads DeepSpeed's kernel, or refuses.
+
+    Raises:
+        ConfigError: No GPU, or the package is not there.
+        RunError: DeepSpeed's kernel cannot be compiled.
+    """
+    key = "optim.implementation"
+    if config.implementation == "apex":
+        apex.require(key, kernels=apex.OPTIMIZER_KERNELS, device=device, otherwise="torch")
+    elif config.implementation == "te":
+        te.require(key, device=device, otherwise="torch")
+    elif config.implementation == "deepspeed":
+        require_gpu(key, "deepspeed", device=device, otherwise="torch")
+        load_deepspeed()
 
 
 def _count(optimizer: torch.optim.Optimizer, applied_steps: int) -> None:

@@ -13,15 +13,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.ops.adam import FusedAdam
+from deepspeed.ops.op_builder import FusedAdamBuilder
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from megagate.checkpoint.store import Checkpoint
-from megagate.config.run import RunConfig
+from megagate.config.run import OptimConfig, RunConfig
 from megagate.engine.base import Engine, Fragment
-from megagate.engine.optim import build_implementation, parameter_groups
+from megagate.engine.optim import build_implementation, parameter_groups, require_implementation
 from megagate.engine.zero_config import zero_config
+from megagate.errors import RunError
 from megagate.model.lm import LanguageModel, LossParts
 from megagate.nn.base import Weight, named_labels
 from megagate.parallel.comm import total
@@ -146,6 +148,24 @@ def _tame_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its bf16 optimizer prints a page about memory, whatever the level of the log.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+
+
+def require_optimizer(config: OptimConfig, device: torch.device) -> None:
+    """See `require_implementation`."""
+    require_implementation(config, device=device, load_deepspeed=_load_fused_adam)
+
+
+def _load_fused_adam() -> None:
+    """Compile the kernel, once on each machine, and load it."""
+    try:
+        FusedAdamBuilder().load()
+    except Exception as error:  # DeepSpeed, PyTorch and ninja raise each their own
+        reason = str(error).strip().splitlines()[:1]
+        raise RunError(
+            f"optim.implementation (deepspeed) needs a kernel that DeepSpeed compiles on each machine, and could not here "
+            f"({type(error).__name__}: {' '.join(reason)}); see that nvcc of CUDA {torch.version.cuda}, a C++ compiler and ninja are "
+            "there (`ds_report` lists them), or set optim.implementation to torch"
+        ) from error
 
 
 def _fused_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:

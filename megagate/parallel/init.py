@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megagate.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class LaunchEnv:
@@ -47,6 +49,22 @@ def pick_device(local_rank: int, *, local_size: int = 1) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def require_gpu(key: str, value: str, *, device: torch.device, otherwise: str) -> None:
+    """Refuse a value of a config key whose kernels are for GPUs alone.
+
+    Args:
+        key: The config key.
+        value: What it is.
+        device: Of this rank.
+        otherwise: The value of `key` that needs no GPU.
+
+    Raises:
+        ConfigError: This rank has none.
+    """
+    if device.type != "cuda":
+        raise ConfigError(f"{key} ({value}) needs a CUDA GPU, and PyTorch finds none here; set {key} to {otherwise}")
 
 
 def allow_open_files() -> None:

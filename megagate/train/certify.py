@@ -267,6 +267,8 @@ def circumstances(config: RunConfig, mesh: ParallelMesh, device: torch.device) -
         grad_dtype=config.precision.grad_dtype,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
+        optimizer=config.optim.implementation,
+        norm=config.precision.norm,
     )
 
 

@@ -20,7 +20,7 @@ from megagate.config.run import RunConfig
 from megagate.data.loader import TrainLoader, ValidLoader
 from megagate.data.sources import Sources, open_sources, prepare_sources
 from megagate.engine.base import Engine
-from megagate.engine.zero import ZeroEngine
+from megagate.engine.zero import ZeroEngine, require_optimizer
 from megagate.errors import CheckpointError, ConfigError, DataError, MegagateError
 from megagate.log import logger
 from megagate.model.lm import LanguageModel
@@ -69,6 +69,7 @@ class Job:
     def _run(self) -> int:
         world, config = self.mesh.world, self.config
         # What only reads comes before what writes.
+        everywhere(world, lambda: require_optimizer(config.optim, self.device))
         checkpoint = everywhere(world, self._open_start)
         if checkpoint is not None and checkpoint.step >= config.train.steps:
             logger.info("finished already: %s is at step %d of %d; nothing to do", checkpoint.folder, checkpoint.step, config.train.steps)
