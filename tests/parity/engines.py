@@ -13,7 +13,16 @@ from torch import Tensor
 from megagate.checkpoint import store
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
-from megagate.config.run import GradDType, OptimConfig, OptimizerName, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
+from megagate.config.run import (
+    GradDType,
+    OptimConfig,
+    OptimizerImplementation,
+    OptimizerName,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megagate.engine.base import Engine, StepResult
 from megagate.engine.reference import ReferenceEngine
 from megagate.model.lm import LanguageModel
@@ -38,6 +47,7 @@ class Run:
     """What is trained; the layout comes apart."""
 
     optimizer: OptimizerName = "sgd"
+    implementation: OptimizerImplementation = "torch"
     dtype: str = "fp32"
     grad_dtype: GradDType = "fp32"
     scope: BalanceScope = "global_batch"
@@ -99,7 +109,7 @@ def run_config(run: Run, layout: Layout) -> RunConfig:
     return RunConfig(
         model=run.model,
         train=TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH // MICRO_STEPS // dp, seq_len=SEQUENCE, recompute=run.recompute),
-        optim=OptimConfig(name=run.optimizer, lr=run.lr, grad_clip=CLIP),
+        optim=OptimConfig(name=run.optimizer, implementation=run.implementation, lr=run.lr, grad_clip=CLIP),
         parallel=ParallelConfig(tp=layout.tp, ep=layout.ep, zero_stage=layout.zero_stage),
         precision=PrecisionConfig(dtype=run.dtype, grad_dtype=run.grad_dtype),
     )
