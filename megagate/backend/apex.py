@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megagate.errors import ConfigError
-from megagate.parallel.init import require_gpu
 
 INSTALL = "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
 """As apex's README has it. Both flags are needed: without them it installs, and has none of the kernels."""
@@ -21,19 +20,17 @@ OPTIMIZER_KERNELS, NORM_KERNELS = "amp_C", "fused_layer_norm_cuda"
 """apex's compiled modules, which APEX_CUDA_EXT=1 builds."""
 
 
-def require(key: str, *, kernels: str, device: torch.device, otherwise: str) -> None:
-    """Refuse a config that wants apex without a GPU, or where it is not, another project of that name is, or it was built without kernels.
+def require(key: str, *, kernels: str, otherwise: str) -> None:
+    """Refuse a config that wants apex where it is not, another project of that name is, or it was built without its kernels.
 
     Args:
         key: The config key whose value is `apex`.
         kernels: The compiled module that is needed.
-        device: Of this rank.
         otherwise: The value of `key` that needs no apex.
 
     Raises:
         ConfigError: With what is missing and the command that installs it.
     """
-    require_gpu(key, "apex", device=device, otherwise=otherwise)
     package = "apex.optimizers" if kernels == OPTIMIZER_KERNELS else "apex.normalization.fused_layer_norm"
     for module, lacks in ((package, "NVIDIA's apex, which is not installed"), (kernels, "apex's CUDA kernels, without which it was built")):
         try:

@@ -8,6 +8,7 @@ from megagate.backend.fp8.backend import EmulatedBackend
 from megagate.backend.native import NativeBackend, NormFunction, rms_norm
 from megagate.config.run import PrecisionConfig
 from megagate.errors import ConfigError
+from megagate.parallel.init import require_gpu
 from megagate.parallel.mesh import ParallelMesh
 
 
@@ -35,5 +36,6 @@ def build_norm(precision: PrecisionConfig, *, device: torch.device) -> NormFunct
     """
     if precision.norm == "native":
         return rms_norm
-    apex.require("precision.norm", kernels=apex.NORM_KERNELS, device=device, otherwise="native")
+    require_gpu("precision.norm", precision.norm, device=device, otherwise="native")
+    apex.require("precision.norm", kernels=apex.NORM_KERNELS, otherwise="native")
     return apex.rms_norm

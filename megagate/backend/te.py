@@ -1,39 +1,39 @@
-"""Transformer Engine 2.20.2: the only file that imports it, where its kernels are asked for."""
+"""Transformer Engine (TE) 2.20.2 behind the seam: the only file that imports it, and only where its kernels are asked for."""
 
-import importlib
 from typing import Any
 
 import torch
 
 from megagate.errors import ConfigError
-from megagate.parallel.init import require_gpu
 
-INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]==2.20.2'"
+VERSION = "2.20.2"
+INSTALL = f"pip install --no-build-isolation 'transformer_engine[pytorch]=={VERSION}'"
 
 
-def require(key: str, *, device: torch.device, otherwise: str) -> None:
-    """Refuse a config that wants Transformer Engine without a GPU, or where it is not.
+def load(key: str = "precision.backend", otherwise: str = "native") -> Any:
+    """`transformer_engine.pytorch`.
 
     Args:
-        key: The config key whose value is `te`.
-        device: Of this rank.
-        otherwise: The value of `key` that needs no Transformer Engine.
+        key: The config key that asks for it.
+        otherwise: The value of it that does not.
 
     Raises:
-        ConfigError: With what is missing and the command that installs it.
+        ConfigError: It is not there, or not with its libraries; with the command that installs it.
     """
-    require_gpu(key, "te", device=device, otherwise=otherwise)
     try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # missing libraries show as OSError, FileNotFoundError or RuntimeError
+        from transformer_engine import pytorch  # noqa: PLC0415 - an optional package
+    except (ImportError, OSError) as error:
         raise ConfigError(
-            f"{key} (te) needs Transformer Engine, which cannot be loaded ({type(error).__name__}: {error}); install it with `{INSTALL}`, "
-            f"or set {key} to {otherwise}"
+            f"{key} (te) needs Transformer Engine {VERSION} with its PyTorch extension, which cannot be imported here ({error}); "
+            f"install it by `{INSTALL}`, or set {key} {otherwise}"
         ) from error
+    return pytorch
 
 
 def fused_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-    """TE's AdamW with one kernel launch for many tensors; fp32 moments `exp_avg` and `exp_avg_sq`, its step counted in its groups."""
-    from transformer_engine.pytorch.optimizers import FusedAdam  # noqa: PLC0415 - an optional package
+    """TE's AdamW with one kernel launch for many tensors; fp32 moments `exp_avg` and `exp_avg_sq`, its step counted in its groups.
 
-    return FusedAdam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True, bias_correction=True)
+    Source: optimizers/fused_adam.py:40.
+    """
+    te = load("optim.implementation", "torch")
+    return te.optimizers.FusedAdam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True, bias_correction=True)

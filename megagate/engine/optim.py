@@ -22,6 +22,7 @@ from megagate.backend import apex, te
 from megagate.config.run import OptimConfig
 from megagate.parallel.init import require_gpu
 
+KEY = "optim.implementation"
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 """The per-element state of each optimizer, by its PyTorch names; fp32 masters come on top."""
 
@@ -86,13 +87,14 @@ def require_implementation(config: OptimConfig, *, device: torch.device, load_de
         ConfigError: No GPU, or the package is not there.
         RunError: DeepSpeed's kernel cannot be compiled.
     """
-    key = "optim.implementation"
+    if config.implementation == "torch":
+        return
+    require_gpu(KEY, config.implementation, device=device, otherwise="torch")
     if config.implementation == "apex":
-        apex.require(key, kernels=apex.OPTIMIZER_KERNELS, device=device, otherwise="torch")
+        apex.require(KEY, kernels=apex.OPTIMIZER_KERNELS, otherwise="torch")
     elif config.implementation == "te":
-        te.require(key, device=device, otherwise="torch")
-    elif config.implementation == "deepspeed":
-        require_gpu(key, "deepspeed", device=device, otherwise="torch")
+        te.load(KEY, "torch")
+    else:
         load_deepspeed()
 
 

@@ -1,12 +1,12 @@
 """Fused optimizers on CPUs: their own Python, or what stands in for it, around a kernel in PyTorch where theirs is a GPU's.
 
-DeepSpeed's class is the real one, which is installed. apex and Transformer Engine are not: `GroupCounted` keeps their books as their sources
-do, and is held to them where they are (`test_engine_apex.py`, `tests/te`).
+DeepSpeed's class is the real one, which is installed. apex and Transformer Engine are not: `GroupCounted` and `EmptyToo` keep their books
+as their sources do, and are held to them where they are (`tests/backend/test_backend_apex.py`, `tests/te/test_te_optimizer.py`).
 """
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -71,16 +71,15 @@ class EmptyToo(GroupCounted):
     counts_empty = True
 
 
-MODULES = {"apex": ("apex.optimizers", GroupCounted), "te": ("transformer_engine.pytorch.optimizers", EmptyToo)}
-
-
 @contextmanager
 def on_cpu(implementation: OptimizerImplementation) -> Iterator[None]:
     """Inside the context that implementation can be built and stepped on a CPU."""
-    if implementation in MODULES:
-        name, stand_in = MODULES[implementation]
-        with replaced(sys.modules, name, ModuleType(name)):
-            sys.modules[name].FusedAdam = stand_in
+    if implementation == "apex":
+        with packages({"apex": {}, "apex.optimizers": {"FusedAdam": GroupCounted}}):
+            yield
+    elif implementation == "te":
+        above = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.router")
+        with packages({name: {} for name in above} | {"transformer_engine.pytorch.optimizers": {"FusedAdam": EmptyToo}}):
             yield
     elif implementation == "deepspeed":
         from deepspeed.ops.adam import fused_adam
@@ -89,6 +88,20 @@ def on_cpu(implementation: OptimizerImplementation) -> Iterator[None]:
         with replaced(vars(fused_adam), "FusedAdamBuilder", lambda: SimpleNamespace(load=lambda: kernels)):
             yield
     else:
+        yield
+
+
+@contextmanager
+def packages(modules: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Modules by name, packages before what is in them, with these attributes: what `import` finds for a while."""
+    with ExitStack() as stack:
+        for name, attributes in modules.items():
+            module = ModuleType(name)
+            vars(module).update(attributes)
+            stack.enter_context(replaced(sys.modules, name, module))
+            above, _, last = name.rpartition(".")
+            if above in modules:
+                setattr(sys.modules[above], last, module)
         yield
 
 

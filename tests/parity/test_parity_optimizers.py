@@ -1,4 +1,4 @@
-"""The fused optimizers of apex, Transformer Engine and DeepSpeed under every ZeRO stage: PyTorch's steps, and runs that change between them.
+"""Fused optimizers of apex, Transformer Engine and DeepSpeed under every ZeRO stage: PyTorch's steps, and runs that change between them.
 
 Their kernels are for GPUs: PyTorch stands in for these, and for the Python of those that are not installed (`engine/fused.py`).
 """

@@ -45,6 +45,10 @@ BAD_VALUES = {
     "a weight that is too small": (["--data.path", "1 /a 0.00001 /b"], "data.path: weight 1e-05 of 1.00001 in all is too small"),
     "weights from an earlier sample": (["--data.path", "1 /a from 5 1 /b from 4 1 /a"], "weights count from samples [0, 5, 4]"),
     "a validation set without a name": (["--data.valid", "/a"], "data.valid: `/a` must be NAME=FOLDER"),
+    "a fused optimizer without Adam": (
+        ["--optim.name", "sgd", "--optim.implementation", "apex"],
+        "optim.implementation (apex) must be torch where optim.name is sgd: the others are for adamw; set optim.implementation to torch",
+    ),
     "micro-batch that does not divide": (["--train.micro_batch_size", 3], "train.global_batch_size (8) must be divisible by"),
 }
 BAD_ARGUMENTS = BAD_FILES | {case: (["--config", NANO, *argv], message) for case, (argv, message) in BAD_VALUES.items()}
@@ -97,6 +101,13 @@ def test_under_the_launcher_the_message_comes_once(jobs: Jobs, tmp_path: Path) -
     assert job.wait() == [2], job.text
     assert job.text.count("ConfigError") == job.text.count("the number of ranks (2) must be divisible by parallel.tp (4)") == 1
     assert "Traceback" not in job.text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("implementation", ["apex", "te", "deepspeed"])
+def test_a_fused_optimizer_without_a_gpu(implementation: str, jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs.run("--train.output_dir", tmp_path / "run", "--optim.implementation", implementation, world=2, expect=2)
+    assert job.text.count(f"ConfigError: optim.implementation ({implementation}) needs a CUDA GPU") == 1, job.text
     assert not (tmp_path / "run").exists()
 
 
