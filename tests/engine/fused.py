@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megagate.config.run import OptimizerImplementation
 
@@ -118,3 +118,28 @@ def replaced(where: dict[str, Any], key: str, value: Any) -> Iterator[None]:
             del where[key]
         else:
             where[key] = before
+
+
+CALLS = [  # the gradients of two parameters in two groups, one of them empty for a while, as ZeRO-3 leaves it
+    ([1.0, 2.0], [0.5]),
+    (None, None),
+    ([0.3, -1.0], "empty"),
+    ([0.3, 1.0], [2.0]),
+    (None, [1.0]),
+]
+
+
+def books(make: Any) -> list[Any]:
+    """Weights, states and counts after each call of an optimizer."""
+    parameters = [nn.Parameter(torch.tensor(value)) for value in ([1.0, -2.0], [3.0])]
+    groups = [{"params": [one], "weight_decay": decay} for one, decay in zip(parameters, (0.1, 0.0), strict=True)]
+    optimizer, kept = make(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8, adam_w_mode=True, bias_correction=True), []
+    for gradients in CALLS:
+        for group, parameter, gradient in zip(optimizer.param_groups, parameters, gradients, strict=True):
+            group["params"] = [] if gradient == "empty" else [parameter]
+            parameter.grad = torch.tensor(gradient) if isinstance(gradient, list) else None
+        optimizer.step()
+        states = [{name: value.clone() for name, value in optimizer.state.get(one, {}).items()} for one in parameters]
+        kept.append(([group.get("step") for group in optimizer.param_groups], [one.detach().clone() for one in parameters], states))
+        optimizer.zero_grad()
+    return kept
