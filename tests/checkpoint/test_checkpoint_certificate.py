@@ -28,6 +28,7 @@ from megagate.checkpoint.certificate import (
 from megagate.checkpoint.staging import HostCopy
 from megagate.checkpoint.store import Piece
 from megagate.config.keys import from_dict
+from megagate.config.rules import changed_keys
 from megagate.config.run import RunConfig
 from megagate.errors import CheckpointError
 
@@ -114,7 +115,7 @@ def test_another_learning_rate_leaves_moments_compared() -> None:
     ("key", "other"),
     [
         *[("dp", 4), ("tp", 2), ("ep", 1), ("zero_stage", 2), ("micro_step_samples", 2)],
-        *[("device_name", "another"), ("torch", "2.14.0"), ("threads", 2)],
+        *[("device_name", "another"), ("torch", "2.14.0"), ("threads", 2), ("optimizer", "apex"), ("norm", "apex")],
     ],
 )
 def test_elsewhere_numbers_agree_to_rounding(key: str, other: object) -> None:
@@ -128,6 +129,12 @@ def test_elsewhere_numbers_agree_to_rounding(key: str, other: object) -> None:
     for share, agrees in ((0.9, True), (1.1, False)):  # of the smaller of two masters: the norm of both is not the first to differ
         updates = MOVED | {"exp_avg/a.weight": 0.25 * (1 + share * FP32.update)}
         assert (compare(there, replace(STEP, updates=updates), Scope())[0] is None) == agrees
+
+
+def test_other_kernels_are_the_same_run_and_leave_everything_compared() -> None:
+    changes = {"optim": {"implementation": "te"}, "precision": {"norm": "apex"}}
+    assert changed_keys(from_dict(MOE), from_dict({**MOE, **changes})) == []
+    assert scoped(changes) == Scope()
 
 
 def test_the_whole_update_is_held_to_more_than_each() -> None:
@@ -230,6 +237,10 @@ def test_a_sound_file_of_another_version_is_not_called_damaged(tmp_path: Path) -
     around = values["circumstances"]
     path.write_bytes(sealed({**values, "router_entropy": 1.0, "circumstances": {**around, "cuda": "13"}}))
     assert read_next_step(tmp_path) == STEP, "a later one may record more"
+    for key in ("optimizer", "norm"):  # an earlier one had but PyTorch's
+        del around[key]
+    path.write_bytes(sealed(values))
+    assert read_next_step(tmp_path) == STEP
     del around["threads"]
     for changed, missing in (
         (values, "circumstances.threads"),
