@@ -104,7 +104,7 @@ def test_under_the_launcher_the_message_comes_once(jobs: Jobs, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("implementation", ["apex", "te", "deepspeed"])
+@pytest.mark.parametrize("implementation", ["apex", "te"])  # the third would be compiled if this failed
 def test_a_fused_optimizer_without_a_gpu(implementation: str, jobs: Jobs, tmp_path: Path) -> None:
     job = jobs.run("--train.output_dir", tmp_path / "run", "--optim.implementation", implementation, world=2, expect=2)
     assert job.text.count(f"ConfigError: optim.implementation ({implementation}) needs a CUDA GPU") == 1, job.text
