@@ -82,9 +82,13 @@ def _in_own_ranks(config: "RunConfig", options: argparse.Namespace) -> int:
     cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     os.environ.update(cpu)  # the ranks inherit it
     start_server(preload=PRELOAD, environment=cpu)
+    import torch
+
+    from megagate.parallel.init import read_hardware
     from megagate.verify.doctor import examine_local, order
 
-    what = order(config, world_size=options.world, gpu=False, fault=options.fault)
+    hardware = read_hardware(torch.device("cpu"))
+    what = order(config, world_size=options.world, gpu=False, fault=options.fault, hardware=hardware)
     try:
         diagnosis = run_ranks(examine_local, options.world, what, timeout=options.timeout)[0]
     except RankTimeoutError as error:
@@ -126,13 +130,14 @@ def _in_launched_rank(config: "RunConfig", options: argparse.Namespace) -> int:
         raise ConfigError(f"--world ({options.world}) is for a start without a launcher; leave it out under deepspeed")
     import torch.distributed as dist
 
-    from megagate.parallel.init import LaunchEnv, init_process_group, pick_device
+    from megagate.parallel.init import LaunchEnv, init_process_group, pick_device, read_hardware
     from megagate.verify.doctor import examine, order
 
     env = LaunchEnv.read()
     deadline = _end_after(env.rank, options)
     device = pick_device(env.local_rank, local_size=env.local_size)
-    what = order(config, world_size=env.world_size, gpu=device.type == "cuda", fault=options.fault)
+    asked = {"gpu": device.type == "cuda", "fault": options.fault, "hardware": read_hardware(device)}
+    what = order(config, world_size=env.world_size, **asked)
     init_process_group(env, device=device, timeout=timedelta(seconds=options.timeout + 60))
     try:
         diagnosis = examine(what, device=device)

@@ -10,9 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from megagate.config.blend_text import parse_blend, parse_valid
+from megagate.config.hardware import Hardware, hardware_rules
 from megagate.config.keys import differences, flatten
 from megagate.config.model import ModelConfig
 from megagate.config.model_rules import divisible, model_rules
+from megagate.config.precision_rules import precision_rules
 from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
 
@@ -131,8 +133,13 @@ _SIZE_KEYS = (
 _TEXT_KEYS = ("train.output_dir", "train.resume", "data.path")
 
 
-def check(config: RunConfig, *, world_size: int) -> None:
+def check(config: RunConfig, *, world_size: int, hardware: Hardware | None = None) -> None:
     """Refuses a config that cannot run on `world_size` ranks.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks.
+        hardware: Of this rank; None where it is not known, or the run is elsewhere.
 
     Raises:
         ConfigError: With one line for each violated rule.
@@ -147,6 +154,8 @@ def check(config: RunConfig, *, world_size: int) -> None:
         *_optimizer_rules(config),
         *_zero_rules(config),
         *_kernel_rules(config),
+        *precision_rules(config),
+        *(hardware_rules(config, hardware) if hardware is not None else ()),
         *_sharding_rules(config),
         *_world_rules(config, world_size),
     ]

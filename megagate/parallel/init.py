@@ -1,5 +1,6 @@
 """Start-up of one rank: the launcher's environment, the device, and the process group."""
 
+import importlib.util
 import os
 import resource
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megagate.config.hardware import INSTALL, Hardware
 from megagate.errors import ConfigError
 
 
@@ -65,6 +67,17 @@ def require_gpu(key: str, value: str, *, device: torch.device, otherwise: str) -
     """
     if device.type != "cuda":
         raise ConfigError(f"{key} ({value}) needs a CUDA GPU, and PyTorch finds none here; set {key} to {otherwise}")
+
+
+def read_hardware(device: torch.device) -> Hardware:
+    """What this rank's kernels can build on. Packages are looked for, not imported.
+
+    Args:
+        device: Of this rank.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    found = frozenset(package for package in INSTALL if importlib.util.find_spec(package) is not None)
+    return Hardware(torch.version.cuda, capability, found)
 
 
 def allow_open_files() -> None:

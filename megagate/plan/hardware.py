@@ -1,9 +1,10 @@
-"""GPUs by name, with what matters for planning: their memory."""
+"""GPUs by name, with what matters for planning: their memory, and what FP8 they have."""
 
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from megagate.config.hardware import RECIPE_NEEDS, Hardware
 from megagate.errors import ConfigError
 
 USABLE = 0.9
@@ -26,6 +27,31 @@ GPU_BYTES: Mapping[str, int] = MappingProxyType(
 )
 """Nominal memory: the number of the product's name, in units of 10^9 bytes. Drivers report a few percent more or less than this. Only GPUs
 that compute in bf16."""
+
+GPU_CAPABILITY: Mapping[str, tuple[int, int] | None] = MappingProxyType(
+    {
+        "a10-24gb": (8, 6),
+        "l40s-48gb": (8, 9),
+        "a100-40gb": (8, 0),
+        "a100-80gb": (8, 0),
+        "h100-80gb": (9, 0),
+        "h100-96gb": (9, 0),
+        "h200-141gb": (9, 0),
+        "b200-180gb": (10, 0),
+        "mi300x-192gb": None,
+    }
+)
+"""Compute capability, by NVIDIA's list (developer.nvidia.com/cuda-gpus); None for what is not NVIDIA's."""
+
+
+def gpu_hardware(gpu: str) -> Hardware | None:
+    """What kernels find on a GPU that is given by its name, every package and a recent CUDA provided; None where only its size is given."""
+    if gpu not in GPU_CAPABILITY:
+        return None
+    capability = GPU_CAPABILITY[gpu]
+    recent = max(needs.cuda for needs in RECIPE_NEEDS.values())
+    # A GPU of others computes, too, but not what is written in CUDA.
+    return Hardware(".".join(map(str, recent)) if capability else None, capability or (0, 0))
 
 
 def gpu_bytes(gpu: str) -> int:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megagate.backend.build import build_backend
 from megagate.checkpoint.store import Checkpoint, clean_leftovers
+from megagate.config.hardware import Hardware
 from megagate.config.keys import to_dict
 from megagate.config.rules import check
 from megagate.config.run import RunConfig
@@ -25,8 +26,8 @@ from megagate.errors import CheckpointError, ConfigError, DataError, MegagateErr
 from megagate.log import logger
 from megagate.model.lm import LanguageModel
 from megagate.parallel.comm import barrier, gather_objects
-from megagate.parallel.init import LaunchEnv, allow_open_files, init_process_group, pick_device
-from megagate.parallel.mesh import ParallelMesh
+from megagate.parallel.init import LaunchEnv, allow_open_files, init_process_group, pick_device, read_hardware
+from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.train.agree import everywhere, on_first
 from megagate.train.folder import RunFolder, other_step, require_same_model
 from megagate.train.metrics import MetricsFile, Sink, WandbSink
@@ -55,6 +56,7 @@ class Job:
     def run(self) -> int:
         """Returns the exit code, see `main`."""
         try:
+            require_hardware(self.config, read_hardware(self.device), env=self.env, world=self.mesh.world)
             code = self._run()
         except MegagateError:  # all ranks raise it together
             self._leave()
@@ -128,12 +130,8 @@ class Job:
                 prepare_sources(config.data.path, config.data.valid, **place)
 
         def open_here() -> Sources:
-            try:
+            with _naming_machine(self.env):
                 return open_sources(config.data.path, config.data.valid, **place)
-            except DataError as error:
-                if self.env.world_size == self.env.local_size:
-                    raise
-                raise DataError(f"{error} (on {socket.gethostname()}, rank {self.env.rank})") from None
 
         everywhere(self.mesh.world, prepare_here)
         data = everywhere(self.mesh.world, open_here)
@@ -214,6 +212,31 @@ class Job:
         learnt = not valid or position.val_loss is None or tell_learning(self.config, val_loss=position.val_loss, valid=valid)
         tell_next(self.config, self.folder, world_size=self.mesh.world.size)
         return 0 if learnt else 1
+
+
+def require_hardware(config: RunConfig, hardware: Hardware, *, env: LaunchEnv, world: Axis) -> None:
+    """Refuse, on all ranks together, kernels that some rank cannot have: machines may differ. Collective.
+
+    Raises:
+        ConfigError: With what the first such rank lacks, and, of several machines, which one it is on.
+    """
+
+    def check_here() -> None:
+        with _naming_machine(env):
+            check(config, world_size=env.world_size, hardware=hardware)
+
+    everywhere(world, check_here)
+
+
+@contextmanager
+def _naming_machine(env: LaunchEnv) -> Iterator[None]:
+    """Adds to what is wrong on one of several machines which one it is."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        if env.world_size == env.local_size:
+            raise
+        raise type(error)(f"{error} (on {socket.gethostname()}, rank {env.rank})") from None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megagate.backend.build import build_backend
+from megagate.config.hardware import Hardware
 from megagate.config.rules import check
 from megagate.config.run import RunConfig
 from megagate.engine.reference import ReferenceEngine
@@ -48,16 +49,23 @@ class Order:
         return self.asked != (self.config.parallel.tp, self.config.parallel.ep)
 
 
-def order(config: RunConfig, *, world_size: int, gpu: bool, fault: str = "") -> Order:
+def order(config: RunConfig, *, world_size: int, gpu: bool, fault: str = "", hardware: Hardware | None = None) -> Order:
     """What to do for a user's run on `world_size` ranks.
 
+    Args:
+        config: The user's run.
+        world_size: Number of ranks.
+        gpu: Whether they have GPUs, which decides `precision.dtype: auto`.
+        fault: Name of a fault to put in, or empty.
+        hardware: Of this rank; None does not ask.
+
     Raises:
-        ConfigError: The layout cannot exist on that many ranks, or the fault cannot show there.
+        ConfigError: The layout cannot exist on that many ranks, the fault cannot show there, or the hardware lacks what the kernels need.
     """
     dtype = config.precision.dtype
     resolved = replace(config, precision=replace(config.precision, dtype=("bf16" if gpu else "fp32") if dtype == "auto" else dtype))
     fitted = fit_layout(resolved, world_size=world_size)
-    check(fitted, world_size=world_size)
+    check(fitted, world_size=world_size, hardware=hardware)
     small = shrink(fitted, world_size=world_size)
     check(small, world_size=world_size)
     if fault:

@@ -38,6 +38,12 @@ BAD_VALUES = {
     "a wrong type": (["--train.steps", "many"], "on the command line) must be a whole number"),
     "a wrong choice": (["--precision.dtype", "bf15"], "did you mean bf16?"),
     "out of range": (["--optim.beta1", 1.5], "optim.beta1 (1.5) must be less than 1"),
+    "a recipe that nobody has": (["--precision.fp8.recipe", "delayed"], "precision.fp8.recipe (delayed) needs FP8 kernels or their"),
+    "an emulation of nothing": (["--precision.fp8.emulate", "true"], "precision.fp8.emulate (true) needs a recipe to emulate"),
+    "a size that FP8 cannot have": (
+        ["--precision.fp8.recipe", "current", "--precision.fp8.emulate", "true", "--train.seq_len", 24],
+        "train.seq_len (24) must be a multiple of 16 where precision.fp8.recipe is current",
+    ),
     "an unsupported stage": (["--parallel.zero_stage", 0], "parallel.zero_stage (0) must be at least 1 for a mixture of experts"),
     "tp that does not divide heads": (["--parallel.tp", 8], "model.attention.num_heads (4) must be divisible by parallel.tp (8)"),
     "ep that does not divide experts": (["--parallel.ep", 3], "model.moe.num_experts (8) must be divisible by parallel.ep (3)"),
