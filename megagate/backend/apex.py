@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagate.config import hardware
 from megagate.errors import ConfigError
 
-INSTALL = "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
+INSTALL = hardware.INSTALL["apex"]
 """As apex's README has it. Both flags are needed: without them it installs, and has none of the kernels."""
 
 OPTIMIZER_KERNELS, NORM_KERNELS = "amp_C", "fused_layer_norm_cuda"

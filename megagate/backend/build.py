@@ -6,6 +6,7 @@ from megagate.backend import apex
 from megagate.backend.base import Backend
 from megagate.backend.fp8.backend import EmulatedBackend
 from megagate.backend.native import NativeBackend, NormFunction, rms_norm
+from megagate.config.precision_rules import kernel_rules
 from megagate.config.run import PrecisionConfig
 from megagate.errors import ConfigError
 from megagate.parallel.init import require_gpu
@@ -16,15 +17,15 @@ def build_backend(precision: PrecisionConfig, *, device: torch.device, mesh: Par
     """The only place where a backend is chosen.
 
     Raises:
-        ConfigError: What the config names is not there.
+        ConfigError: What the config names is not there, or goes together with nothing that is.
     """
+    if refused := list(kernel_rules(precision)):
+        raise ConfigError("\n".join(refused))
     if precision.backend != "native":
         raise ConfigError("only precision.backend native exists so far; leave precision.backend out")
     native, fp8 = NativeBackend(device, norm=build_norm(precision, device=device)), precision.fp8
     if fp8.recipe == "none":
         return native
-    if not fp8.emulate:
-        raise ConfigError(f"precision.fp8.recipe ({fp8.recipe}) needs precision.backend te, or precision.fp8.emulate true")
     return EmulatedBackend(native, fp8, device=device, mesh=mesh)
 
 
