@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object (with --all: one per preset, by name)")
     parser.add_argument("--layout", metavar="L", help="such as dp=8,tp=1,ep=8,zero=1; tp, ep and zero are the config's where left out")
     parser.add_argument("--world", type=int, metavar="N", help="ranks, in the config's own layout (instead of --layout)")
-    parser.add_argument("--gpu", metavar="GPU", help="a name (`--gpu list` shows them) or GB: refuse a run that needs over 90 %% of it")
+    what_for = "a name (`--gpu list` shows them) or GB: refuse a run that needs over 90 %% of it, or, by name, kernels that it lacks"
+    parser.add_argument("--gpu", metavar="GPU", help=what_for)
     return parser
 
 
@@ -125,11 +126,13 @@ def _plan(config: "RunConfig", options: argparse.Namespace) -> Plan | None:
     """The run under its layout; None where none was asked for."""
     from megagate.config.rules import check
     from megagate.errors import ConfigError
-    from megagate.plan.hardware import gpu_bytes
+    from megagate.plan.hardware import gpu_bytes, gpu_hardware
     from megagate.plan.memory import estimate
 
+    hardware = None
     if options.gpu:
         gpu_bytes(options.gpu)
+        hardware = gpu_hardware(options.gpu)
     if options.layout and options.world is not None:
         raise ConfigError(f"--world ({options.world}) is dp x tp of --layout ({options.layout}); leave one of them out")
     if not options.layout and options.world is None:
@@ -147,7 +150,7 @@ def _plan(config: "RunConfig", options: argparse.Namespace) -> Plan | None:
         raise ConfigError(f"{key} ({world_size}) must be at least 1; {remedy}")
     if config.precision.dtype == "auto":  # as on the GPUs that this is about: the rules, too, are those of bf16
         config = replace(config, precision=replace(config.precision, dtype="bf16"))
-    check(config, world_size=world_size)
+    check(config, world_size=world_size, hardware=hardware)
     return Plan(config, world_size, estimate(config, world_size=world_size))
 
 
@@ -192,12 +195,18 @@ def _lines(figures: "Figures", config: "RunConfig") -> list[str]:
 
 
 def _memory_record(plan: Plan) -> dict[str, object]:
+    from megagate.plan.fp8 import memory_notes
+
     memory = plan.memory
     totals = {"total": memory.total(recompute=False), "total_recompute": memory.total(recompute=True)}
-    return {"world_size": plan.world_size, "recompute": plan.config.train.recompute, "bytes_per_gpu": asdict(memory) | totals}
+    return {"world_size": plan.world_size, "recompute": plan.config.train.recompute, "bytes_per_gpu": asdict(memory) | totals} | {
+        "memory_notes": list(memory_notes(plan.config))
+    }
 
 
 def _memory_lines(plan: Plan) -> list[str]:
+    from megagate.plan.fp8 import memory_notes
+
     parallel, memory = plan.config.parallel, plan.memory
     dp = plan.world_size // parallel.tp
     items = [
@@ -220,7 +229,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     layout = f"dp={dp} tp={parallel.tp} ep={parallel.ep} zero={parallel.zero_stage}"
     configured = "recomputes" if plan.config.train.recompute else "does not recompute"
     head = f"GB per GPU with {layout}, micro-batch {plan.config.micro_batch(dp)} (the config {configured}):"
-    return [head, *(f"  {name:<50} {size / 1e9:>8.2f}" for name, size in items)]
+    return [head, *(f"  {name:<50} {size / 1e9:>8.2f}" for name, size in items), *memory_notes(plan.config)]
 
 
 if __name__ == "__main__":

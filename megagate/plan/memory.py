@@ -16,6 +16,8 @@ weights, gradients, masters and moments with a running engine, small and of four
 columns are read in DeepSpeed's source and compared with nothing: upper bounds, no measurements. Temporaries of single layers are not
 counted: they are smaller than those of the loss.
 
+Under FP8 activations are an upper bound (`fp8.py`).
+
 Experts are taken to get equally many rows. Those of an uneven router may need more than the tenth that `hardware.USABLE` leaves, above all
 without recomputation: `Memory.kept_if_twice` tells what a rank needs whose experts get twice their share.
 """
@@ -26,9 +28,11 @@ from typing import NamedTuple
 
 from megagate.config.count import is_replicated, parameters
 from megagate.config.model import ModelConfig
+from megagate.config.precision_rules import size_multiple
 from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
 from megagate.plan.activations import FP32, Micro, peak
+from megagate.plan.fp8 import fp8_copies
 from megagate.plan.hardware import USABLE, gpu_bytes
 
 LARGEST_BUCKET = 500_000_000
@@ -90,8 +94,15 @@ def estimate(config: RunConfig, *, world_size: int) -> Memory:
     buffers, step = _zero_buffers(groups, stage=stage, element=element, accumulated=accumulated)
     moments = {"adamw": 2, "sgd": 0}[config.optim.name]
     by_document = config.data.attention == "document"
-    micro = Micro(config.micro_batch(dp), config.train.seq_len, parallel.tp, parallel.ep, element, documents=by_document)
+    rows = max(Micro.row_multiple, size_multiple(config.precision.fp8))
+    micro = Micro(
+        config.micro_batch(dp), config.train.seq_len, parallel.tp, parallel.ep, element, row_multiple=rows, documents=by_document
+    )
     uneven = replace(micro, share=min(2, parallel.ep))
+
+    def activations(of: Micro, *, recompute: bool) -> int:
+        return peak(config.model, of, recompute=recompute) + fp8_copies(config, of, recompute=recompute)
+
     return Memory(
         weights=element * (m if stage == 3 else n),
         gradients=accumulated * (m if stage >= 2 else n),
@@ -99,10 +110,10 @@ def estimate(config: RunConfig, *, world_size: int) -> Memory:
         moments=moments * FP32 * (m if stage else n),
         buffers=buffers,
         step=step,
-        kept=peak(config.model, micro, recompute=False),
-        recomputed=peak(config.model, micro, recompute=True),
-        kept_if_twice=peak(config.model, uneven, recompute=False),
-        recomputed_if_twice=peak(config.model, uneven, recompute=True),
+        kept=activations(micro, recompute=False),
+        recomputed=activations(micro, recompute=True),
+        kept_if_twice=activations(uneven, recompute=False),
+        recomputed_if_twice=activations(uneven, recompute=True),
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megagate.backend.base import AttentionCore
+from megagate.backend.base import AttentionCore, Backend
 from megagate.backend.native import NativeBackend
 from megagate.config.model import (
     AttentionConfig,
@@ -149,11 +149,11 @@ class Real(NamedTuple):
     rows: tuple[tuple[int, int], ...]
 
 
-def kept_bytes(model: ModelConfig, micro: Micro, mesh: ParallelMesh, *, recompute: bool) -> Real:
-    """Without the parameters."""
+def kept_bytes(model: ModelConfig, micro: Micro, mesh: ParallelMesh, *, recompute: bool, backend: Backend | None = None) -> Real:
+    """Without the parameters; with the attention kernel of `micro` where no backend is given."""
     dtype = torch.float32 if micro.element == 4 else torch.bfloat16
     how = {"mesh": mesh, "recompute": recompute, "eod_id": EOD if micro.documents else None}
-    built = fill(LanguageModel(model, dtype=dtype, backend=BACKENDS[micro.core], **how))
+    built = fill(LanguageModel(model, dtype=dtype, backend=backend or BACKENDS[micro.core], **how))
     parameters = {p.untyped_storage().data_ptr() for p in built.parameters()}
     saved: weakref.WeakSet[Saved] = weakref.WeakSet()  # autograd keeps them, or no longer does
 

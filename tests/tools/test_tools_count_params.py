@@ -273,9 +273,24 @@ def test_a_run_that_does_not_fit_is_refused():
     assert json.loads(result.stdout)["bytes_per_gpu"]["total_recompute"] > 36e9, "what was found is told all the same"
 
 
+BLOCKWISE = ("--precision.backend", "te", "--precision.fp8.recipe", "blockwise")
+
+
+def test_what_an_estimate_under_fp8_is_worth_is_told():
+    plain, rounded = record(*ROW5, *LAYOUT), record(*ROW5, *LAYOUT, *BLOCKWISE)
+    assert plain["memory_notes"] == [] and len(rounded["memory_notes"]) == 2
+    assert rounded["bytes_per_gpu"]["kept"] > plain["bytes_per_gpu"]["kept"]
+    assert run(*ROW5, *LAYOUT, *BLOCKWISE).stdout.endswith("\n".join(rounded["memory_notes"]) + "\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ((*ROW5, *BLOCKWISE, *LAYOUT, "--gpu", "a100-80gb"), ("precision.fp8.recipe (blockwise) needs a GPU", "this one has 8.0")),
+        ((*ROW5, *BLOCKWISE, *LAYOUT, "--gpu", "mi300x-192gb"), ("precision.backend (te) needs a CUDA GPU", "not NVIDIA's")),
+        ((*ROW5, *BLOCKWISE, *LAYOUT, "--gpu", "40"), ("--gpu 40 (40 GB) must hold the run",)),
+        ((*ROW5, *BLOCKWISE, "--layout", "dp=8,ep=8,zero=3"), ("parallel.zero_stage (3) must be less where",)),
+        ((*ROW5, *BLOCKWISE, "--train.seq_len", "4100"), ("train.seq_len (4100) must be a multiple of 16",)),
         (("--preset", "paper/table1/row5"), ("paper/table1/row05", "--preset")),
         ((*ROW5, "--layout", "dp=3,ep=8"), ("number of ranks (3) must be divisible by parallel.ep (8)",)),
         ((*ROW5, "--layout", "dp=8,ep=8,zero=0"), ("parallel.zero_stage (0)",)),
