@@ -43,6 +43,10 @@ def run_sites(context: RankContext | None, tp: int, ep: int) -> tuple[State, lis
     mesh = ParallelMesh.single() if context is None else ParallelMesh.build(tp=tp, ep=ep, traffic=traffic)
     model, sent = a_model(mesh), []
 
+    def gradient(x: Tensor, *axes_and_dims) -> Tensor:
+        """As a backward pass carries it (engine/zero.py)."""
+        return mesh.dp.size * cut(x, *axes_and_dims).detach()
+
     def cut(x: Tensor, *axes_and_dims) -> Tensor:
         for axis, dim in axes_and_dims:
             x = Shard.of(tuple(x.shape), axis, dim).take(x)
@@ -53,13 +57,13 @@ def run_sites(context: RankContext | None, tp: int, ep: int) -> tuple[State, lis
         x = cut(numbers("x", step, BATCH, SEQUENCE, WIDTH), of_batch, (mesh.tp, 1))
         weight = cut(numbers("w", step, INNER, WIDTH), (mesh.tp, 0))
         (out,), _ = model.columns(x, [weight])
-        out.backward(cut(numbers("dy", step, BATCH, SEQUENCE, INNER), of_batch, (mesh.tp, 2)).detach())
+        out.backward(gradient(numbers("dy", step, BATCH, SEQUENCE, INNER), of_batch, (mesh.tp, 2)))
         x = cut(numbers("x2", step, BATCH, SEQUENCE, INNER), of_batch, (mesh.tp, 2))
         weight = cut(numbers("w2", step, WIDTH, INNER), (mesh.tp, 1))
-        model.row(x, weight).backward(cut(numbers("dy2", step, BATCH, SEQUENCE, WIDTH), of_batch, (mesh.tp, 1)).detach())
+        model.row(x, weight).backward(gradient(numbers("dy2", step, BATCH, SEQUENCE, WIDTH), of_batch, (mesh.tp, 1)))
         rows = cut(numbers("x3", step, EXPERTS, ROWS, WIDTH), (mesh.ep, 0), (mesh.edp, 1)).detach()
         weight = cut(numbers("w3", step, EXPERTS, INNER, WIDTH), (mesh.ep, 0))
-        grad = cut(numbers("dy3", step, EXPERTS, ROWS, INNER), (mesh.ep, 0), (mesh.edp, 1)).detach()
+        grad = gradient(numbers("dy3", step, EXPERTS, ROWS, INNER), (mesh.ep, 0), (mesh.edp, 1))
         if step == 2:  # an expert of this rank without rows, in the first of those that have it
             ends = [0 if i == 0 and mesh.edp.rank == 0 else rows.shape[1] for i in range(len(rows))]
         else:

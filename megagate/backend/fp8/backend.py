@@ -26,7 +26,8 @@ class EmulatedBackend:
     """See `Backend`. Projections and experts are in FP8, all else is the base's.
 
     Parallel: amaxes of delayed scaling, after each micro-step: one maximum over the world for all dense products, and one over edp for
-        all experts. Scales of the other recipes are of what each rank has.
+        all experts. Backward passes carry dp times the gradient (`engine/zero.py`); amaxes and scales are of the gradient itself, so that
+        they do not depend on the layout. Scales of the other recipes are of what each rank has.
 
     Args:
         base: Whose kernels do all else.
@@ -103,7 +104,8 @@ class EmulatedBackend:
         return part.role == "projection" or (part.role == "gate" and "gate" not in self.config.keep_high_precision)
 
     def _operands(self, count: int = 1) -> dict[str, Operand]:
-        return operands(self.config.recipe, count=count, length=self.config.amax_history, device=self.device)
+        length, unit = self.config.amax_history, self.mesh.dp.size
+        return operands(self.config.recipe, count=count, length=length, device=self.device, unit=unit)
 
 
 def _reduced_over(site: Fp8Product) -> str:

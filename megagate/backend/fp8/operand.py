@@ -48,10 +48,11 @@ class Delayed:
         count: 1, or the experts of this rank.
         length: Micro-steps that are remembered.
         device: Where.
+        unit: What comes is so many times the tensor whose amax and scale are kept.
     """
 
-    def __init__(self, fp8: torch.dtype, *, count: int, length: int, device: torch.device):
-        self.fp8 = fp8
+    def __init__(self, fp8: torch.dtype, *, count: int, length: int, device: torch.device, unit: int = 1):
+        self.fp8, self.unit = fp8, unit
         self.history = torch.zeros(count, length, device=device)
         self.scale = torch.ones(count, device=device)
         self.amax = torch.zeros(count, device=device)
@@ -59,8 +60,8 @@ class Delayed:
     def __call__(self, x: Tensor, extent: Extent, *, columns: bool, record: bool) -> tuple[Quantized, Quantized | None]:
         """See `Operand`."""
         if record:
-            self.amax = torch.maximum(self.amax, extent.amax(x))
-        made = with_scale(x, extent.spread(self.scale), self.fp8)
+            self.amax = torch.maximum(self.amax, extent.amax(x) / self.unit)
+        made = with_scale(x, extent.spread(self.scale / self.unit), self.fp8)
         return made, made
 
     def update(self, amax: Tensor) -> None:
@@ -95,7 +96,7 @@ class Blocks:
         return first, by_tiles(x, (rows, self.down[1]), mx=self.mx, together=together)
 
 
-def operands(recipe: Fp8Recipe, *, count: int, length: int, device: torch.device) -> dict[str, Operand]:
+def operands(recipe: Fp8Recipe, *, count: int, length: int, device: torch.device, unit: int) -> dict[str, Operand]:
     """The three of a product: input, weight, gradient.
 
     Args:
@@ -103,10 +104,12 @@ def operands(recipe: Fp8Recipe, *, count: int, length: int, device: torch.device
         count: Scales of a tensor: 1, or the experts of this rank.
         length: Of delayed scaling's history.
         device: Of its state.
+        unit: The backward pass carries so many times the gradient.
     """
     formats = dict(zip(OPERANDS, (E4M3, E4M3, E5M2), strict=True))  # of per-tensor scales: gradients need range more than digits
     if recipe == "delayed":
-        return {name: Delayed(fp8, count=count, length=length, device=device) for name, fp8 in formats.items()}
+        state = {"count": count, "length": length, "device": device}
+        return {name: Delayed(fp8, **state, unit=unit if name == "grad" else 1) for name, fp8 in formats.items()}
     if recipe == "current":
         return {name: Current(fp8) for name, fp8 in formats.items()}
     block, mx = (BLOCK, False) if recipe == "blockwise" else (MX_BLOCK, True)
