@@ -117,7 +117,12 @@ def test_a_dense_product_is_of_rounded_operands(recipe: str, dtype: torch.dtype)
 def test_experts_are_rounded_each_for_itself_and_one_may_have_no_rows(recipe: str) -> None:
     x, weight, grad = numbers(0, 288, 96), numbers(1, 4, 80, 96), numbers(2, 288, 80)
     weight *= torch.tensor([1.0, 7.0, 50.0, 0.1])[:, None, None]
+    # So far apart that an expert's numbers would vanish in a block with those of the next.
+    sizes = torch.tensor([2.0**-24, 1.0, 1.0, 2.0**24])
+    of_rows = sizes.repeat_interleave(torch.tensor([64, 0, 192, 32]))[:, None]
+    x, grad = x * of_rows, grad * of_rows
     scales = {"input": [3.0, 1.0, 2.0, 40.0], "weight": [40.0, 9.0, 1.0, 300.0], "grad": [500.0, 1.0, 700.0, 9000.0]}
+    scales |= {name: (torch.tensor(scales[name]) / sizes).tolist() for name in ("input", "grad")}
     site = backend(recipe).grouped_linear(96, 80, num_experts=4, mesh=MESH)
     preset(site, scales)
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -234,7 +239,7 @@ def test_delayed_scaling_moves_after_the_backward_pass_alone_and_records_nothing
         site(numbers(0, 1, 16, 64), weight)
     made.after_backward(model)
     assert all(not s.history.any() and s.scale == 1 for s in states), "an evaluation leaves no trace"
-    amaxes = []
+    amaxes, kept = [], site.kept_state()
     for step in range(5):
         before = [s.scale.clone() for s in states]
         each = []
@@ -248,6 +253,8 @@ def test_delayed_scaling_moves_after_the_backward_pass_alone_and_records_nothing
         window = torch.stack(amaxes[-3:]).amax(0)
         for state, most, top in zip(states, window, (448.0, 448.0, 57344.0), strict=True):
             torch.testing.assert_close(state.scale, (top / most).view(1))
+    live = [tensor for state in states for tensor in (state.history[0], state.scale)]
+    assert all(torch.equal(k.tensor, tensor) for k, tensor in zip(kept, live, strict=True)), "what is kept is the state itself, not a copy"
 
 
 def test_an_amax_that_is_no_size_leaves_the_scale() -> None:
