@@ -1,5 +1,7 @@
 """Delayed scaling over ranks: the amaxes, and so the scales, are those of one process that sees everything."""
 
+from typing import NamedTuple
+
 import pytest
 import ranks
 import torch
@@ -37,8 +39,23 @@ def a_model(mesh: ParallelMesh) -> nn.Module:
     return model
 
 
-def run_sites(context: RankContext | None, tp: int, ep: int) -> tuple[State, list[dict], tuple[int, int]]:
-    """Three micro-steps of three sites; this rank's part of everything. -> kept state, what was sent in each, (ep rank, ep size)."""
+class Seen(NamedTuple):
+    """One rank's part of three micro-steps of three sites.
+
+    Args:
+        state: What is kept.
+        sent: Collectives that closed each micro-step.
+        grad: Of the row-parallel product's input, in the last.
+        places: This rank's on dp, tp and ep.
+    """
+
+    state: State
+    sent: list[dict]
+    grad: Tensor
+    places: tuple[int, int, int]
+
+
+def run_sites(context: RankContext | None, tp: int, ep: int) -> Seen:
     traffic = Traffic()
     mesh = ParallelMesh.single() if context is None else ParallelMesh.build(tp=tp, ep=ep, traffic=traffic)
     model, sent = a_model(mesh), []
@@ -74,25 +91,27 @@ def run_sites(context: RankContext | None, tp: int, ep: int) -> tuple[State, lis
         traffic.clear()
         model.backend.after_backward(model)
         sent.append({key: value.calls for key, value in traffic.sent.items()})
-    return {f"{n}.{k.name}": k.tensor for n, m in model.named_modules() if m is not model for k in m.kept_state()}, sent, (ep, mesh.ep.rank)
+    state = {f"{n}.{k.name}": k.tensor for n, m in model.named_modules() if m is not model for k in m.kept_state()}
+    return Seen(state, sent, x.grad / mesh.dp.size, (mesh.dp.rank, mesh.tp.rank, mesh.ep.rank))
 
 
 @pytest.mark.parametrize(("world", "tp", "ep"), [(2, 1, 1), (2, 2, 2), (2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 4, 2)])
 def test_scales_are_of_all_ranks_numbers(world: int, tp: int, ep: int) -> None:
-    alone, _, _ = run_sites(None, 1, 1)
-    assert all(state.any() for state in alone.values())
-    for own, sent, (parts, index) in ranks.run_ranks(run_sites, world, tp, ep):
-        assert list(own) == list(alone)
-        for name, whole in alone.items():
-            mine = whole.chunk(parts)[index] if name.startswith("experts") else whole
+    alone = run_sites(None, 1, 1)
+    assert all(state.any() for state in alone.state.values())
+    for seen in ranks.run_ranks(run_sites, world, tp, ep):
+        dp_rank, tp_rank, ep_rank = seen.places
+        assert list(seen.state) == list(alone.state)
+        for name, whole in alone.state.items():
+            mine, got = whole.chunk(ep)[ep_rank] if name.startswith("experts") else whole, seen.state[name]
             if name.startswith(("experts.input", "experts.grad")):
                 # The expert that lost its rows in the last step lost different ones: it is told by the others' numbers.
-                mine, got = whole.chunk(parts)[index][1:], own[name][1:]
-                assert torch.equal(got, mine), name
-                continue
-            assert torch.equal(own[name], mine), name
+                mine, got = mine[1:], got[1:]
+            assert torch.equal(got, mine), name
+        wanted = alone.grad.chunk(world // tp)[dp_rank].chunk(tp, dim=2)[tp_rank]
+        torch.testing.assert_close(seen.grad, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
         expected = {("world", "all_reduce", "maximum"): 1} | ({("edp", "all_reduce", "maximum"): 1} if world > ep else {})
-        assert sent == [expected] * STEPS, "one collective for each axis in a micro-step"
+        assert seen.sent == [expected] * STEPS, "one collective for each axis in a micro-step"
 
 
 def run_model(context: RankContext, tp: int, ep: int) -> tuple[State, int]:
