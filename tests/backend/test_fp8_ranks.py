@@ -44,12 +44,14 @@ class Seen(NamedTuple):
 
     Args:
         state: What is kept.
+        shards: Which part of the logical tensor that is, as its label says.
         sent: Collectives that closed each micro-step.
         grad: Of the row-parallel product's input, in the last.
         places: This rank's on dp, tp and ep.
     """
 
     state: State
+    shards: dict[str, Shard]
     sent: list[dict]
     grad: Tensor
     places: tuple[int, int, int]
@@ -91,8 +93,9 @@ def run_sites(context: RankContext | None, tp: int, ep: int) -> Seen:
         traffic.clear()
         model.backend.after_backward(model)
         sent.append({key: value.calls for key, value in traffic.sent.items()})
-    state = {f"{n}.{k.name}": k.tensor for n, m in model.named_modules() if m is not model for k in m.kept_state()}
-    return Seen(state, sent, x.grad / mesh.dp.size, (mesh.dp.rank, mesh.tp.rank, mesh.ep.rank))
+    kept = {f"{n}.{k.name}": k for n, m in model.named_modules() if m is not model for k in m.kept_state()}
+    state, shards = ({name: getattr(k, what) for name, k in kept.items()} for what in ("tensor", "shard"))
+    return Seen(state, shards, sent, x.grad / mesh.dp.size, (mesh.dp.rank, mesh.tp.rank, mesh.ep.rank))
 
 
 @pytest.mark.parametrize(("world", "tp", "ep"), [(2, 1, 1), (2, 2, 2), (2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 4, 2)])
@@ -104,6 +107,7 @@ def test_scales_are_of_all_ranks_numbers(world: int, tp: int, ep: int) -> None:
         assert list(seen.state) == list(alone.state)
         for name, whole in alone.state.items():
             mine, got = whole.chunk(ep)[ep_rank] if name.startswith("experts") else whole, seen.state[name]
+            assert seen.shards[name].full_shape == tuple(whole.shape) and torch.equal(seen.shards[name].take(whole), mine)
             if name.startswith(("experts.input", "experts.grad")):
                 # The expert that lost its rows in the last step lost different ones: it is told by the others' numbers.
                 mine, got = mine[1:], got[1:]
