@@ -156,8 +156,18 @@ class Backend(Protocol):
         """The backend of one block; some blocks may stay in high precision."""
         ...
 
-    def column_linears(self, width: int, parts: Sequence[Part], *, tp: Axis) -> ColumnLinears:
-        """The site of products of an input of `width` with weights as in `parts`."""
+    def column_linears(
+        self, width: int, parts: Sequence[Part], *, tp: Axis, eps: float | None = None, gives_normed: bool = True
+    ) -> ColumnLinears:
+        """The site of products of an input of `width` with weights as in `parts`.
+
+        Args:
+            width: Of the input.
+            parts: What is multiplied with it.
+            tp: The tensor axis.
+            eps: Of the norm that every call gives, so that a kernel may norm and multiply at once; None where calls may give none.
+            gives_normed: Whether the normed input is read; if not, what is given back as such may be anything.
+        """
         ...
 
     def row_linear(self, width: int, rows: int, *, tp: Axis) -> RowLinear:

@@ -53,7 +53,9 @@ class NativeBackend:
         """All blocks are alike."""
         return self
 
-    def column_linears(self, width: int, parts: Sequence[Part], *, tp: Axis) -> ColumnLinears:
+    def column_linears(
+        self, width: int, parts: Sequence[Part], *, tp: Axis, eps: float | None = None, gives_normed: bool = True
+    ) -> ColumnLinears:
         """One GEMM over the concatenated weights."""
         return partial(_column_linears, tp)
 

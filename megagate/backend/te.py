@@ -1,13 +1,41 @@
-"""Transformer Engine (TE) 2.20.2 behind the seam: the only file that imports it, and only where its kernels are asked for."""
+"""Transformer Engine (TE) 2.20.2 behind the seam: the only file that imports it, and only where its kernels are asked for.
 
+What is said of TE below was read in the sources of `transformer-engine==2.20.2` (`module.py:line`, under `transformer_engine/pytorch/`). No kernel
+of it has run in development, which had no GPU: `tests/te/` binds every call of this file and of `te_sites.py` to TE's own signatures, and runs
+TE's real Python over kernels of our own. For these tests a TE module is made, kept and called in one class, TE's namespaces are called `te` and
+`recipes`, and nothing else is done with either.
+
+Micro-steps of delayed scaling: TE keeps the largest amaxes of a forward pass, and at the end of `running` reduces them over the group that each
+module met first, and makes the next scales (quantization.py:656, 772); those of gradients at the end of the backward pass of the first FP8 module
+(module/linear.py:320, 1887). A region inside another changes neither: it restores what was there, lowers the depth, and only depth 0 reduces
+(quantization.py:619-642, 772-782, 1056), each buffer over its own group, which is part of its key (quantization.py:501-565, 714). So experts, whose
+scales are of ranks with the same experts, run in a region of their own with the group of `edp` inside that of the world. A group of None is the
+world to PyTorch: an `edp` of size 1 gets a recipe with `reduce_amax` off instead.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from megagate.backend import rows, routing
+from megagate.backend.base import AttentionCore, Chosen, ColumnLinears, GroupedLinear, Part, Permuted, RowLinear
+from megagate.backend.te_sites import Attention, Columns, Experts, Region, Row, Splits
+from megagate.config.model import MoEConfig
+from megagate.config.run import Fp8Config, PrecisionConfig
 from megagate.errors import ConfigError
+from megagate.parallel.mesh import Axis, ParallelMesh
 
 VERSION = "2.20.2"
 INSTALL = f"pip install --no-build-isolation 'transformer_engine[pytorch]=={VERSION}'"
+ROW_MULTIPLE, MX_ROW_MULTIPLE = 16, 32
+"""What FP8 products need of the rows of an expert: `get_align_size_for_quantization` (quantization.py:262)."""
+
+Restore = tuple[Tensor, torch.Size]
+"""TE's map of rows, and the shape of what was permuted."""
 
 
 def load(key: str = "precision.backend", otherwise: str = "native") -> Any:
@@ -21,13 +49,22 @@ def load(key: str = "precision.backend", otherwise: str = "native") -> Any:
         ConfigError: It is not there, or not with its libraries; with the command that installs it.
     """
     try:
+        # `router` is no attribute of the package until it is imported by name.
         from transformer_engine import pytorch  # noqa: PLC0415 - an optional package
+        from transformer_engine.pytorch import router  # noqa: F401, PLC0415 - an optional package
     except (ImportError, OSError) as error:
         raise ConfigError(
             f"{key} (te) needs Transformer Engine {VERSION} with its PyTorch extension, which cannot be imported here ({error}); "
             f"install it by `{INSTALL}`, or set {key} {otherwise}"
         ) from error
     return pytorch
+
+
+def load_recipes() -> Any:
+    """`transformer_engine.common.recipe`, after `load`."""
+    from transformer_engine.common import recipe  # noqa: PLC0415 - an optional package
+
+    return recipe
 
 
 def fused_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
@@ -37,3 +74,167 @@ def fused_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, f
     """
     te = load("optim.implementation", "torch")
     return te.optimizers.FusedAdam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True, bias_correction=True)
+
+
+def make_recipe(config: Fp8Config, *, reduce_amax: bool = True) -> Any:
+    """TE's recipe object; None without FP8.
+
+    HYBRID of `delayed` and `current` and E4M3 of the others are TE's defaults. Gradients are those of the recipe whatever NVTE_BACKWARD_OVERRIDE
+    says; NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES and NVTE_FP8_BLOCK_SCALING_FP32_SCALES have no argument that overrules them.
+    """
+    recipes = load_recipes() if config.recipe != "none" else None
+    match config.recipe:
+        case "delayed":
+            length = config.amax_history
+            return recipes.DelayedScaling(
+                margin=0, amax_history_len=length, amax_compute_algo="max", reduce_amax=reduce_amax, backward_override=None
+            )
+        case "current":
+            return recipes.Float8CurrentScaling(backward_override=None)
+        case "blockwise":
+            return recipes.Float8BlockScaling(backward_override=None)
+        case "mxfp8":
+            return recipes.MXFP8BlockScaling(backward_override=None, enable_2d_quantization=False)
+        case _:
+            return None
+
+
+class TransformerEngineBackend:
+    """See `Backend` for shapes and collectives.
+
+    TE's modules are made once per place, own nothing (their parameters are ours, put in for the time of a call) and know of no other rank:
+    tp_size is 1 everywhere, since TE gathers dim 0 and our tensors are batch first, and all collectives stay in `parallel/comm.py`. Norms
+    are TE's where they go into a product that follows and tp is 1 (`LayerNormLinear` owns its gain's gradient, so that `enter` cannot be
+    applied to it), else `norm`. Without a recipe TE computes in the dtype of the activations.
+
+    Args:
+        precision: Of the run; `backend` is te.
+        device: Of this rank, a GPU.
+        mesh: Its layout.
+        norm: RMSNorm as in `Backend.norm`.
+
+    Raises:
+        ConfigError: Transformer Engine is not there.
+    """
+
+    def __init__(
+        self, precision: PrecisionConfig, *, device: torch.device, mesh: ParallelMesh, norm: Callable[[Tensor, Tensor, float], Tensor]
+    ):
+        self.precision, self.device, self.mesh, self.norm = precision, device, mesh, norm
+        self.te = load()
+        fp8 = precision.fp8
+        self.recipe = make_recipe(fp8)
+        self.dense = Region(self.te, self.recipe, mesh.world.group, is_delayed=fp8.recipe == "delayed", inner=self.recipe is None)
+        self.experts = self._region_of_experts(fp8)
+        self.row_multiple = MX_ROW_MULTIPLE if fp8.recipe == "mxfp8" else ROW_MULTIPLE
+        self.splits, self.amaxes = Splits(), list[Tensor]()
+
+    def _region_of_experts(self, fp8: Fp8Config) -> Region:
+        if fp8.recipe != "delayed" or self.mesh.ep.size == 1:
+            return self.dense
+        edp = self.mesh.edp
+        return Region(self.te, make_recipe(fp8, reduce_amax=edp.size > 1), edp.group, is_delayed=True, inner=True)
+
+    def of_layer(self, index: int, num_layers: int) -> "TransformerEngineBackend":
+        """TE's kernels without FP8 for a block that stays in high precision."""
+        keep = self.precision.fp8.keep_high_precision
+        stays = ("first_layers" in keep and index == 0) or ("last_layers" in keep and index == num_layers - 1)
+        return _InHighPrecision(self) if stays and self.recipe is not None else self
+
+    def column_linears(
+        self, width: int, parts: Sequence[Part], *, tp: Axis, eps: float | None = None, gives_normed: bool = True
+    ) -> ColumnLinears:
+        """One product of all parts in FP8, with one scale; another, by PyTorch, of those that stay out. Without FP8 one product of all."""
+        gate_stays = "gate" in self.precision.fp8.keep_high_precision
+        out = [part.role == "logits" or (part.role == "gate" and gate_stays) for part in parts]
+        stays = out if self.dense.recipe is not None else [False] * len(parts)
+        fused = eps if tp.size == 1 and self.precision.norm == "native" else None
+        site = Columns(self.dense, width, parts, stays=stays, tp=tp, eps=fused, gives_normed=gives_normed, device=self.device)
+        return self._known(site)
+
+    def row_linear(self, width: int, rows: int, *, tp: Axis) -> RowLinear:
+        """TE's product of this rank's part."""
+        return self._known(Row(self.dense, width, rows, tp=tp, device=self.device))
+
+    def grouped_linear(self, width: int, rows: int, *, num_experts: int, mesh: ParallelMesh) -> GroupedLinear:
+        """TE's products of this rank's experts."""
+        return self._known(Experts(self.experts, width, rows, num_experts=num_experts, ep=mesh.ep, splits=self.splits, device=self.device))
+
+    def _known(self, site: Any) -> Any:
+        self.amaxes += site.amaxes
+        return site
+
+    def attention_core(self, heads: int, kv_heads: int, width: int) -> AttentionCore:
+        """TE's choice of cuDNN's and flash attention, never in FP8."""
+        return Attention(self.te, heads, kv_heads, width)
+
+    def choose(self, logits: Tensor, config: MoEConfig, *, bias: Tensor | None) -> Chosen:
+        """TE's fused router (router.py:279, 439), where it computes the same.
+
+        Its softmax knows no bias; its sigmoid scores are always renormalised, but for one expert per token. Everything else is PyTorch's.
+        It adds 1e-20 to sums that we keep above 1e-38, and takes the bias off again where we look the score up: last bits of fp32.
+        """
+        te = self.te
+        sigmoid = config.score == "sigmoid"
+        if (sigmoid and not (config.renormalize and config.top_k > 1)) or (not sigmoid and bias is not None):
+            return routing.choose(logits, config, bias=bias)
+        flat = logits.flatten(0, -2).contiguous()
+        ids = torch.empty(len(flat), config.top_k, dtype=torch.int64, device=flat.device)
+        weights, ids = te.router.fused_topk_with_score_function(
+            flat, config.top_k, not config.renormalize, None, None, None, config.score, bias, topk_indices=ids
+        )
+        _, shares = te.router.fused_compute_score_for_moe_aux_loss(flat, config.top_k, config.score)
+        shape = logits.shape[:-1]
+        return Chosen(ids.view(*shape, -1), weights.gather(-1, ids).view(*shape, -1), shares.view_as(logits))
+
+    def permute(self, x: Tensor, probs: Tensor, ids: Tensor, *, num_experts: int) -> Permuted:
+        """TE's kernels over a map of tokens and experts (permutation.py:928), rows in the same order as by a stable sort."""
+        te = self.te
+        chosen = torch.zeros(len(ids), num_experts, dtype=torch.int32, device=ids.device).scatter_(1, ids, 1)
+        weights = probs.new_zeros(len(ids), num_experts).scatter(1, ids, probs)
+        grouped, of_rows, places = te.moe_permute_with_probs(x, weights, chosen, ids.numel())
+        return Permuted(grouped, of_rows.unsqueeze(-1), (places, x.shape))
+
+    def unpermute(self, rows: Tensor, restore: Restore) -> Tensor:
+        """Sums over the experts of each token (permutation.py:1029)."""
+        te = self.te
+        places, shape = restore
+        return te.moe_unpermute(rows, places, restore_shape=shape, map_type="mask")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The region of FP8, around the whole pass: amaxes are reduced once, at its end.
+
+        Without gradients TE neither reduces nor forgets the amaxes of that pass (quantization.py:780); they are taken out of the histories,
+        so that a validation leaves no trace in training.
+        """
+        with nullcontext() if self.recipe is None else self.dense.entered():
+            yield
+        if not torch.is_grad_enabled():
+            for running in self.amaxes:
+                running.zero_()
+
+    def recompute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """TE's checkpoint (distributed.py:667), which computes again with the scales of the first time, and keeps no second amaxes.
+
+        `function` is hidden in a `partial`: of a module TE would look for modules of its own inside, and find none. With `use_reentrant` the
+        backward passes of all blocks would update the histories of gradients (distributed.py:443). What is computed again runs one region
+        deeper: else each block would end a region at depth 0 and reduce all amaxes once more (distributed.py:812).
+        """
+        te = self.te
+        return te.checkpoint(partial(function), *args, use_reentrant=False, context_fn=self._around_recompute)
+
+    def _around_recompute(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        te = self.te
+        return nullcontext(), te.autocast(enabled=False)
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Nothing to do: TE updates its own scales."""
+
+
+class _InHighPrecision(TransformerEngineBackend):
+    """The same without FP8, inside the region of the others."""
+
+    def __init__(self, whole: TransformerEngineBackend):
+        self.__dict__.update(whole.__dict__)
+        self.dense = self.experts = Region(self.te, inner=True)

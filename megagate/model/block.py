@@ -28,7 +28,7 @@ class Block(Layer):
         super().__init__(dtype)
         norm = {"eps": config.norm_eps, "dtype": dtype, "backend": backend, "tp": mesh.tp}
         self.attention_norm = RMSNorm(config.hidden_size, **norm)
-        self.attention = GatedAttention(config, dtype=dtype, backend=backend, tp=mesh.tp)
+        self.attention = GatedAttention(config, dtype=dtype, backend=backend, tp=mesh.tp, norm_eps=config.norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, **norm)
         self.is_moe, self.clip = is_moe, config.residual_clip
         self.attention_out_norm = RMSNorm(config.hidden_size, **norm) if config.sandwich_norm else None
@@ -36,7 +36,9 @@ class Block(Layer):
         if is_moe:
             self.moe = MoE(config.moe, config.hidden_size, dtype=dtype, backend=backend, mesh=mesh)
         else:
-            self.ffn = DenseFFN(config.hidden_size, config.ffn_size, dtype=dtype, backend=backend, tp=mesh.tp)
+            self.ffn = DenseFFN(
+                config.hidden_size, config.ffn_size, dtype=dtype, backend=backend, tp=mesh.tp, norm_eps=config.norm_eps
+            )
 
     def forward(self, x: Tensor, rope: Tensor, documents: Documents | None = None) -> tuple[Tensor, RouterStats | None]:
         """Apply the block."""

@@ -33,9 +33,16 @@ class GatedAttention(Layer):
         their gradient summed over tp, and each rank uses the one kv head of its query heads. All-gather of the sequence before,
         reduce-scatter after, and their adjoints backward.
     Source: arXiv 2505.06708, section 2.
+
+    Args:
+        model: Its shapes and variants.
+        dtype: Of the weights.
+        backend: Its kernels.
+        tp: The tensor axis.
+        norm_eps: Of the norm that every call gives; None where calls may give none.
     """
 
-    def __init__(self, model: ModelConfig, *, dtype: torch.dtype, backend: Backend, tp: Axis):
+    def __init__(self, model: ModelConfig, *, dtype: torch.dtype, backend: Backend, tp: Axis, norm_eps: float | None = None):
         super().__init__(dtype)
         config = model.attention
         self.config, self.tp = config, tp
@@ -54,7 +61,8 @@ class GatedAttention(Layer):
             self.k_norm = RMSNorm(config.head_dim, eps=model.norm_eps, dtype=dtype, backend=backend, tp=tp)
         heads, kv_heads = config.num_heads // tp.size, max(1, config.num_kv_heads // tp.size)
         parts = [Part(rider.name, len(rider.weight), rider.role) for group in self._riders() for rider in group]
-        self.project = backend.column_linears(model.hidden_size, parts, tp=tp)
+        reads = config.gate.position == "G5"
+        self.project = backend.column_linears(model.hidden_size, parts, tp=tp, eps=norm_eps, gives_normed=reads)
         self.attend = backend.attention_core(heads, kv_heads, config.head_dim)
         self.out = backend.row_linear(heads * config.head_dim, model.hidden_size, tp=tp)
 

@@ -42,15 +42,24 @@ class DenseFFN(Layer):
     Shapes: [b, s/tp, h] -> [b, s/tp, h].
     Parallel: gate and up are cut by rows, down by columns over tp; all-gather of the sequence before, reduce-scatter after.
     Source: arXiv 2002.05202, equation 6.
+
+    Args:
+        hidden_size: Of x.
+        ffn_size: Of gate and up, over all ranks.
+        dtype: Of the weights.
+        backend: Its kernels.
+        tp: The tensor axis.
+        norm_eps: Of the norm that every call gives; None where calls may give none.
     """
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, dtype: torch.dtype, backend: Backend, tp: Axis):
+    def __init__(self, hidden_size: int, ffn_size: int, *, dtype: torch.dtype, backend: Backend, tp: Axis, norm_eps: float | None = None):
         super().__init__(dtype)
         self.gate = Weight((ffn_size, hidden_size), dtype, axis=tp)
         self.up = Weight((ffn_size, hidden_size), dtype, axis=tp)
         self.down = Weight((hidden_size, ffn_size), dtype, init="output", axis=tp, dim=1)
         local = ffn_size // tp.size
-        self.project = backend.column_linears(hidden_size, [Part("gate", local), Part("up", local)], tp=tp)
+        parts = [Part("gate", local), Part("up", local)]
+        self.project = backend.column_linears(hidden_size, parts, tp=tp, eps=norm_eps, gives_normed=False)
         self.out = backend.row_linear(local, hidden_size, tp=tp)
 
     def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:

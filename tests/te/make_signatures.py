@@ -5,11 +5,11 @@ Nothing is imported, so that neither a GPU nor the libraries are needed: `pip do
     python tests/te/make_signatures.py transformer_engine-2.20.2-py3-none-any.whl
 
 A class entry has `call` (of its constructor), the signatures of its methods, those of its bases among them, and the names that any of its
-methods sets on `self`; a function entry has `call`. A parameter is [name, kind, has a default]. Bases outside of the wheel are named.
+methods sets on `self`; a function entry has `call`, and `pops`: the names that it takes out of its keywords. A parameter is
+[name, kind, has a default]. Bases outside of the wheel are named.
 """
 
 import ast
-import hashlib
 import json
 import sys
 import zipfile
@@ -45,6 +45,7 @@ NAMES = {
         "router.fused_compute_score_for_moe_aux_loss",
         "router.fused_moe_aux_loss",
         "quantization.get_align_size_for_quantization",
+        "quantization.DelayedScalingRecipeState",
     ],
     RECIPES: ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling", "Format"],
 }
@@ -53,42 +54,44 @@ Definition = ast.ClassDef | ast.FunctionDef
 
 
 @dataclass
-class Wheel:
-    """Modules of a wheel, parsed when they are first asked for."""
+class Sources:
+    """Modules of the package, parsed when they are first asked for.
 
-    path: Path
-    trees: dict[str, tuple[str, ast.Module]] = field(default_factory=dict)
+    Args:
+        files: Sources by path, as in the wheel.
+        version: Of the package.
+    """
+
+    files: dict[str, str]
+    version: str
+    trees: dict[str, ast.Module] = field(default_factory=dict)
+
+    @classmethod
+    def of_wheel(cls, path: Path) -> "Sources":
+        """A wheel's."""
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith((".py", ".dist-info/METADATA"))]
+            files = {name: archive.read(name).decode() for name in names}
+        (metadata,) = (name for name in files if name.endswith("METADATA"))
+        lines = files.pop(metadata).splitlines()
+        return cls(files, next(line.split(": ")[1] for line in lines if line.startswith("Version: ")))
+
+    @classmethod
+    def of_folder(cls, path: Path, version: str) -> "Sources":
+        """Those of an installed package; `path` is the folder that holds `transformer_engine/`."""
+        files = sorted((path / "transformer_engine").rglob("*.py"))
+        return cls({file.relative_to(path).as_posix(): file.read_text(encoding="utf-8") for file in files}, version)
 
     @cached_property
-    def files(self) -> dict[str, str]:
-        """Sources by module name."""
-        with zipfile.ZipFile(self.path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".py") and ".dist-info" not in name]
-            return {self._module(name): archive.read(name).decode() for name in names}
-
-    @cached_property
-    def version(self) -> str:
-        """As its metadata says."""
-        with zipfile.ZipFile(self.path) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-            lines = archive.read(name).decode().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("Version: "))
-
-    @cached_property
-    def packages(self) -> set[str]:
-        """Modules that are packages."""
-        with zipfile.ZipFile(self.path) as archive:
-            return {self._module(name) for name in archive.namelist() if name.endswith("/__init__.py")}
-
-    @staticmethod
-    def _module(name: str) -> str:
-        return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    def modules(self) -> dict[str, str]:
+        """Paths by module name."""
+        return {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in self.files}
 
     def tree(self, module: str) -> ast.Module:
         """The syntax tree of a module."""
         if module not in self.trees:
-            self.trees[module] = (module, ast.parse(self.files[module]))
-        return self.trees[module][1]
+            self.trees[module] = ast.parse(self.files[self.modules[module]])
+        return self.trees[module]
 
     def find(self, module: str, name: str) -> tuple[str, Definition] | None:
         """Where a name that `module` offers is defined, following imports; None outside of the wheel.
@@ -99,8 +102,8 @@ class Wheel:
         first, _, rest = name.partition(".")
         if rest:
             inner = f"{module}.{first}"
-            return self.find(inner, rest) if inner in self.files else self._through_import(module, first, rest)
-        if module not in self.files:
+            return self.find(inner, rest) if inner in self.modules else self._through_import(module, first, rest)
+        if module not in self.modules:
             return None
         for node in ast.walk(self.tree(module)):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
@@ -119,7 +122,7 @@ class Wheel:
     def _stars(self, module: str) -> list[str]:
         """Modules of the wheel from which `module` imports everything."""
         imports = [node for node in ast.walk(self.tree(module)) if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
-        return [source for node in imports if (source := self._absolute(module, node)) in self.files]
+        return [source for node in imports if (source := self._absolute(module, node)) in self.modules]
 
     def _through_import(self, module: str, first: str, rest: str) -> tuple[str, Definition] | None:
         """`first.rest` where `first` is an imported module, perhaps from outside."""
@@ -137,7 +140,8 @@ class Wheel:
         if not node.level:
             return node.module or ""
         parts = module.split(".")
-        above = parts[: len(parts) - node.level + (module in self.packages)]
+        is_package = self.modules[module].endswith("/__init__.py")
+        above = parts[: len(parts) - node.level + is_package]
         return ".".join([*above, *([node.module] if node.module else [])])
 
 
@@ -170,22 +174,28 @@ def fields(node: ast.ClassDef) -> list[list]:
     ]
 
 
+def popped(node: ast.FunctionDef) -> list[str]:
+    """Names that a function takes out of its `**kwargs`."""
+    calls = (one for one in ast.walk(node) if isinstance(one, ast.Call) and ast.unparse(one.func) == "kwargs.pop")
+    return [call.args[0].value for call in calls if isinstance(call.args[0], ast.Constant)]
+
+
 def is_decorated(node: Definition, name: str) -> bool:
     """Whether a decorator is called so, with or without arguments."""
     heads = (one.func if isinstance(one, ast.Call) else one for one in node.decorator_list)
     return any((head.id if isinstance(head, ast.Name) else getattr(head, "attr", "")) == name for head in heads)
 
 
-def lineage(wheel: Wheel, module: str, node: ast.ClassDef) -> tuple[list[tuple[str, ast.ClassDef]], list[str]]:
+def lineage(sources: Sources, module: str, node: ast.ClassDef) -> tuple[list[tuple[str, ast.ClassDef]], list[str]]:
     """The class and its bases, nearest first, and the names of bases from outside of the wheel."""
     found, outside = [(module, node)], []
     for base in node.bases:
         name = ast.unparse(base)
-        where = wheel.find(module, name)
+        where = sources.find(module, name)
         if where is None:
             outside.append(name)
         else:
-            above, beyond = lineage(wheel, *where)
+            above, beyond = lineage(sources, *where)
             found += above
             outside += beyond
     return found, outside
@@ -210,16 +220,16 @@ def set_on_self(node: ast.ClassDef) -> set[str]:
     return names
 
 
-def describe(wheel: Wheel, module: str, name: str) -> dict:
+def describe(sources: Sources, module: str, name: str) -> dict:
     """The entry of one class or function."""
-    where = wheel.find(module, name)
+    where = sources.find(module, name)
     if where is None:
         raise LookupError(f"{module}.{name} leads out of the wheel")
     home, node = where
     entry: dict = {"home": f"{home}:{node.lineno}"}
     if isinstance(node, ast.FunctionDef):
-        return entry | {"kind": "function", "call": parameters(node, bound=False)}
-    classes, outside = lineage(wheel, home, node)
+        return entry | {"kind": "function", "call": parameters(node, bound=False), "pops": popped(node)}
+    classes, outside = lineage(sources, home, node)
     methods, attributes = {}, set()
     for of, one in reversed(classes):
         for method in one.body:
@@ -237,11 +247,10 @@ def describe(wheel: Wheel, module: str, name: str) -> dict:
     return entry | {"kind": "class", "call": constructor, "bases": outside, "methods": kept, "attributes": sorted(attributes)}
 
 
-def make(wheel: Wheel) -> dict:
+def make(sources: Sources) -> dict:
     """The whole file."""
-    entries = {f"{module}.{name}": describe(wheel, module, name) for module, names in NAMES.items() for name in names}
-    digest = hashlib.sha256(wheel.path.read_bytes()).hexdigest()
-    return {"package": "transformer-engine", "version": wheel.version, "wheel_sha256": digest, "entries": entries}
+    entries = {f"{module}.{name}": describe(sources, module, name) for module, names in NAMES.items() for name in names}
+    return {"package": "transformer-engine", "version": sources.version, "entries": entries}
 
 
 def render(content: dict) -> str:
@@ -260,4 +269,4 @@ def render(content: dict) -> str:
 
 
 if __name__ == "__main__":
-    OUT.write_text(render(make(Wheel(Path(sys.argv[1])))))
+    OUT.write_text(render(make(Sources.of_wheel(Path(sys.argv[1])))))
