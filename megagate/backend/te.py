@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagate.backend import rows, routing
+from megagate.backend import routing
 from megagate.backend.base import AttentionCore, Chosen, ColumnLinears, GroupedLinear, Part, Permuted, RowLinear
 from megagate.backend.te_sites import Attention, Columns, Experts, Region, Row, Splits
 from megagate.config.model import MoEConfig

@@ -157,8 +157,7 @@ def parameters(node: ast.FunctionDef, *, bound: bool) -> list[list]:
     if arguments.vararg:
         rows.append([arguments.vararg.arg, "VAR_POSITIONAL", False])
     rows += [
-        [one.arg, "KEYWORD_ONLY", default is not None]
-        for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+        [one.arg, "KEYWORD_ONLY", default is not None] for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     ]
     if arguments.kwarg:
         rows.append([arguments.kwarg.arg, "VAR_KEYWORD", False])

@@ -110,7 +110,9 @@ class _Finder(ast.NodeVisitor):
                 if name in NAMESPACES and not self._gives(name, node.value):
                     self.fail(node, f"{name} may only be bound by a loader or an attribute {name}")
         # `te = self.te` is no use of TE, but a way to it.
-        names_it = len(node.targets) == 1 and isinstance(node.targets[0], (ast.Name, ast.Attribute)) and _last(node.targets[0]) in NAMESPACES
+        names_it = (
+            len(node.targets) == 1 and isinstance(node.targets[0], (ast.Name, ast.Attribute)) and _last(node.targets[0]) in NAMESPACES
+        )
         for target in node.targets:
             if ast.unparse(target) != INSTANCE:
                 self.visit(target)
