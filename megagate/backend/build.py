@@ -6,6 +6,7 @@ from megagate.backend import apex
 from megagate.backend.base import Backend
 from megagate.backend.fp8.backend import EmulatedBackend
 from megagate.backend.native import NativeBackend, NormFunction, rms_norm
+from megagate.backend.te import TransformerEngineBackend
 from megagate.config.precision_rules import kernel_rules
 from megagate.config.run import PrecisionConfig
 from megagate.errors import ConfigError
@@ -21,9 +22,9 @@ def build_backend(precision: PrecisionConfig, *, device: torch.device, mesh: Par
     """
     if refused := list(kernel_rules(precision)):
         raise ConfigError("\n".join(refused))
-    if precision.backend != "native":
-        raise ConfigError("only precision.backend native exists so far; leave precision.backend out")
     native, fp8 = NativeBackend(device, norm=build_norm(precision, device=device)), precision.fp8
+    if precision.backend == "te":
+        return TransformerEngineBackend(precision, device=device, mesh=mesh, norm=native.norm)
     if fp8.recipe == "none":
         return native
     return EmulatedBackend(native, fp8, device=device, mesh=mesh)

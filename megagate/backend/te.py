@@ -1,16 +1,19 @@
 """Transformer Engine (TE) 2.20.2 behind the seam: the only file that imports it, and only where its kernels are asked for.
 
-What is said of TE below was read in the sources of `transformer-engine==2.20.2` (`module.py:line`, under `transformer_engine/pytorch/`). No kernel
-of it has run in development, which had no GPU: `tests/te/` binds every call of this file and of `te_sites.py` to TE's own signatures, and runs
-TE's real Python over kernels of our own. For these tests a TE module is made, kept and called in one class, TE's namespaces are called `te` and
-`recipes`, and nothing else is done with either.
+What is said of TE below was read in the sources of `transformer-engine==2.20.2` (`module.py:line`, under `transformer_engine/pytorch/`;
+`csrc/` in the repository's 2.20.0.dev0). No kernel of it has run in development, which had no GPU: `tests/te/` binds every call of this
+file and of `te_sites.py` to TE's own signatures, and runs TE's real Python over kernels of our own. For these tests a TE module is made,
+kept and called in one class, TE's namespaces are called `te` and `recipes`, and nothing else is done with either.
 
-Micro-steps of delayed scaling: TE keeps the largest amaxes of a forward pass, and at the end of `running` reduces them over the group that each
-module met first, and makes the next scales (quantization.py:656, 772); those of gradients at the end of the backward pass of the first FP8 module
-(module/linear.py:320, 1887). A region inside another changes neither: it restores what was there, lowers the depth, and only depth 0 reduces
-(quantization.py:619-642, 772-782, 1056), each buffer over its own group, which is part of its key (quantization.py:501-565, 714). So experts, whose
-scales are of ranks with the same experts, run in a region of their own with the group of `edp` inside that of the world. A group of None is the
-world to PyTorch: an `edp` of size 1 gets a recipe with `reduce_amax` off instead.
+Micro-steps of delayed scaling: TE keeps the largest amaxes of a forward pass, and at the end of `running` reduces them over the group that
+each module met first, and makes the next scales (quantization.py:656, 772); those of gradients at the end of the backward pass of the first
+FP8 module (module/linear.py:320, 1887). A region inside another changes neither: it restores what was there, lowers the depth, and only
+depth 0 reduces (quantization.py:619-642, 772-782, 1056), each buffer over its own group, which is part of its key (quantization.py:501-565,
+714). So experts, whose scales are of the ranks with the same experts, run in a region of their own with the group of `edp` inside that of
+the world. A group of None is the world to PyTorch: an `edp` of size 1 gets a recipe with `reduce_amax` off instead.
+
+TE's state of FP8 is one for the process (quantization.py:389): the histories of all modules that have run, those of other models too, are
+updated together. Its fused update leaves alone what saw nothing (common/recipe/delayed_scaling.cu, kernel_bulk).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -79,8 +82,9 @@ def fused_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, f
 def make_recipe(config: Fp8Config, *, reduce_amax: bool = True) -> Any:
     """TE's recipe object; None without FP8.
 
-    HYBRID of `delayed` and `current` and E4M3 of the others are TE's defaults. Gradients are those of the recipe whatever NVTE_BACKWARD_OVERRIDE
-    says; NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES and NVTE_FP8_BLOCK_SCALING_FP32_SCALES have no argument that overrules them.
+    HYBRID of `delayed` and `current` and E4M3 of the others are TE's defaults. Gradients are those of the recipe whatever
+    NVTE_BACKWARD_OVERRIDE says; NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES and NVTE_FP8_BLOCK_SCALING_FP32_SCALES have no argument that
+    overrules them.
     """
     recipes = load_recipes() if config.recipe != "none" else None
     match config.recipe:
@@ -217,9 +221,10 @@ class TransformerEngineBackend:
     def recompute(self, function: Callable[..., Any], *args: Any) -> Any:
         """TE's checkpoint (distributed.py:667), which computes again with the scales of the first time, and keeps no second amaxes.
 
-        `function` is hidden in a `partial`: of a module TE would look for modules of its own inside, and find none. With `use_reentrant` the
-        backward passes of all blocks would update the histories of gradients (distributed.py:443). What is computed again runs one region
-        deeper: else each block would end a region at depth 0 and reduce all amaxes once more (distributed.py:812).
+        `function` is hidden in a `partial`: of a module TE would look for modules of its own inside, and find none (distributed.py:651).
+        With `use_reentrant` the backward passes of all blocks would update the histories of gradients (distributed.py:443). What is
+        computed again runs one region deeper: else each block would end a region at depth 0 and reduce all amaxes once more
+        (distributed.py:812). Unlike PyTorch's it runs to the end of the block, the experts' way home included.
         """
         te = self.te
         return te.checkpoint(partial(function), *args, use_reentrant=False, context_fn=self._around_recompute)

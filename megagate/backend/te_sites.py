@@ -1,4 +1,5 @@
-"""The sites of Transformer Engine (TE) 2.20.2: TE's modules over weights that the layers own; see `te.py` for what was read and tested how."""
+"""The sites of Transformer Engine (TE) 2.20.2: TE's modules over weights that the layers own; see `te.py` for what was read and tested
+how."""
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,12 +69,12 @@ def _leave(_: Tensor) -> None:
 
 
 class _Linear:
-    """`te.Linear`, or `te.LayerNormLinear` where an epsilon is given, of concatenated weights (module/linear.py:1908, layernorm_linear.py:1207).
+    """`te.Linear`, or `te.LayerNormLinear` where an epsilon is given, of concatenated weights (module/linear.py:1908,
+    layernorm_linear.py:1207).
 
-    All are quantised as one tensor, since TE concatenates what `parameters_split` names before anything else (linear.py:2396, _common.py:213).
-    On the meta device TE does not split (linear.py:2047), so that one buffer of the weights' size exists for a moment. Products are TE's
-    default: fp32 accumulation in the backward pass, fast accumulation forward for per-tensor scales.
-    """
+    All are quantised as one tensor, since TE concatenates what `parameters_split` names before anything else (linear.py:2396,
+    _common.py:213). On the meta device TE does not split (linear.py:2047), so that one buffer of the weights' size exists for a moment.
+    Products are TE's default: fp32 accumulation in the backward pass, fast accumulation forward for per-tensor scales."""
 
     def __init__(self, region: Region, width: int, split: dict[str, int], *, eps: float | None, gives_normed: bool, device: torch.device):
         te = region.te
@@ -139,7 +140,7 @@ class _Grouped:
 
 
 TENSORS = {"scaling_fwd": (3, ("input", "weight")), "scaling_bwd": (2, ("grad",))}
-"""Of each product, in TE's order: how many tensors have a place in the histories, and those of them that are in use (linear.py:2519-2547)."""
+"""Of each product, in TE's order: tensors with a place in the histories, and those of them in use (module/linear.py:2519)."""
 
 
 def _kept(meta: dict[str, Any], *, ep: Axis | None, num_experts: int = 1) -> list[Kept]:

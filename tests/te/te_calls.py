@@ -2,9 +2,9 @@
 
 What it asks of the files, so that nothing escapes it:
 
-- TE's namespaces are called `te` and `recipes`, and nothing else is; they come from `load()` and `load_recipes()`, an argument or an attribute.
-- A chain of names that goes through one of them ends in a call: nothing of TE is passed on without one.
-- An instance whose methods are called is `self.module` of the class that made it, and goes to functions of ours as an `nn.Module` alone. All
+- TE's namespaces are called `te` and `recipes`, and nothing else is; they come from `load()` and `load_recipes()`, an argument or an
+attribute. - A chain of names that goes through one of them ends in a call: nothing of TE is passed on without one. - An instance whose
+methods are called is `self.module` of the class that made it, and goes to functions of ours as an `nn.Module` alone. All
   that is read of it is a name that TE's class or PyTorch's `nn.Module` has.
 - Other instances (recipes, regions, an optimizer) are returned, entered or passed on; no method of a `recipe` is called.
 - The package is imported by `load` and `load_recipes` alone.

@@ -1,7 +1,7 @@
-"""The backend of Transformer Engine (TE) through TE's real Python layer, over kernels of our own (`stub_extension.py`): plumbing, not numerics.
+"""The backend of Transformer Engine (TE) through TE's real Python layer, over kernels of our own (`stub_extension.py`).
 
-In fp32 it computes what the native backend does, under every layout; in bf16 up to roundings; with FP8 its state, regions and what stays out are
-as they should be.
+In fp32, with TE's router and permutation and without its attention, which has none, it computes what the native backend does, under every
+layout (`test_te_shim_model.py` compares in bf16). With FP8: its state, the regions of its amaxes, and what stays out.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megagate.backend.base import Backend, KeepsState, Part
 from megagate.backend.native import NativeBackend
-from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig, SwitchConfig
+from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.config.run import Fp8Config, PrecisionConfig
 from megagate.model.lm import LanguageModel
 from megagate.nn.base import named_labels
@@ -35,18 +35,10 @@ BASE = ModelConfig(
 BATCH, LENGTH, EOD = 2, 16, 7
 
 
-def attention(config: ModelConfig, **changes: Any) -> ModelConfig:
-    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, **changes))
-
-
 MODELS = {
-    "elementwise": BASE,
-    "headwise, value switch": attention(BASE, gate=GateConfig("G1", "headwise"), switch=SwitchConfig("v", 2, 1)),
-    "output gate, sandwich": dataclasses.replace(attention(BASE, gate=GateConfig("G5", "elementwise")), sandwich_norm=True),
-    "sigmoid router with bias": dataclasses.replace(
-        BASE, moe=dataclasses.replace(MOE, score="sigmoid", bias_update_rate=1e-3, z_loss_coef=0.0)
-    ),
-    "softmax not renormalised": dataclasses.replace(BASE, moe=dataclasses.replace(MOE, renormalize=False)),
+    "renormalised": BASE,
+    "not renormalised": dataclasses.replace(BASE, moe=dataclasses.replace(MOE, renormalize=False)),
+    "sigmoid with bias": dataclasses.replace(BASE, moe=dataclasses.replace(MOE, score="sigmoid", bias_update_rate=1e-3, z_loss_coef=0.0)),
 }
 
 
@@ -82,7 +74,7 @@ def test_fp32_is_the_native_backend(name):
     assert_all_close(found[0], found[1], to=2e-5)
 
 
-@pytest.mark.parametrize(("world", "tp", "ep"), [(2, 2, 1), (4, 2, 2), (4, 4, 2)])
+@pytest.mark.parametrize(("world", "tp", "ep"), [(2, 2, 1), (4, 2, 2)])
 def test_fp32_is_the_native_backend_under_every_layout(world, tp, ep):
     for found in run(both, world, BASE, tp, ep, {"recompute": True, "eod_id": EOD}):
         assert_all_close(found[0], found[1], to=2e-5)
@@ -95,35 +87,6 @@ def both(context: RankContext, config: ModelConfig, tp: int, ep: int, options: d
     assert named_labels(ours) == named_labels(native)
     assert not [module for module in ours.modules() if type(module).__module__.startswith("transformer_engine")]
     return step(ours, mesh), step(native, mesh)
-
-
-@pytest.mark.parametrize("documents", [False, True])
-def test_bf16_is_the_native_backend_up_to_roundings(documents):
-    (found,) = run(roundings, 1, {"eod_id": EOD if documents else None})
-    for name, (distance, own) in found.items():
-        assert distance < 1.5 * own + 1e-4, (name, distance, own)
-
-
-def roundings(_context: RankContext, options: dict) -> dict[str, tuple[float, float]]:
-    """Of each gradient: how far TE's is from the native one, and how far that is from fp32, as shares of it."""
-    mesh = ParallelMesh.single()
-    config = dataclasses.replace(BASE, moe=MoEConfig())  # no routes that a rounding flips
-    models = [
-        model_of(config, backend, mesh, dtype=dtype, **options)
-        for backend, dtype in (
-            (te_backend(mesh), torch.bfloat16),
-            (NativeBackend(CPU), torch.bfloat16),
-            (NativeBackend(CPU), torch.float32),
-        )
-    ]
-    for wide, narrow in zip(models[2].parameters(), models[1].parameters(), strict=True):
-        wide.data.copy_(narrow)
-    ours, native, exact = (step(model, mesh) for model in models)
-    return {name: (relative(ours[name], native[name]), relative(native[name], exact[name])) for name in exact}
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 # ---- with FP8

@@ -46,11 +46,13 @@ class EmulatedBackend:
         is_high = ("first_layers" in kept and index == 0) or ("last_layers" in kept and index == num_layers - 1)
         return self.base.of_layer(index, num_layers) if is_high else self
 
-    def column_linears(self, width: int, parts: Sequence[Part], *, tp: Axis) -> ColumnLinears:
+    def column_linears(
+        self, width: int, parts: Sequence[Part], *, tp: Axis, eps: float | None = None, gives_normed: bool = True
+    ) -> ColumnLinears:
         """Two GEMMs, where some parts stay in high precision."""
         rounded = [self._is_rounded(part) for part in parts]
         if not any(rounded):
-            return self.base.column_linears(width, parts, tp=tp)
+            return self.base.column_linears(width, parts, tp=tp, eps=eps, gives_normed=gives_normed)
         return Fp8Columns(self._operands(), rounded, tp=tp, world=self.mesh.world)
 
     def row_linear(self, width: int, rows: int, *, tp: Axis) -> RowLinear:

@@ -1,0 +1,32 @@
+"""Transformer Engine asked for where it is not."""
+
+import sys
+
+import pytest
+import torch
+
+from megagate.backend.build import build_backend
+from megagate.backend.te import INSTALL, fused_adam
+from megagate.config.run import PrecisionConfig
+from megagate.errors import ConfigError
+from megagate.parallel.mesh import ParallelMesh
+
+
+def backend() -> None:
+    build_backend(PrecisionConfig(backend="te"), device=torch.device("cpu"), mesh=ParallelMesh.single())
+
+
+def optimizer() -> None:
+    fused_adam([{"params": [torch.zeros(2, requires_grad=True)]}], lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("use", "key", "otherwise"), [(backend, "precision.backend", "native"), (optimizer, "optim.implementation", "torch")]
+)
+def test_its_absence_is_told_with_what_installs_it(use, key, otherwise, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)  # as if it were not installed
+    with pytest.raises(ConfigError) as caught:
+        use()
+    message = str(caught.value)
+    assert message.startswith(f"{key} (te) needs Transformer Engine 2.20.2")
+    assert f"install it by `{INSTALL}`, or set {key} {otherwise}" in message
