@@ -279,7 +279,7 @@ class Attention:
         te = self.te
         with te.autocast(enabled=False):
             if documents is None:
-                return self.module(q, k, v).view_as(q)
+                return self.module(q, k, v).reshape(q.shape)
             flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))  # [b*s, heads, d]
             borders, longest = documents.cu_seqlens, q.shape[1]  # no document is longer than a row: nothing to wait for
             out = self.module(
@@ -294,4 +294,4 @@ class Attention:
                 max_seqlen_kv=longest,
                 pad_between_seqs=False,
             )
-            return out.view_as(q)
+            return out.reshape(q.shape)
