@@ -176,7 +176,8 @@ class TransformerEngineBackend:
         """TE's fused router (router.py:279, 439), where it computes the same.
 
         Its softmax knows no bias; its sigmoid scores are always renormalised, but for one expert per token. Everything else is PyTorch's.
-        It adds 1e-20 to sums that we keep above 1e-38, and takes the bias off again where we look the score up: last bits of fp32.
+        It adds 1e-20 to sums that we keep above 1e-38, and takes the bias off again where we look the score up: last bits of fp32. Its
+        `fused_moe_aux_loss` has no place here: balance losses are formed of counts over ranks and micro-steps, outside of recomputed blocks.
         """
         te = self.te
         sigmoid = config.score == "sigmoid"
@@ -192,7 +193,10 @@ class TransformerEngineBackend:
         return Chosen(ids.view(*shape, -1), weights.gather(-1, ids).view(*shape, -1), shares.view_as(logits))
 
     def permute(self, x: Tensor, probs: Tensor, ids: Tensor, *, num_experts: int) -> Permuted:
-        """TE's kernels over a map of tokens and experts (permutation.py:928), rows in the same order as by a stable sort."""
+        """TE's kernels over a map of tokens and experts (permutation.py:928), rows in the same order as by a stable sort.
+
+        What has arrived is sorted and padded at once by PyTorch: TE's `moe_sort_chunks_by_index` does not pad.
+        """
         te = self.te
         chosen = torch.zeros(len(ids), num_experts, dtype=torch.int32, device=ids.device).scatter_(1, ids, 1)
         weights = probs.new_zeros(len(ids), num_experts).scatter(1, ids, probs)

@@ -140,6 +140,20 @@ def states(context: RankContext) -> tuple:
     return before, after, {name: tuple(value.shape) for name, value in after.items()}, loaded
 
 
+def test_a_first_block_in_high_precision_keeps_nothing_and_disturbs_nothing():
+    (found,) = run(without_the_first, 1)
+    assert found and not [name for name in found if name.startswith("layers.0")]
+    # One entry a step: TE's first FP8 module, whose backward pass updates those of gradients, is one of the second block.
+    assert {name: int((history != 0).sum(-1).max()) for name, history in found.items()} == dict.fromkeys(found, 2)
+
+
+def without_the_first(context: RankContext) -> dict[str, Tensor]:
+    model, mesh = make(context, DELAYED | {"keep": ("gate", "first_layers")})
+    for key in "ab":
+        step(model, mesh, key=key)
+    return {name: value for name, value in kept(model).items() if name.endswith("history")}
+
+
 def test_amaxes_are_of_the_world_and_of_experts_over_edp():
     found = run(histories, 4)
     for name, first in found[0].items():
