@@ -177,7 +177,7 @@ class TransformerEngineBackend:
 
         Its softmax knows no bias; its sigmoid scores are always renormalised, but for one expert per token. Everything else is PyTorch's.
         It adds 1e-20 to sums that we keep above 1e-38, and takes the bias off again where we look the score up: last bits of fp32. Its
-        `fused_moe_aux_loss` has no place here: balance losses are of counts over ranks and micro-steps, formed outside of recomputed blocks.
+        `fused_moe_aux_loss` has no place here: balance losses are of counts over ranks and micro-steps, formed outside of recomputation.
         """
         te = self.te
         sigmoid = config.score == "sigmoid"

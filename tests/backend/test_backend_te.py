@@ -1,4 +1,4 @@
-"""Transformer Engine asked for where it is not."""
+"""The parts of Transformer Engine's backend that need none of it: what is said where it is not there, and rows as the host knows them."""
 
 import sys
 
@@ -7,6 +7,7 @@ import torch
 
 from megagate.backend.build import build_backend
 from megagate.backend.te import INSTALL, fused_adam
+from megagate.backend.te_sites import Splits
 from megagate.config.run import PrecisionConfig
 from megagate.errors import ConfigError
 from megagate.parallel.mesh import ParallelMesh
@@ -30,3 +31,14 @@ def test_its_absence_is_told_with_what_installs_it(use, key, otherwise, monkeypa
     message = str(caught.value)
     assert message.startswith(f"{key} (te) needs Transformer Engine 2.20.2")
     assert f"install it by `{INSTALL}`, or set {key} {otherwise}" in message
+
+
+def test_splits_are_of_the_ends_at_hand_and_read_once():
+    splits = Splits()
+    first, second = torch.tensor([16, 16, 48], dtype=torch.int32), torch.tensor([16, 32, 48], dtype=torch.int32)
+    rows = splits(first)
+    assert rows.tolist() == [16, 0, 32] and rows.dtype == torch.int64
+    assert splits(first) is rows
+    assert splits(second).tolist() == [16, 16, 16]
+    del first  # another tensor may come to lie where it lay
+    assert splits(torch.tensor([32, 32, 48], dtype=torch.int32)).tolist() == [32, 0, 16]
