@@ -24,6 +24,7 @@ def build_backend(precision: PrecisionConfig, *, device: torch.device, mesh: Par
         raise ConfigError("\n".join(refused))
     native, fp8 = NativeBackend(device, norm=build_norm(precision, device=device)), precision.fp8
     if precision.backend == "te":
+        require_gpu("precision.backend", precision.backend, device=device, otherwise="native")
         return TransformerEngineBackend(precision, device=device, mesh=mesh, norm=native.norm)
     if fp8.recipe == "none":
         return native

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from megagate.backend.build import build_backend
-from megagate.backend.te import INSTALL, fused_adam
+from megagate.backend.native import NativeBackend
+from megagate.backend.te import INSTALL, TransformerEngineBackend, fused_adam
 from megagate.backend.te_sites import Splits
 from megagate.config.run import PrecisionConfig
 from megagate.errors import ConfigError
 from megagate.parallel.mesh import ParallelMesh
 
+CPU, PRECISION = torch.device("cpu"), PrecisionConfig(backend="te")
+
 
 def backend() -> None:
-    build_backend(PrecisionConfig(backend="te"), device=torch.device("cpu"), mesh=ParallelMesh.single())
+    TransformerEngineBackend(PRECISION, device=CPU, mesh=ParallelMesh.single(), norm=NativeBackend(CPU).norm)
 
 
 def optimizer() -> None:
@@ -31,6 +34,11 @@ def test_its_absence_is_told_with_what_installs_it(use, key, otherwise, monkeypa
     message = str(caught.value)
     assert message.startswith(f"{key} (te) needs Transformer Engine 2.20.2")
     assert f"install it by `{INSTALL}`, or set {key} {otherwise}" in message
+
+
+def test_it_is_not_built_without_a_gpu():
+    with pytest.raises(ConfigError, match=r"precision\.backend \(te\) .*GPU.*native"):
+        build_backend(PRECISION, device=CPU, mesh=ParallelMesh.single())
 
 
 def test_splits_are_of_the_ends_at_hand_and_read_once():
