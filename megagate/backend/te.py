@@ -13,7 +13,8 @@ depth 0 reduces (quantization.py:619-642, 772-782, 1056), each buffer over its o
 the world. A group of None is the world to PyTorch: an `edp` of size 1 gets a recipe with `reduce_amax` off instead.
 
 Backward passes carry dp times the gradient (`engine/zero.py`), and so do TE's amaxes of gradients. While dp stays what it is that is
-nothing; where a run is resumed with more dp, gradients of the first micro-step may saturate, until their new amaxes count.
+nothing (their first scales are 1 / dp); where a run is resumed with more dp, gradients of the first micro-step may saturate, until their
+new amaxes count.
 
 TE's state of FP8 is one for the process (quantization.py:389): the histories of all modules that have run, those of other models too, are
 updated together. Its fused update leaves alone what saw nothing (common/recipe/delayed_scaling.cu, kernel_bulk).
@@ -131,7 +132,8 @@ class TransformerEngineBackend:
         self.te = load()
         fp8 = precision.fp8
         self.recipe = make_recipe(fp8)
-        self.dense = Region(self.te, self.recipe, mesh.world.group, is_delayed=fp8.recipe == "delayed", inner=self.recipe is None)
+        state = {"is_delayed": fp8.recipe == "delayed", "unit": mesh.dp.size}
+        self.dense = Region(self.te, self.recipe, mesh.world.group, **state, inner=self.recipe is None)
         self.experts = self._region_of_experts(fp8)
         self.row_multiple = MX_ROW_MULTIPLE if fp8.recipe == "mxfp8" else ROW_MULTIPLE
         self.splits, self.amaxes = Splits(), list[Tensor]()
@@ -140,7 +142,8 @@ class TransformerEngineBackend:
         if fp8.recipe != "delayed" or self.mesh.ep.size == 1:
             return self.dense
         edp = self.mesh.edp
-        return Region(self.te, make_recipe(fp8, reduce_amax=edp.size > 1), edp.group, is_delayed=True, inner=True)
+        recipe = make_recipe(fp8, reduce_amax=edp.size > 1)
+        return Region(self.te, recipe, edp.group, is_delayed=True, unit=self.mesh.dp.size, inner=True)
 
     def of_layer(self, index: int, num_layers: int) -> "TransformerEngineBackend":
         """TE's kernels without FP8 for a block that stays in high precision."""

@@ -28,6 +28,7 @@ class Region:
         recipe: TE's recipe object; None is high precision.
         group: Over which amaxes of delayed scaling are reduced.
         is_delayed: Whether the recipe is delayed scaling, and modules have state.
+        unit: Backward passes carry so many times the gradient.
         inner: Whether it differs from the region around the whole forward pass, and must be entered around each product.
     """
 
@@ -35,6 +36,7 @@ class Region:
     recipe: Any = None
     group: Any = None
     is_delayed: bool = False
+    unit: int = 1
     inner: bool = False
 
     def entered(self) -> AbstractContextManager[Any]:
@@ -107,6 +109,7 @@ class _Linear:
         if not self.module.fp8_initialized:
             with torch.no_grad(), self.region.entered():  # without gradients the region's end updates nothing
                 self.module.init_fp8_metadata(num_gemms=1)
+            _begin(self.module.fp8_meta, self.region.unit)
         return self.module.fp8_meta
 
 
@@ -136,11 +139,17 @@ class _Grouped:
         if not self.module.fp8_initialized:
             with torch.no_grad(), self.region.entered():
                 self.module.init_fp8_metadata(num_gemms=self.experts)
+            _begin(self.module.fp8_meta, self.region.unit)
         return self.module.fp8_meta
 
 
 TENSORS = {"scaling_fwd": (3, ("input", "weight")), "scaling_bwd": (2, ("grad",))}
 """Of each product, in TE's order: tensors with a place in the histories, and those of them in use (module/linear.py:2519)."""
+
+
+def _begin(meta: dict[str, Any], unit: int) -> None:
+    """First scales: 1 for the gradient itself, whatever a backward pass carries of it, so that they do not depend on the layout."""
+    meta["scaling_bwd"].scale.fill_(1 / unit)
 
 
 def _kept(meta: dict[str, Any], *, ep: Axis | None, num_experts: int = 1) -> list[Kept]:
