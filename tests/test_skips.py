@@ -26,10 +26,10 @@ def session(tmp_path):
     """Runs pytest in a folder with this suite's conftest; returns the exit code and the output."""
     shutil.copy(TESTS / "conftest.py", tmp_path)
 
-    def run(allowed: str, case: str = CASE) -> tuple[int, str]:
+    def run(allowed: str, case: str = CASE, *options: str) -> tuple[int, str]:
         (tmp_path / "allowed_skips.txt").write_text(allowed)
         (tmp_path / "test_case.py").write_text(case)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path), *options]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
         return done.returncode, done.stdout
 
@@ -49,6 +49,13 @@ def test_a_listed_skip_is_printed(session):
     code, output = session("# why\n\ntest_case.py::test_skip* | no such *\n")
     assert code == 0
     assert "\ntest_case.py::test_skipped | no such tool" in output
+
+
+def test_where_no_skips_are_allowed_a_listed_one_fails_the_session(session):
+    code, output = session("* | *", CASE, "--no-skips")
+    assert code == 1
+    assert "NOT ALLOWED test_case.py::test_skipped | no such tool" in output
+    assert "1 skips are not allowed here: the session fails" in output
 
 
 def test_a_skipped_file_counts(session):

@@ -6,6 +6,7 @@ Only for ranks of their own (`te_ranks.py`): what is patched here stays patched 
 
 import functools
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,11 @@ import torch
 from te.stub_extension import NAME, build
 
 VERSION = "2.20.2"
-PACKAGES = "transformer-engine==2.20.2 einops pydantic packaging nvdlfw-inspect onnx onnxscript triton==3.8.0"
 ENVIRONMENT = {
     "NVTE_PROJECT_BUILDING": "1",  # TE's own switch: import without loading a shared library
     "NVTE_UNFUSED_FP8_UPDATE": "1",  # delayed scaling's update by TE's Python instead of its fused kernel
     "NVTE_MASKED_SOFTMAX_FUSION": "0",  # attention's softmax by PyTorch
+    "TRITON_INTERPRET": "1",  # permutation's Triton kernels run in numpy
     "NVTE_TORCH_COMPILE": "0",  # no compiler runs for TE's small helpers
 }
 CAPABILITY = (9, 0)
@@ -33,7 +34,7 @@ def why_not() -> str | None:
         found = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
         return "transformer-engine is not installed"
-    return None if found == VERSION else f"transformer-engine {found} is not {VERSION}, whose private names the shim uses"
+    return None if found == VERSION else f"transformer-engine is {found}, not {VERSION}, whose private names the shim uses"
 
 
 def install() -> None:
@@ -49,6 +50,7 @@ def install() -> None:
     for module in _modules():
         _patch_module(module)
     _let_cpu_tensors_in()
+    _choose_triton_blocks()
 
 
 def _modules() -> Iterator[ModuleType]:
@@ -132,12 +134,26 @@ OWN: dict[str, Any] = {"cuda": _Cuda("torch.cuda"), "device": _Device}
 
 
 def _let_cpu_tensors_in() -> None:
-    """Modules ask `tensor.is_cuda` at their doors, and attention moves its mask to "cuda": in those methods tensors are as if on a GPU."""
-    from transformer_engine.pytorch import DotProductAttention
+    """Modules ask `tensor.is_cuda` at their doors, and attention moves its mask to "cuda": in those functions tensors are as if on a GPU."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.pytorch import permutation
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    for owner, name in [(TransformerEngineBaseModule, "prepare_forward"), (DotProductAttention, "forward")]:
+    doors = [(TransformerEngineBaseModule, "prepare_forward"), (te.DotProductAttention, "forward")]
+    for name in [name for name in vars(permutation) if name.startswith(("moe_permute", "moe_unpermute", "moe_sort_chunks"))]:
+        doors += [(module, name) for module in (te, permutation) if inspect.isfunction(vars(module).get(name))]
+    for owner, name in doors:
         setattr(owner, name, _with_gpu_tensors(getattr(owner, name)))
+
+
+def _choose_triton_blocks() -> None:
+    """Triton's tuner times its choices on a GPU; of one choice nothing is timed. The last has the largest blocks, the fewest in numpy."""
+    from transformer_engine.common.triton import permutation
+    from triton.runtime.autotuner import Autotuner
+
+    for kernel in vars(permutation).values():
+        if isinstance(kernel, Autotuner):
+            kernel.configs = kernel.configs[-1:]
 
 
 def _with_gpu_tensors(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """A stand-in for `transformer_engine_torch`, the compiled half of Transformer Engine 2.20.2: names, and the few kernels that layers reach.
 
-TE's Python layer is real where it is installed (`shim.py`); what stands here is ours. Results made with it say how that layer and our backend
-plug together, nothing of TE's kernels. A kernel that is not here raises when it is called, and says its name.
+TE's Python layer is real where it is installed (`shim.py`); what stands here is ours. Results made with it say how that layer and our
+backend plug together, nothing of TE's kernels. A kernel that is not here raises when it is called, and says its name.
 
 Products of bf16 are PyTorch's; operands in FP8 are dequantised to fp32, multiplied there and cast once. FP8 is of per-tensor scaling alone
 (delayed, current), with the transpose as columnwise data, as on Hopper.
@@ -36,8 +36,8 @@ ENUMS: dict[str, dict[str, int] | str] = {
     "NVTE_BSHD_SBHD_SBHD NVTE_THD_BSHD_BSHD NVTE_THD_SBHD_SBHD NVTE_Paged_KV_BSHD_BSHD_BSHD NVTE_Paged_KV_BSHD_SBHD_SBHD "
     "NVTE_Paged_KV_SBHD_BSHD_BSHD NVTE_Paged_KV_SBHD_SBHD_SBHD NVTE_Paged_KV_THD_BSHD_BSHD NVTE_Paged_KV_THD_SBHD_SBHD NVTE_BHSD_BHSD_BHSD "
     "NVTE_QKV_Layout_NOT_SET",
-    "NVTERoutingMapFormat": "BYTEMAP BITMAP",
-    "NVTEQBHistogramMode": "AUTO GLOBAL SHARED",
+    "NVTERoutingMapFormat": "BYTEMAP BITMAP_U8",
+    "NVTEQBHistogramMode": "TWO_KERNEL FUSED_ATOMIC",
     "CommOverlapType": "RS AG",
 }
 FP8_DTYPES = {7: torch.float8_e4m3fn, 8: torch.float8_e5m2}
@@ -203,6 +203,55 @@ def _torch_dtype(dtype: Any) -> torch.dtype | None:
     return None if dtype is None else TORCH_DTYPES[int(dtype)]
 
 
+# ---- the router
+
+
+def fused_topk_with_score_function_fwd(logits, topk, pre, groups, group_topk, scaling_factor, score, bias, routing_map_format, topk_indices):
+    """(weights of the chosen experts, else 0 [T, E]; who is chosen [T, E] bool; what the backward pass needs, here the logits)."""
+    if groups or group_topk or routing_map_format or topk_indices is not None:
+        raise NotImplementedError(f"{NAME}.fused_topk_with_score_function_fwd stands in for plain top-k with a map of bytes")
+    wide = logits.float()
+    ranked = wide if score == "softmax" else wide.sigmoid() + (0 if bias is None else bias)
+    chosen = torch.zeros_like(wide, dtype=torch.bool).scatter_(-1, ranked.topk(topk, dim=-1).indices, True)
+    return _weights(wide, chosen, pre, score, scaling_factor).to(logits.dtype), chosen, logits
+
+
+def fused_topk_with_score_function_bwd(chosen, logits, grad, grad_logits, topk, pre, scaling_factor, score, dense, routing_map_format):
+    """Writes the gradient of the logits."""
+    with torch.enable_grad():
+        wide = logits.detach().float().requires_grad_()
+        weights = _weights(wide, chosen, pre, score, scaling_factor)
+    grad_logits.copy_(torch.autograd.grad(weights, wide, grad.float())[0])
+
+
+def fused_score_for_moe_aux_loss_fwd(*, logits, topk, score_function, routing_map_format):
+    """(scores of all experts as shares of 1 [T, E] fp32; who is chosen; what the backward pass needs, here the logits)."""
+    wide = logits.float()
+    chosen = torch.zeros_like(wide, dtype=torch.bool).scatter_(-1, wide.topk(topk, dim=-1).indices, True)
+    return _shares(wide, score_function), chosen, logits
+
+
+def fused_score_for_moe_aux_loss_bwd(*, intermediate_output, grad_scores, grad_logits, topk, score_function):
+    """Writes the gradient of the logits."""
+    with torch.enable_grad():
+        wide = intermediate_output.detach().float().requires_grad_()
+        shares = _shares(wide, score_function)
+    grad_logits.copy_(torch.autograd.grad(shares, wide, grad_scores)[0])
+
+
+def _weights(logits: Tensor, chosen: Tensor, pre: bool, score: str, scaling_factor: float | None) -> Tensor:
+    if score == "softmax":
+        weights = logits.softmax(-1) * chosen if pre else logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+    else:
+        scores = logits.sigmoid() * chosen
+        weights = scores / (scores.sum(-1, keepdim=True) + 1e-20) if int(chosen[0].sum()) > 1 else scores
+    return weights * (scaling_factor or 1.0)
+
+
+def _shares(logits: Tensor, score: str) -> Tensor:
+    return logits.softmax(-1) if score == "softmax" else logits.sigmoid() / (logits.sigmoid().sum(-1, keepdim=True) + 1e-20)
+
+
 # ---- the rest that the layers reach
 
 
@@ -249,6 +298,10 @@ KERNELS: tuple[Callable[..., Any], ...] = (
     quantize,
     split_quantize,
     fp8_transpose,
+    fused_topk_with_score_function_fwd,
+    fused_topk_with_score_function_bwd,
+    fused_score_for_moe_aux_loss_fwd,
+    fused_score_for_moe_aux_loss_bwd,
     convert_thd_to_bshd,
     convert_bshd_to_thd,
     get_fused_attn_backend,

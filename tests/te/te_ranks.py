@@ -10,7 +10,7 @@ from te import shim
 from megagate.parallel.spawn import RankError, RankPool
 
 REASON = shim.why_not()
-needs_te = pytest.mark.skipif(REASON is not None, reason=f"{REASON}; to run it: pip install {shim.PACKAGES}")
+needs_te = pytest.mark.skipif(REASON is not None, reason=f"{REASON}; .ci/run installs it")
 
 
 def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[Any]:

@@ -85,3 +85,30 @@ def histories(context: RankContext) -> dict[str, torch.Tensor]:
         out.sum().backward()
     forward, backward = layer.fp8_meta["scaling_fwd"], layer.fp8_meta["scaling_bwd"]
     return {"forward": forward.amax_history, "backward": backward.amax_history, "scale": forward.scale}
+
+
+def test_permutation_is_tes_own_kernels_in_numpy():
+    (found,) = run(permuted, 1)
+    for name, (ours, expected) in found.items():
+        assert torch.equal(ours, expected), name
+
+
+def permuted(_context: RankContext) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    import transformer_engine.pytorch as te
+
+    tokens, experts, top_k = 24, 6, 2
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+    chosen = torch.zeros(tokens, experts, dtype=torch.int32).scatter_(1, ids, 1)
+    x, probs = random(tokens, 16, grad=True), (torch.rand(tokens, experts) * chosen).requires_grad_()
+    rows, row_probs, order = te.moe_permute_with_probs(x, probs, chosen, num_out_tokens=tokens * top_k)[:3]
+    back = te.moe_unpermute(rows, order, restore_shape=x.shape)
+    expert, token = chosen.t().nonzero(as_tuple=True)  # by expert, and by token within each
+    weights = torch.arange(1.0, tokens * top_k + 1)
+    grad_x, grad_probs = torch.autograd.grad(back.float().sum() + (row_probs * weights).sum(), (x, probs))
+    return {
+        "rows": (rows, x[token]),
+        "probs": (row_probs, probs[token, expert]),
+        "back": (back, 2 * x),
+        "grad_x": (grad_x, torch.full_like(x, 2.0)),
+        "grad_probs": (grad_probs, torch.zeros_like(probs).index_put((token, expert), weights)),
+    }
