@@ -134,7 +134,7 @@ OWN: dict[str, Any] = {"cuda": _Cuda("torch.cuda"), "device": _Device}
 
 
 def _let_cpu_tensors_in() -> None:
-    """Modules ask `tensor.is_cuda` at their doors, and attention moves its mask to "cuda": in those functions tensors are as if on a GPU."""
+    """TE asks `tensor.is_cuda` at its doors, and attention moves its mask to "cuda": in those functions tensors are as if on a GPU."""
     import transformer_engine.pytorch as te
     from transformer_engine.pytorch import permutation
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule

@@ -206,29 +206,34 @@ def _torch_dtype(dtype: Any) -> torch.dtype | None:
 # ---- the router
 
 
-def fused_topk_with_score_function_fwd(logits, topk, pre, groups, group_topk, scaling_factor, score, bias, routing_map_format, topk_indices):
-    """(weights of the chosen experts, else 0 [T, E]; who is chosen [T, E] bool; what the backward pass needs, here the logits)."""
-    if groups or group_topk or routing_map_format or topk_indices is not None:
+def fused_topk_with_score_function_fwd(logits, topk, pre, groups, group_topk, factor, score, bias, map_format, indices):
+    """(weights of the chosen experts, else 0 [T, E]; who is chosen [T, E] bool; what the backward pass needs, here the logits).
+
+    Where `indices` [T, k] are given, the chosen experts are written there.
+    """
+    if groups or group_topk or map_format:
         raise NotImplementedError(f"{NAME}.fused_topk_with_score_function_fwd stands in for plain top-k with a map of bytes")
     wide = logits.float()
     ranked = wide if score == "softmax" else wide.sigmoid() + (0 if bias is None else bias)
-    chosen = torch.zeros_like(wide, dtype=torch.bool).scatter_(-1, ranked.topk(topk, dim=-1).indices, True)
-    return _weights(wide, chosen, pre, score, scaling_factor).to(logits.dtype), chosen, logits
+    ids = ranked.topk(topk, dim=-1).indices
+    if indices is not None:
+        indices.copy_(ids)
+    chosen = _map(ids, wide)
+    return _weights(wide, chosen, pre, score, factor).to(logits.dtype), chosen, logits
 
 
-def fused_topk_with_score_function_bwd(chosen, logits, grad, grad_logits, topk, pre, scaling_factor, score, dense, routing_map_format):
-    """Writes the gradient of the logits."""
+def fused_topk_with_score_function_bwd(chosen, logits, grad, grad_logits, topk, pre, factor, score, dense, map_format):
+    """Writes the gradient of the logits; `chosen` is the map, or with `dense` the indices."""
     with torch.enable_grad():
         wide = logits.detach().float().requires_grad_()
-        weights = _weights(wide, chosen, pre, score, scaling_factor)
+        weights = _weights(wide, _map(chosen, wide) if dense else chosen, pre, score, factor)
     grad_logits.copy_(torch.autograd.grad(weights, wide, grad.float())[0])
 
 
 def fused_score_for_moe_aux_loss_fwd(*, logits, topk, score_function, routing_map_format):
     """(scores of all experts as shares of 1 [T, E] fp32; who is chosen; what the backward pass needs, here the logits)."""
     wide = logits.float()
-    chosen = torch.zeros_like(wide, dtype=torch.bool).scatter_(-1, wide.topk(topk, dim=-1).indices, True)
-    return _shares(wide, score_function), chosen, logits
+    return _shares(wide, score_function), _map(wide.topk(topk, dim=-1).indices, wide), logits
 
 
 def fused_score_for_moe_aux_loss_bwd(*, intermediate_output, grad_scores, grad_logits, topk, score_function):
@@ -237,6 +242,10 @@ def fused_score_for_moe_aux_loss_bwd(*, intermediate_output, grad_scores, grad_l
         wide = intermediate_output.detach().float().requires_grad_()
         shares = _shares(wide, score_function)
     grad_logits.copy_(torch.autograd.grad(shares, wide, grad_scores)[0])
+
+
+def _map(ids: Tensor, logits: Tensor) -> Tensor:
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, ids.long(), True)
 
 
 def _weights(logits: Tensor, chosen: Tensor, pre: bool, score: str, scaling_factor: float | None) -> Tensor:
