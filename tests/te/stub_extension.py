@@ -194,7 +194,7 @@ def fp8_transpose(data: Tensor, _dtype: Any, *, out: Tensor | None = None) -> Te
 def _current_scale(amax: Tensor, dtype: torch.dtype, quantizer: Any) -> Tensor:
     if quantizer.with_amax_reduction or quantizer.force_pow_2_scales or quantizer.amax_epsilon:
         raise NotImplementedError(f"{NAME}.quantize stands in for current scaling by TE's defaults")
-    scale = torch.finfo(dtype).max / amax
+    scale = torch.div(torch.tensor(torch.finfo(dtype).max), amax)  # `/` of a number by a tensor multiplies by a reciprocal
     usable = torch.isfinite(amax) & (amax > 0)
     return torch.where(usable, scale.clamp(max=torch.finfo(torch.float32).max), torch.ones(())).reshape(1)
 

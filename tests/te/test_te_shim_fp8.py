@@ -1,0 +1,133 @@
+"""Transformer Engine's own FP8 plumbing (scales, histories, their reduction over ranks, recomputation) does what emulated FP8 does, bit for bit.
+
+Both are asked to quantise and to multiply alike: `stub_extension.py` and `megagate/backend/fp8/` were written apart. So it is the state of the
+recipes, and when and over which ranks it changes, that is compared: where they differ, one of them trains otherwise than TE.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from parity.routing import steer
+from parity.sharded import BACKEND, CPU, fill
+from parity.variants import DENSE, MOE
+from te.te_ranks import needs_te, run
+from torch import Tensor
+
+from megagate.backend.base import Backend, KeepsState
+from megagate.config.model import ModelConfig
+from megagate.config.run import Fp8Config, PrecisionConfig
+from megagate.model.lm import LanguageModel
+from megagate.parallel.mesh import ParallelMesh
+from megagate.parallel.spawn import RankContext
+
+pytestmark = needs_te
+BATCH, LENGTH, STEPS, HISTORY = 2, 32, 4, 3
+FP8_MOE = replace(MOE, moe=replace(MOE.moe, ffn_size=32, shared_ffn_size=32))
+FP8_DENSE = replace(DENSE, ffn_size=64)
+LAYOUTS = {"1 rank": (1, 1, 1), "tp 2, ep 2": (2, 2, 2), "dp 2": (2, 1, 1)}
+"""World size, tp, ep."""
+
+
+def te_backend(fp8: Fp8Config, mesh: ParallelMesh) -> Backend:
+    from megagate.backend.te import TransformerEngineBackend
+
+    backend = TransformerEngineBackend(PrecisionConfig(dtype="bf16", backend="te", fp8=fp8), device=CPU, mesh=mesh, norm=BACKEND.norm)
+    backend.row_multiple = BACKEND.row_multiple
+    for name in ("attention_core", "choose", "permute", "unpermute"):
+        setattr(backend, name, getattr(BACKEND, name))  # which TE computes in another order
+    return backend
+
+
+def emulated_backend(fp8: Fp8Config, mesh: ParallelMesh) -> Backend:
+    from megagate.backend.fp8.backend import EmulatedBackend
+
+    return EmulatedBackend(BACKEND, replace(fp8, emulate=True), device=CPU, mesh=mesh)
+
+
+def build(model: ModelConfig, backend: Backend, mesh: ParallelMesh, *, recompute: bool = False) -> LanguageModel:
+    made = fill(LanguageModel(model, dtype=torch.bfloat16, backend=backend, mesh=mesh, recompute=recompute))
+    steer(made, mesh, "idle")
+    return made
+
+
+def step(model: LanguageModel, number: int) -> dict[str, Tensor]:
+    """Loss and gradients of one micro-step."""
+    seed = 10 * number + model.mesh.dp.rank
+    text = torch.randint(0, 250, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    parts = model(text[:, :-1], text[:, 1:])
+    (parts.ce_sum * 2.0**number + sum(stats.z_sum for stats in parts.stats)).backward()
+    model.backend.after_backward(model)
+    return {"loss": parts.ce_sum.detach()} | {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def state(model: LanguageModel) -> dict[str, Tensor]:
+    """Histories without regard to their order, and scales."""
+    kept = {
+        f"{name}.{one.name}": one.tensor for name, site in model.named_modules() if isinstance(site, KeepsState) for one in site.kept_state()
+    }
+    return {name: tensor.sort(-1).values if name.endswith("history") else tensor.clone() for name, tensor in kept.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+def test_fp8_is_emulated_fp8(recipe, layout):
+    world_size, tp, ep = LAYOUTS[layout]
+    for found in run(compared, world_size, recipe, tp, ep, timeout=240):
+        assert found == {"moe": [], "dense": []}
+
+
+def compared(_context: RankContext, recipe: str, tp: int, ep: int) -> dict[str, list[str]]:
+    """Of each model, what differs after some micro-steps; idle experts, and another scale of the loss in each step."""
+    mesh, fp8 = ParallelMesh.build(tp=tp, ep=ep), Fp8Config(recipe=recipe, amax_history=HISTORY)
+    found = {}
+    for name, model in {"moe": FP8_MOE, "dense": FP8_DENSE}.items():
+        ours, theirs = (build(model, backend(fp8, mesh), mesh) for backend in (emulated_backend, te_backend))
+        different = []
+        for number in range(STEPS):
+            expected, actual = step(ours, number), step(theirs, number)
+            different += [f"step {number}: {key}" for key in expected if not torch.equal(expected[key], actual[key])]
+            expected, actual = state(ours), state(theirs)
+            assert list(expected) == list(actual)
+            assert bool(expected) == (recipe == "delayed")
+            different += [f"after step {number}: {key}" for key in expected if not torch.equal(expected[key], actual[key])]
+        found[name] = different
+    return found
+
+
+def test_recomputed_blocks_keep_the_same_numbers_and_histories():
+    assert run(recomputed, 2) == [[], []]
+
+
+def recomputed(_context: RankContext) -> list[str]:
+    """TE runs a block a second time with the scales of the first, and no amax counts twice."""
+    mesh, fp8 = ParallelMesh.build(tp=1, ep=2), Fp8Config(recipe="delayed", amax_history=HISTORY)
+    plain, again = (build(FP8_MOE, te_backend(fp8, mesh), mesh, recompute=recompute) for recompute in (False, True))
+    different = []
+    for number in range(STEPS):
+        expected, actual = step(plain, number) | state(plain), step(again, number) | state(again)
+        different += [f"step {number}: {key}" for key in expected if not torch.equal(expected[key], actual[key])]
+    return different
+
+
+def test_kept_state_is_all_that_a_resumed_run_needs():
+    assert run(resumed, 1) == [{"with": [], "without": True}]
+
+
+def resumed(_context: RankContext) -> dict[str, object]:
+    mesh, fp8 = ParallelMesh.single(), Fp8Config(recipe="delayed", amax_history=HISTORY)
+    first, second, fresh = (build(FP8_MOE, te_backend(fp8, mesh), mesh) for _ in range(3))
+    for number in range(STEPS):
+        step(first, number)
+    first(torch.zeros(1, LENGTH, dtype=torch.int64), None)  # with gradients on: then amaxes count
+    for site, other in zip(sites(first), sites(second), strict=True):
+        for one, target in zip(site.kept_state(), other.kept_state(), strict=True):
+            target.tensor.copy_(one.tensor)
+    expected, actual, lost = (step(model, STEPS) for model in (first, second, fresh))
+    different = [key for key in expected if not torch.equal(expected[key], actual[key])]
+    return {"with": different, "without": any(not torch.equal(expected[key], lost[key]) for key in expected)}
+
+
+def sites(model: LanguageModel) -> list[KeepsState]:
+    return [module for module in model.modules() if isinstance(module, KeepsState)]
