@@ -13,7 +13,7 @@ REASON = shim.why_not()
 needs_te = pytest.mark.skipif(REASON is not None, reason=f"{REASON}; .ci/run installs it")
 
 
-def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[Any]:
+def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """What `function(RankContext, *args)` returned in each rank; see `megagate.parallel.spawn.run_ranks`."""
     __tracebackhide__ = True
     ranks.start()

@@ -1,7 +1,7 @@
-"""Transformer Engine's own FP8 plumbing (scales, histories, their reduction over ranks, recomputation) does what emulated FP8 does, bit for bit.
+"""Transformer Engine's own FP8 plumbing (scales, histories, reductions over ranks, recomputation) does what emulated FP8 does, bit for bit.
 
 Both are asked to quantise and to multiply alike: `stub_extension.py` and `megagate/backend/fp8/` were written apart. So it is the state of the
-recipes, and when and over which ranks it changes, that is compared: where they differ, one of them trains otherwise than TE.
+recipes that is compared, when it changes and over which ranks: where they differ, one of them trains otherwise than TE.
 """
 
 from dataclasses import replace
@@ -64,9 +64,8 @@ def step(model: LanguageModel, number: int) -> dict[str, Tensor]:
 
 def state(model: LanguageModel) -> dict[str, Tensor]:
     """Histories without regard to their order, and scales."""
-    kept = {
-        f"{name}.{one.name}": one.tensor for name, site in model.named_modules() if isinstance(site, KeepsState) for one in site.kept_state()
-    }
+    named = [(name, site) for name, site in model.named_modules() if isinstance(site, KeepsState)]
+    kept = {f"{name}.{one.name}": one.tensor for name, site in named for one in site.kept_state()}
     return {name: tensor.sort(-1).values if name.endswith("history") else tensor.clone() for name, tensor in kept.items()}
 
 

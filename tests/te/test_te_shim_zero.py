@@ -1,0 +1,67 @@
+"""DeepSpeed's ZeRO over Transformer Engine's modules: it finds the parameters that it should, and trains them to the same bits.
+
+In bf16 the same as under the native backend, in FP8 as under emulated FP8; several micro-steps a step, fp32 masters, active clipping.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from parity.engines import Layout, Run, outcome, run_config, train
+from parity.sharded import BACKEND, CPU, fill
+from te.te_ranks import needs_te, run
+from torch import Tensor
+
+from megagate.backend.base import Backend
+from megagate.config.run import Fp8Config, PrecisionConfig, RunConfig
+from megagate.model.lm import LanguageModel
+from megagate.parallel.mesh import ParallelMesh
+from megagate.parallel.spawn import RankContext
+
+pytestmark = needs_te
+LAYOUTS = [Layout(2, 1, 2, 1), Layout(2, 2, 1, 2)]
+STEPS = 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("fp8", [Fp8Config(), Fp8Config(recipe="delayed", amax_history=3)], ids=["bf16", "delayed"])
+def test_zero_trains_the_same_weights(layout, fp8):
+    for found in run(compared, layout.world_size, layout, fp8, timeout=240):
+        assert found == []
+
+
+def compared(_context: RankContext, layout: Layout, fp8: Fp8Config) -> list[str]:
+    """What differs after some steps: losses and norms, masters and moments, weights."""
+    job = Run(dtype="bf16", optimizer="adamw")
+    config, mesh = run_config(job, layout), ParallelMesh.build(tp=layout.tp, ep=layout.ep)
+    ours = trained(replace(config, precision=replace(config.precision, fp8=replace(fp8, emulate=fp8.recipe != "none"))), job.lr, mesh)
+    theirs = trained(replace(config, precision=replace(config.precision, backend="te", fp8=fp8)), job.lr, mesh)
+    assert list(ours) == list(theirs)
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def trained(config: RunConfig, lr: float, mesh: ParallelMesh) -> dict[str, Tensor]:
+    from megagate.engine.zero import ZeroEngine
+
+    model = fill(LanguageModel(config.model, dtype=torch.bfloat16, backend=backend_of(config.precision, mesh), mesh=mesh))
+    engine = ZeroEngine(model, config, mesh)
+    after = outcome(engine, train(engine, range(STEPS), lr=lr), next_step=STEPS)
+    assert all(step.applied for step in after.steps)
+    numbers = {f"{name} of step {i}": torch.tensor(getattr(s, name)) for i, s in enumerate(after.steps) for name in ("loss", "grad_norm")}
+    return numbers | after.weights | {f"{name} at {offset}": tensor for name, _, offset, tensor in after.pieces}
+
+
+def backend_of(precision: PrecisionConfig, mesh: ParallelMesh) -> Backend:
+    if precision.backend == "native" and precision.fp8.recipe == "none":
+        return BACKEND
+    if precision.backend == "native":
+        from megagate.backend.fp8.backend import EmulatedBackend
+
+        return EmulatedBackend(BACKEND, precision.fp8, device=CPU, mesh=mesh)
+    from megagate.backend.te import TransformerEngineBackend
+
+    backend = TransformerEngineBackend(precision, device=CPU, mesh=mesh, norm=BACKEND.norm)
+    backend.row_multiple = BACKEND.row_multiple
+    for name in ("attention_core", "choose", "permute", "unpermute"):
+        setattr(backend, name, getattr(BACKEND, name))  # which TE computes in another order
+    return backend
