@@ -1,7 +1,7 @@
 """Transformer Engine's own FP8 plumbing (scales, histories, reductions over ranks, recomputation) does what emulated FP8 does, bit for bit.
 
-Both are asked to quantise and to multiply alike: `stub_extension.py` and `megagate/backend/fp8/` were written apart. So it is the state of the
-recipes that is compared, when it changes and over which ranks: where they differ, one of them trains otherwise than TE.
+Both are asked to quantise and to multiply alike: `stub_extension.py` and `megagate/backend/fp8/` were written apart. So it is the state of
+the recipes that is compared, when it changes and over which ranks: where they differ, one of them trains otherwise than TE.
 """
 
 from dataclasses import replace
