@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 from parity.routing import steer
-from parity.sharded import BACKEND, CPU, fill
+from parity.sharded import fill
 from parity.variants import DENSE, MOE
+from te.te_backends import emulated_backend, te_backend
 from te.te_ranks import needs_te, run
 from torch import Tensor
 
 from megagate.backend.base import Backend, KeepsState
 from megagate.config.model import ModelConfig
-from megagate.config.run import Fp8Config, PrecisionConfig
+from megagate.config.run import Fp8Config
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
@@ -27,22 +28,6 @@ FP8_MOE = replace(MOE, moe=replace(MOE.moe, ffn_size=32, shared_ffn_size=32))
 FP8_DENSE = replace(DENSE, ffn_size=64)
 LAYOUTS = {"1 rank": (1, 1, 1), "tp 2, ep 2": (2, 2, 2), "dp 2": (2, 1, 1)}
 """World size, tp, ep."""
-
-
-def te_backend(fp8: Fp8Config, mesh: ParallelMesh) -> Backend:
-    from megagate.backend.te import TransformerEngineBackend
-
-    backend = TransformerEngineBackend(PrecisionConfig(dtype="bf16", backend="te", fp8=fp8), device=CPU, mesh=mesh, norm=BACKEND.norm)
-    backend.row_multiple = BACKEND.row_multiple
-    for name in ("attention_core", "choose", "permute", "unpermute"):
-        setattr(backend, name, getattr(BACKEND, name))  # which TE computes in another order
-    return backend
-
-
-def emulated_backend(fp8: Fp8Config, mesh: ParallelMesh) -> Backend:
-    from megagate.backend.fp8.backend import EmulatedBackend
-
-    return EmulatedBackend(BACKEND, replace(fp8, emulate=True), device=CPU, mesh=mesh)
 
 
 def build(model: ModelConfig, backend: Backend, mesh: ParallelMesh, *, recompute: bool = False) -> LanguageModel:
@@ -82,7 +67,7 @@ def compared(_context: RankContext, recipe: str, tp: int, ep: int) -> dict[str, 
     mesh, fp8 = ParallelMesh.build(tp=tp, ep=ep), Fp8Config(recipe=recipe, amax_history=HISTORY)
     found = {}
     for name, model in {"moe": FP8_MOE, "dense": FP8_DENSE}.items():
-        ours, theirs = (build(model, backend(fp8, mesh), mesh) for backend in (emulated_backend, te_backend))
+        ours, theirs = (build(model, backend(mesh, fp8), mesh) for backend in (emulated_backend, te_backend))
         different = []
         for number in range(STEPS):
             expected, actual = step(ours, number), step(theirs, number)
@@ -102,7 +87,7 @@ def test_recomputed_blocks_keep_the_same_numbers_and_histories():
 def recomputed(_context: RankContext) -> list[str]:
     """TE runs a block a second time with the scales of the first, and no amax counts twice."""
     mesh, fp8 = ParallelMesh.build(tp=1, ep=2), Fp8Config(recipe="delayed", amax_history=HISTORY)
-    plain, again = (build(FP8_MOE, te_backend(fp8, mesh), mesh, recompute=recompute) for recompute in (False, True))
+    plain, again = (build(FP8_MOE, te_backend(mesh, fp8), mesh, recompute=recompute) for recompute in (False, True))
     different = []
     for number in range(STEPS):
         expected, actual = step(plain, number) | state(plain), step(again, number) | state(again)
@@ -116,7 +101,7 @@ def test_kept_state_is_all_that_a_resumed_run_needs():
 
 def resumed(_context: RankContext) -> dict[str, object]:
     mesh, fp8 = ParallelMesh.single(), Fp8Config(recipe="delayed", amax_history=HISTORY)
-    first, second, fresh = (build(FP8_MOE, te_backend(fp8, mesh), mesh) for _ in range(3))
+    first, second, fresh = (build(FP8_MOE, te_backend(mesh, fp8), mesh) for _ in range(3))
     for number in range(STEPS):
         step(first, number)
     first(torch.zeros(1, LENGTH, dtype=torch.int64), None)  # with gradients on: then amaxes count

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from parity.routing import steer
-from parity.sharded import BACKEND, CPU, fill
+from parity.sharded import BACKEND, fill
 from parity.variants import DENSE, MOE, with_gate, with_switch
+from te.te_backends import IN_ANOTHER_ORDER, te_backend
 from te.te_ranks import needs_te, run
 from torch import Tensor
 
 from megagate.backend.base import Backend
 from megagate.config.model import GateConfig, ModelConfig
-from megagate.config.run import PrecisionConfig
 from megagate.model.lm import LanguageModel
 from megagate.nn.base import named_labels
 from megagate.parallel.mesh import ParallelMesh
@@ -55,17 +55,6 @@ VARIANTS = {
     "experts": Variant(MOE, documents=True),
     "idle experts": Variant(MOE, idle=True, recompute=True),
 }
-
-
-def te_backend(mesh: ParallelMesh, *, own: tuple[str, ...] = ("attention_core", "choose", "permute", "unpermute")) -> Backend:
-    """The backend of TE; what is not its `own` is the native backend's."""
-    from megagate.backend.te import TransformerEngineBackend
-
-    backend = TransformerEngineBackend(PrecisionConfig(dtype="bf16", backend="te"), device=CPU, mesh=mesh, norm=BACKEND.norm)
-    backend.row_multiple = BACKEND.row_multiple  # so that experts' products have the same shapes
-    for name in {"attention_core", "choose", "permute", "unpermute"} - set(own):
-        setattr(backend, name, getattr(BACKEND, name))
-    return backend
 
 
 def build(variant: Variant, mesh: ParallelMesh, backend: Backend, dtype: torch.dtype = BF16) -> LanguageModel:
@@ -105,7 +94,7 @@ def compared(context: RankContext) -> dict[str, tuple[list[str], list[str]]]:
     mesh = ParallelMesh.build(tp=context.world_size, ep=context.world_size)
     found = {}
     for name, variant in VARIANTS.items():
-        native, other = build(variant, mesh, BACKEND), build(variant, mesh, te_backend(mesh, own=()))
+        native, other = build(variant, mesh, BACKEND), build(variant, mesh, te_backend(mesh))
         mine, yours = facts(native), facts(other)
         expected, actual = step(native, mesh), step(other, mesh)
         assert list(expected) == list(actual)
@@ -146,7 +135,7 @@ def distances(_context: RankContext, variant: Variant) -> dict[str, tuple[float,
     mesh = ParallelMesh.single()
     runs = [
         step(build(variant, mesh, backend, dtype), mesh)
-        for backend, dtype in ((te_backend(mesh), BF16), (BACKEND, BF16), (BACKEND, torch.float32))
+        for backend, dtype in ((te_backend(mesh, own=IN_ANOTHER_ORDER), BF16), (BACKEND, BF16), (BACKEND, torch.float32))
     ]
     return {name: (relative(runs[0][name], runs[1][name]), relative(runs[1][name], runs[2][name])) for name in runs[0]}
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from parity.engines import Layout, Run, outcome, run_config, train
-from parity.sharded import BACKEND, CPU, fill
+from parity.sharded import BACKEND, fill
+from te.te_backends import emulated_backend, te_backend
 from te.te_ranks import needs_te, run
 from torch import Tensor
 
@@ -52,16 +53,6 @@ def trained(config: RunConfig, lr: float, mesh: ParallelMesh) -> dict[str, Tenso
 
 
 def backend_of(precision: PrecisionConfig, mesh: ParallelMesh) -> Backend:
-    if precision.backend == "native" and precision.fp8.recipe == "none":
-        return BACKEND
     if precision.backend == "native":
-        from megagate.backend.fp8.backend import EmulatedBackend
-
-        return EmulatedBackend(BACKEND, precision.fp8, device=CPU, mesh=mesh)
-    from megagate.backend.te import TransformerEngineBackend
-
-    backend = TransformerEngineBackend(precision, device=CPU, mesh=mesh, norm=BACKEND.norm)
-    backend.row_multiple = BACKEND.row_multiple
-    for name in ("attention_core", "choose", "permute", "unpermute"):
-        setattr(backend, name, getattr(BACKEND, name))  # which TE computes in another order
-    return backend
+        return BACKEND if precision.fp8.recipe == "none" else emulated_backend(mesh, precision.fp8)
+    return te_backend(mesh, precision.fp8)
