@@ -9,15 +9,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from torch import device
+
     from megagate.config.run import RunConfig
-    from megagate.verify.diagnosis import Diagnosis
-    from megagate.verify.doctor import Order
 
 PRELOAD = ["deepspeed", "torch._dynamo", "torch._inductor.compile_fx"]  # by ZeRO's first step: seconds in each rank, once in their server
 NEAR_S = 10.0  # ranks start one after the other, and so do their limits
@@ -48,11 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="doctor.py",
         allow_abbrev=False,
-        usage="%(prog)s [--world N] [--json FILE] [--timeout SECONDS] [--fault NAME] [--preset NAME] [--config F] [--KEY VALUE] ...",
+        usage="%(prog)s [--world N] [--backend te|emulated [--recipe NAME,...]] [--json FILE] [--timeout SECONDS] [--fault NAME] "
+        "[--preset NAME] [--config F] [--KEY VALUE] ...",
         description="Shrinks your run to a minute's work, keeps its layout, precision and options, and compares it with one process on "
-        "plain PyTorch: losses, clip norm, every gradient and weight, bytes sent. Start it as "
+        "plain PyTorch: losses, clip norm, every gradient and weight, bytes sent; with --backend instead compares the products of "
+        "Transformer Engine, or of emulated FP8, with plain PyTorch's in the same layout. Start it as "
         "`deepspeed --num_gpus 4 tools/doctor.py --config F`, or, on CPUs, plainly with --world.",
     )
+    parser.add_argument("--backend", choices=["te", "emulated"], default="", help="compare these kernels, layer by layer")
+    parser.add_argument("--recipe", default="", metavar="NAME,...", help="of bf16 (te without FP8), delayed, current, blockwise, mxfp8")
     parser.add_argument("--world", type=int, default=0, metavar="N", help="start N ranks on this machine's CPU (without a launcher)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here too")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="end with an error after this time (default 300)")
@@ -66,9 +70,46 @@ def _check(options: argparse.Namespace) -> None:
 
     if not (0 < options.timeout < math.inf):
         raise ConfigError(f"--timeout ({options.timeout:g}) must be a number of seconds above 0; leave it out for 300")
+    if options.recipe and not options.backend:
+        raise ConfigError(f"--recipe ({options.recipe}) is of kernels to compare; add --backend te or emulated, or leave it out")
     writes = int(os.environ.get("RANK", 0)) == 0
     if writes and options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise ConfigError(f"--json {options.json} cannot be written: its folder must exist, and it be no folder; give the path of a file")
+
+
+class Examination(NamedTuple):
+    """One of the doctor's two examinations.
+
+    Args:
+        what: What the ranks are told.
+        local: Examines in a rank that was started here.
+        launched: Examines in a rank that a launcher started; also given the device.
+        render: What was found as text, given `what` too.
+        record: As data.
+    """
+
+    what: Any
+    local: Callable[..., Any]
+    launched: Callable[..., Any]
+    render: Callable[[Any, Any], str]
+    record: Callable[[Any, Any], dict[str, Any]]
+
+
+def _examination(config: "RunConfig", options: argparse.Namespace, *, world_size: int, device: "device") -> Examination:
+    """Of the layout, or of kernels."""
+    from megagate.parallel.init import read_hardware
+
+    asked = {"world_size": world_size, "gpu": device.type == "cuda", "fault": options.fault, "hardware": read_hardware(device)}
+    if options.backend:
+        from megagate.verify.precision import examine_precision, examine_precision_local, precision_order
+        from megagate.verify.precision_report import record_precision, render_precision
+
+        what = precision_order(config, examined=options.backend, recipes=tuple(filter(None, options.recipe.split(","))), **asked)
+        return Examination(what, examine_precision_local, examine_precision, render_precision, record_precision)
+    from megagate.verify.doctor import examine, examine_local, order
+    from megagate.verify.report import record, render
+
+    return Examination(order(config, **asked), examine_local, examine, render, record)
 
 
 def _in_own_ranks(config: "RunConfig", options: argparse.Namespace) -> int:
@@ -81,23 +122,19 @@ def _in_own_ranks(config: "RunConfig", options: argparse.Namespace) -> int:
 
     cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     os.environ.update(cpu)  # the ranks inherit it
-    start_server(preload=PRELOAD, environment=cpu)
+    start_server(preload=["torch"] if options.backend else PRELOAD, environment=cpu)  # kernels are compared without an engine
     import torch
 
-    from megagate.parallel.init import read_hardware
-    from megagate.verify.doctor import examine_local, order
-
-    hardware = read_hardware(torch.device("cpu"))
-    what = order(config, world_size=options.world, gpu=False, fault=options.fault, hardware=hardware)
+    how = _examination(config, options, world_size=options.world, device=torch.device("cpu"))
     try:
-        diagnosis = run_ranks(examine_local, options.world, what, timeout=options.timeout)[0]
+        found = run_ranks(how.local, options.world, how.what, timeout=options.timeout)[0]
     except RankTimeoutError as error:
         return _failed(str(error), f"ranks {', '.join(map(str, error.ranks))} {_late(options)}")
     except RankError as error:
         if isinstance(error.__cause__, MegagateError):
             raise error.__cause__ from None
         return _failed(str(error), f"rank {error.ranks[0]}: {_reason(error)}")
-    return _tell(what, diagnosis, options)
+    return _tell(how, found, options)
 
 
 def _reason(error: Exception) -> str:
@@ -130,24 +167,22 @@ def _in_launched_rank(config: "RunConfig", options: argparse.Namespace) -> int:
         raise ConfigError(f"--world ({options.world}) is for a start without a launcher; leave it out under deepspeed")
     import torch.distributed as dist
 
-    from megagate.parallel.init import LaunchEnv, init_process_group, pick_device, read_hardware
-    from megagate.verify.doctor import examine, order
+    from megagate.parallel.init import LaunchEnv, init_process_group, pick_device
 
     env = LaunchEnv.read()
     deadline = _end_after(env.rank, options)
     device = pick_device(env.local_rank, local_size=env.local_size)
-    asked = {"gpu": device.type == "cuda", "fault": options.fault, "hardware": read_hardware(device)}
-    what = order(config, world_size=env.world_size, **asked)
+    how = _examination(config, options, world_size=env.world_size, device=device)
     init_process_group(env, device=device, timeout=timedelta(seconds=options.timeout + 60))
     try:
-        diagnosis = examine(what, device=device)
+        found = how.launched(how.what, device=device)
     except Exception as error:
         if isinstance(error, MegagateError):
             raise
         if deadline - time.monotonic() < NEAR_S:
             threading.Event().wait()  # another rank's time was over before ours, and its end is the error: say what it says
         return _failed(traceback.format_exc(), f"rank {env.rank}: {_in_a_line(error)}")
-    code = _tell(what, diagnosis, options) if diagnosis is not None else 0
+    code = _tell(how, found, options) if found is not None else 0
     dist.barrier()
     dist.destroy_process_group()
     return code
@@ -167,13 +202,11 @@ def _end_after(rank: int, options: argparse.Namespace) -> float:
     return time.monotonic() + options.timeout
 
 
-def _tell(what: "Order", diagnosis: "Diagnosis", options: argparse.Namespace) -> int:
-    from megagate.verify.report import record, render
-
-    print(render(what, diagnosis), flush=True)
+def _tell(how: Examination, found: Any, options: argparse.Namespace) -> int:
+    print(how.render(how.what, found), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(record(what, diagnosis), indent=1) + "\n")
-    return 1 if diagnosis.causes else 0
+        options.json.write_text(json.dumps(how.record(how.what, found), indent=1) + "\n")
+    return 1 if found.causes else 0
 
 
 if __name__ == "__main__":

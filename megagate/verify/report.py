@@ -8,6 +8,7 @@ from typing import Any
 from megagate.config.run import RunConfig
 from megagate.verify.diagnosis import Diagnosis, Row
 from megagate.verify.doctor import Order
+from megagate.verify.precision import PrecisionOrder
 
 REDUCED = " (reduced layout)"
 
@@ -19,7 +20,7 @@ def verdict(order: Order, diagnosis: Diagnosis) -> str:
     return f"PASS{REDUCED if order.reduced else ''}"
 
 
-def first_line(order: Order) -> str:
+def first_line(order: Order | PrecisionOrder) -> str:
     """The layout, and whether it is the one that was asked for."""
     config, world = order.config, order.world_size
     layout = f"{world} ranks as dp {world // config.parallel.tp} x tp {config.parallel.tp}, ep {config.parallel.ep}"
@@ -35,17 +36,17 @@ def render(order: Order, diagnosis: Diagnosis) -> str:
     error = "x bf16 rounding" if bf16 else "worst error"
     lines = [first_line(order), _run_line(order.config), *([f"with the fault {order.fault}"] if order.fault else []), ""]
     rows = [("parameters", "gradient ratio", error, "verdict"), *map(_cells, diagnosis.gradients + diagnosis.later)]
-    lines += [*_table(rows), ""]
+    lines += [*table(rows), ""]
     weights = [("weights", "ratio", "difference", "verdict"), *map(_cells, (diagnosis.initial, diagnosis.updates, *diagnosis.weights))]
-    lines += [*_table(weights), ""]
+    lines += [*table(weights), ""]
     outputs = [("forward pass", "output ratio", error, "verdict"), *(_cells(row) for row in diagnosis.outputs)]
-    lines += [*_table(outputs), ""]
+    lines += [*table(outputs), ""]
     numbers = [("number", "parallel", "expected", "verdict")]
     numbers += [(n.what, f"{n.ours:.7g}", f"{n.reference:.7g}", _word(n.ok)) for n in diagnosis.numbers]
-    lines += [*_table(numbers), ""]
+    lines += [*table(numbers), ""]
     sent = [("sent by rank 0 in a step", "axis", "calls", "bytes", "minimum")]
     sent += [(f"{row.sender}: {row.kind}", row.axis, f"{row.calls}", f"{row.bytes:,}", f"{row.minimum:,}") for row in diagnosis.sent]
-    lines += [*(_table(sent) if diagnosis.sent else ["nothing is sent"]), "", verdict(order, diagnosis)]
+    lines += [*(table(sent) if diagnosis.sent else ["nothing is sent"]), "", verdict(order, diagnosis)]
     return "\n".join(lines)
 
 
@@ -54,7 +55,7 @@ def record(order: Order, diagnosis: Diagnosis) -> dict[str, Any]:
     parallel = order.config.parallel
     layout = {"world": order.world_size, "tp": parallel.tp, "ep": parallel.ep, "zero_stage": parallel.zero_stage}
     found = asdict(diagnosis) | {"sent": [row._asdict() for row in diagnosis.sent]}
-    return _plain(
+    return plain(
         {
             "verdict": verdict(order, diagnosis),
             "passed": not diagnosis.causes,
@@ -67,12 +68,12 @@ def record(order: Order, diagnosis: Diagnosis) -> dict[str, Any]:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers that JSON has not, as text."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -97,7 +98,7 @@ def _word(ok: bool) -> str:
     return "ok" if ok else "WRONG"
 
 
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def table(rows: list[tuple[str, ...]]) -> Iterator[str]:
     """Columns under each other: the first and the last to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     numeric = range(1, len(widths) if rows[0][-1] != "verdict" else len(widths) - 1)
