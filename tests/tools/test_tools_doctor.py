@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -90,6 +91,11 @@ def main(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         (["--world", 2, *NANO, "--timeout", "nan"], "--timeout (nan) must be a number of seconds above 0"),
         (["--world", 2, *NANO, "--json", "/no/such/folder/found.json"], "--json /no/such/folder/found.json cannot be written"),
         (["--world", 2, *NANO, "--json", "/"], "--json / cannot be written"),
+        (["--world", 2, *NANO, "--backend", "te"], "precision.backend (te) needs a CUDA GPU"),
+        (["--world", 2, *NANO, "--backend", "apex"], "argument --backend: invalid choice: 'apex'"),
+        (["--world", 2, *NANO, "--recipe", "current"], "--recipe (current) is of kernels to compare; add --backend te or emulated"),
+        (["--world", 2, *NANO, "--backend", "emulated", "--recipe", "fp4"], "--recipe fp4 is not one of delayed, current, blockwise"),
+        (["--world", 2, *NANO, "--backend", "emulated", "--fault", "aux-over-dp"], "--fault aux-over-dp is not one of weight-scale-off"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value.split(";")[0][:40],
 )
@@ -154,6 +160,22 @@ def test_a_reduced_layout_that_fails_fails(main: Callable[..., int], capfd: pyte
     assert main("--world", 2, *NANO, "--parallel.ep", 4, "--fault", "aux-over-dp") == 1
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("reduced layout: ") and lines[-1].startswith("FAIL: auxiliary losses: gradients are 0.50 x the reference")
+
+
+def test_kernels_are_compared_layer_by_layer(main: Callable[..., int], capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    how = ("--world", 2, *NANO, "--parallel.tp", 2, "--backend", "emulated", "--recipe", "current", "--json", found)
+    assert main(*how) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "layout: 2 ranks as dp 1 x tp 2, ep 1" and lines[-1] == "PASS"
+    (line,) = (line for line in lines if line.startswith("layers.0.attention.out "))
+    assert re.fullmatch(r"layers\.0\.attention\.out( +[\d.]+ \[[\d.]+, [\d.]+\]){3}  ok", line)
+    record = json.loads(found.read_text())
+    assert record["passed"] and record["backend"] == "emulated" and [one["recipe"] for one in record["recipes"]] == ["current"]
+    assert main(*how, "--fault", "wgrad-of-stale-input") == 1
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last.startswith("FAIL: current: layers.1.attention.out: weight gradient differs by ")
+    assert json.loads(found.read_text())["causes"][0] in last
 
 
 RAISED = "rank 1 of 2 failed in f\n\nTraceback (most recent call last):\n  ...\nOdd: no\n\nits last output:\nhm"
