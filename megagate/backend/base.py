@@ -123,7 +123,7 @@ class Kept:
     Args:
         name: In its site.
         tensor: This rank's part, live: whoever loads a checkpoint copies into it.
-        shard: Which part that is.
+        shard: Which part that is: all of it, the same on every rank, or whole experts, cut over ep.
     """
 
     name: str
@@ -211,4 +211,8 @@ class Backend(Protocol):
 
     def after_backward(self, model: nn.Module) -> None:
         """After the backward pass of each micro-step. Collective."""
+        ...
+
+    def unrecorded(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Around passes that are no part of the training: they use what sites keep, and leave no trace in it, nor in what comes after."""
         ...

@@ -98,6 +98,10 @@ class NativeBackend:
     def after_backward(self, model: nn.Module) -> None:
         """Nothing to do."""
 
+    def unrecorded(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
 
 def _column_linears(tp: Axis, x: Tensor, weights: Sequence[Tensor], norm: Norm | None = None) -> tuple[list[Tensor], Tensor]:
     normed = x if norm is None else norm(x)

@@ -72,6 +72,7 @@ class Circumstances:
         threads: Of PyTorch in each rank.
         optimizer: Whose kernel made the step, `optim.implementation`; records of versions that had but PyTorch's do not name it.
         norm: Whose kernel normed, `precision.norm`; likewise.
+        fp8: The recipe of products in FP8, or `none`.
     """
 
     dp: int
@@ -87,6 +88,7 @@ class Circumstances:
     threads: int
     optimizer: str = "torch"
     norm: str = "native"
+    fp8: str = "none"
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def tolerance(a: Circumstances, b: Circumstances) -> Tolerance:
     """What two runs of the same step may differ by: nothing in the same circumstances on CPUs, whose kernels sum in a fixed order."""
     if a == b and a.device == "cpu":
         return EXACT
-    return FP32 if a.dtype == b.dtype == "fp32" else BF16
+    return FP32 if (a.dtype, a.fp8) == (b.dtype, b.fp8) == ("fp32", "none") else BF16
 
 
 @dataclass(frozen=True)

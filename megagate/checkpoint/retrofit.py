@@ -4,7 +4,8 @@
     removed    Y' = Y * f with f independent of the input:  W_o Y' = (W_o f) Y, f on the columns of W_o
 
 A factor that is a power of two changes no digit of any product, so the logits are equal bit for bit; but that the gate's rows ride in the
-GEMM of q, k and v, whose kernel may then sum in another order. Only weights are taken over: the moments are left out, and Adam begins anew.
+GEMM of q, k and v, whose kernel may then sum in another order. Only weights are taken over: the moments are left out, and Adam begins anew;
+so are the histories of FP8's delayed scaling, which are of products by other factors.
 
 Nothing is held but one output projection at a time: all else goes from the mapped files of the one checkpoint to those of the other.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from megagate.checkpoint.folders import run_around
 from megagate.checkpoint.rewrite import all_or_nothing, require_free, require_outside, require_root, write_checkpoint
-from megagate.checkpoint.saved_model import require_model, run_of
+from megagate.checkpoint.saved_model import PRECISION_STATE, require_model, run_of
 from megagate.checkpoint.store import Checkpoint, Piece, StoredPiece, write_rank
 from megagate.config.count import parameter_shapes
 from megagate.config.model import GateConfig, GateGranularity, ModelConfig
@@ -184,9 +185,10 @@ def _kind(name: str) -> str:
 
 
 def _taken(checkpoint: Checkpoint, model: ModelConfig) -> list[str]:
-    """All tensors but what an optimizer keeps for a parameter beside its master; other states are taken as they are."""
+    """All tensors but what an optimizer keeps for a parameter beside its master, and what precision keeps; other states as they are."""
     moments_of = parameter_shapes(model).keys()
-    return [name for name in checkpoint.tensors if _kind(name) in (_MASTER, _STATE) or name.partition("/")[2] not in moments_of]
+    others = [name for name in checkpoint.tensors if not name.startswith(PRECISION_STATE)]
+    return [name for name in others if _kind(name) in (_MASTER, _STATE) or name.partition("/")[2] not in moments_of]
 
 
 def _write(checkpoint: Checkpoint, staging: Path, *, old: ModelConfig, new: ModelConfig, factors: Factors) -> tuple[int, float]:

@@ -10,6 +10,9 @@ from megagate.config.model import ModelConfig
 from megagate.config.run import RunConfig
 from megagate.errors import CheckpointError, ConfigError
 
+PRECISION_STATE = "state/fp8/"
+"""What the names of tensors begin with that products keep for their precision: no part of the model, and of no use to another one."""
+
 
 def native_shapes(model: ModelConfig) -> dict[str, Shape]:
     """The full shape of every tensor of the model itself in its checkpoints: masters, and the counts of the routers' biases."""
@@ -41,14 +44,14 @@ def require_model(checkpoint: Checkpoint, model: ModelConfig, *, states: bool = 
     Args:
         checkpoint: It.
         model: By its config.
-        states: False looks at the masters only, for who takes states as they are.
+        states: False looks at the masters only, for who takes states as they are. What precision keeps is never looked at.
 
     Raises:
         CheckpointError: With the first that differ.
     """
     kinds = ("master/", "state/") if states else ("master/",)
     expected = {name: shape for name, shape in native_shapes(model).items() if name.startswith(kinds)}
-    found = {name: stored for name, stored in checkpoint.tensors.items() if name.startswith(kinds)}
+    found = {name: stored for name, stored in checkpoint.tensors.items() if name.startswith(kinds) and not name.startswith(PRECISION_STATE)}
     flaws = [f"{name} is missing" for name in expected.keys() - found.keys()]
     flaws += [f"{name} {list(found[name].shape)} is not in that model" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():

@@ -1,7 +1,7 @@
 """One optimizer step, whatever does the sharding: the loss is formed here, once, for every engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megagate.backend.base import KeepsState, Kept
 from megagate.backend.documents import squared_lengths
 from megagate.checkpoint.reshard import flat_pieces, read_flat
+from megagate.checkpoint.saved_model import PRECISION_STATE
 from megagate.checkpoint.store import Checkpoint, Piece
 from megagate.config.run import RunConfig
 from megagate.data.loader import IGNORE_INDEX
@@ -40,6 +42,18 @@ class StepResult(NamedTuple):
     grad_norm: float
     applied: bool
     aux: AuxLosses | None
+
+
+class Unmatched(NamedTuple):
+    """Where what products keep for their precision here is not what a checkpoint holds of it: names of tensors.
+
+    Args:
+        begun: Kept here, and not there, or in another shape: what a load does not touch.
+        left: There, and not here, or in another shape: what a load does not read.
+    """
+
+    begun: list[str]
+    left: list[str]
 
 
 @dataclass(frozen=True)
@@ -72,9 +86,11 @@ class Engine(ABC):
 
     Args:
         optimizer: The torch optimizer that makes the step, behind whatever shards it.
+        replays_backward: Whether the losses of `replay` may be given a backward pass.
     """
 
     optimizer: torch.optim.Optimizer
+    replays_backward = True
 
     def __init__(self, model: LanguageModel, config: RunConfig, mesh: ParallelMesh):
         self.model, self.config, self.mesh = model, config, mesh
@@ -90,26 +106,49 @@ class Engine(ABC):
         that the sum over data-parallel ranks and micro-steps is the mean loss of the global batch: no later division by accumulation.
         """
         targets, context = self._measure(tokens, labels)
-        targets = max(1, targets)
         balance = self._balance_loss(tokens)
         ce_sum = torch.zeros((), device=tokens.device)
         last = len(tokens) - 1
-        for k in range(len(tokens)):
-            parts = self._forward(tokens[k], labels[k])
-            loss = parts.ce_sum / targets
-            if balance is not None:
-                loss = loss + balance.share(parts.stats)
-            ce_sum += parts.ce_sum.detach()
+        for k, (loss, own) in enumerate(self._losses(self._forward, tokens, labels, targets=targets, balance=balance)):
+            ce_sum += own
             self._backward(loss, last=k == last)
             self.model.backend.after_backward(self.model)
         grad_norm, applied = self._update(lr)
         self.applied_steps += applied
-        loss, aux = total(ce_sum, self.mesh.dp).item() / targets, None
+        loss, aux = total(ce_sum, self.mesh.dp).item() / max(1, targets), None
         if balance is not None:
             aux, counts = balance.close()
             if applied:
                 self.model.follow_counts(counts)
         return StepResult(loss, targets, context, grad_norm, applied, aux)
+
+    def replay(self, tokens: Tensor, labels: Tensor) -> Iterator[Tensor]:
+        """The losses of a step's micro-steps, one after the other, as their backward passes are given them. Collective.
+
+        Whoever asks does what he likes with their gradients, but that nothing may reach the parameters' own (`torch.autograd.grad`).
+        Neither the engine nor what the model keeps is changed.
+        """
+        targets, _ = self._measure(tokens, labels)
+        with self.model.backend.unrecorded(self.model):
+            for loss, _ in self._losses(self.model, tokens, labels, targets=targets, balance=self._balance_loss(tokens)):
+                yield self._scaled(loss)
+
+    def _losses(
+        self,
+        forward: Callable[[Tensor, Tensor], LossParts],
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        targets: int,
+        balance: BalanceLoss | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's loss of each micro-step, with gradient, and the sum of its cross-entropy."""
+        for k in range(len(tokens)):
+            parts = forward(tokens[k], labels[k])
+            loss = parts.ce_sum / max(1, targets)
+            if balance is not None:
+                loss = loss + balance.share(parts.stats)
+            yield loss, parts.ce_sum.detach()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -142,6 +181,10 @@ class Engine(ABC):
     def _forward(self, tokens: Tensor, labels: Tensor) -> LossParts:
         """Run the model on one micro-batch."""
 
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """What the backward pass of a rank's loss begins with."""
+        return loss
+
     @abstractmethod
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of the sum of all data-parallel ranks' losses."""
@@ -154,6 +197,10 @@ class Engine(ABC):
         """This rank's part of masters, moments and what else the model keeps: every element on exactly one rank, without a collective."""
         for name, buffer in self._buffers() if self.mesh.world.rank == 0 else ():
             yield Piece(name, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
+        for name, kept in self._kept().items():
+            same = self.mesh.edp if kept.shard.axis == "ep" else self.mesh.world  # the ranks that keep the same numbers
+            if same.rank == 0:
+                yield Piece(name, kept.shard.full_shape, kept.shard.offset, kept.tensor)
         for fragment in self._fragments():
             if fragment.owned:
                 for kind, flat in self._state(fragment.flat):
@@ -168,13 +215,24 @@ class Engine(ABC):
     def state_names(self) -> list[str]:
         """The names of all that `state_pieces` yields over all ranks, in one order on all of them."""
         held = [f"{kind}/{name}" for kind in self.kinds for name in self.labels]
-        return [*(name for name, _ in self._buffers()), *held]
+        return [*(name for name, _ in self._buffers()), *self._kept(), *held]
+
+    def unmatched(self, checkpoint: Checkpoint) -> Unmatched:
+        """What `load_state` can not take over of what products keep, since the checkpoint was saved with another precision."""
+        here = {name: kept.shard.full_shape for name, kept in self._kept().items()}
+        there = {name: stored.shape for name, stored in checkpoint.tensors.items() if name.startswith(PRECISION_STATE)}
+        begun = [name for name, shape in here.items() if there.get(name) != shape]
+        return Unmatched(begun, [name for name, shape in there.items() if here.get(name) != shape])
 
     def load_state(self, checkpoint: Checkpoint, *, applied_steps: int) -> None:
-        """Take masters, moments, weights and what else the model keeps from a checkpoint of any layout."""
+        """Take masters, moments, weights and what else the model keeps from a checkpoint of any layout; but see `unmatched`."""
         self.applied_steps = applied_steps
         for name, buffer in self._buffers():
             checkpoint.read(name, (0,) * buffer.dim(), buffer)
+        begun = self.unmatched(checkpoint).begun
+        for name, kept in self._kept().items():
+            if name not in begun:
+                checkpoint.read(name, kept.shard.offset, kept.tensor)
         fragments = list(self._fragments())
         for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
             self.optimizer.state[flat] = fresh_state(flat, self.config.optim, applied_steps=applied_steps)
@@ -214,6 +272,11 @@ class Engine(ABC):
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(name in checkpoints, tensor) of what the model keeps beside parameters, equal on all ranks: the routers' biases."""
         return ((f"state/{name}", buffer) for name, buffer in self.model.named_buffers())
+
+    def _kept(self) -> dict[str, Kept]:
+        """What the model's products keep for their precision, by its name in checkpoints."""
+        sites = [(path, module) for path, module in self.model.named_modules() if isinstance(module, KeepsState)]
+        return {f"{PRECISION_STATE}{path}.{kept.name}": kept for path, site in sites for kept in site.kept_state()}
 
     def _state(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(kind, tensor) of what the optimizer keeps for one of its tensors."""

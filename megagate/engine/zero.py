@@ -39,6 +39,7 @@ class ZeroEngine(Engine):
         self.stage = config.parallel.zero_stage
         groups = _groups(model, config, mesh)
         self.optimizer = build_implementation(groups, config.optim, applied_steps=lambda: self.applied_steps, deepspeed_adam=_fused_adam)
+        self.replays_backward = self.stage < 3  # whose hooks on the graph know no other way than `backward`
         mpu = _register(model, config, mesh)
         dtype = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         self.engine, *_ = deepspeed.initialize(
@@ -53,11 +54,14 @@ class ZeroEngine(Engine):
     def _forward(self, tokens: Tensor, labels: Tensor) -> LossParts:
         return self.engine(tokens, labels)
 
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
+    def _scaled(self, loss: Tensor) -> Tensor:
         # DeepSpeed sums dense gradients over dp and expert gradients over edp, and divides both by dp. The all-to-all's adjoint has
         # already brought an expert the gradient of all tokens of its ep group, so both are 1/dp of the sum over ranks.
+        return loss * self.mesh.dp.size
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.mesh.dp.size, scale_wrt_gas=False)
+        self.engine.backward(self._scaled(loss), scale_wrt_gas=False)
 
     def _update(self, lr: float) -> tuple[float, bool]:
         for group in self.zero.param_groups:

@@ -269,6 +269,7 @@ def circumstances(config: RunConfig, mesh: ParallelMesh, device: torch.device) -
         threads=torch.get_num_threads(),
         optimizer=config.optim.implementation,
         norm=config.precision.norm,
+        fp8=config.precision.fp8.recipe,
     )
 
 

@@ -76,6 +76,23 @@ def take(engine: Engine, others: Iterable[Piece], *, names: Iterable[str], backg
     return Taking(all_names, small, task, hook)
 
 
+def tell_changed_precision(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Say it where the histories of FP8 that this run keeps are not those that a checkpoint holds."""
+    begun, left = engine.unmatched(checkpoint)
+    if begun:
+        logger.info(
+            "%d tensors of FP8's delayed scaling begin fresh, such as %s: %s has none of this shape (saved without FP8, with another "
+            "recipe, precision.fp8.amax_history or backend, or written by a tool); the first micro-step may round more, then scales follow",
+            *(len(begun), begun[0], checkpoint.folder.name),
+        )
+    if left:
+        logger.info(
+            "%d tensors of FP8's delayed scaling in %s are left there, such as %s: this run keeps none of this shape (precision.fp8.recipe "
+            "%s); masters, moments and all else are taken",
+            *(len(left), checkpoint.folder.name, left[0], engine.config.precision.fp8.recipe),
+        )
+
+
 def hold(engine: Engine, checkpoint: Checkpoint, others: Iterable[Piece], *, names: Iterable[str], config: CheckpointConfig) -> bool:
     """Compare the state that was just loaded with the one that was saved, under whatever layout. Collective.
 
@@ -87,7 +104,7 @@ def hold(engine: Engine, checkpoint: Checkpoint, others: Iterable[Piece], *, nam
         config: What to do where they differ.
 
     Returns:
-        Whether it is the same; where nobody took a fingerprint, which is said, it is not known to be.
+        Whether it is the same; where nobody took a fingerprint, or histories of FP8 begin fresh, which is said, it is not known to be.
 
     Raises:
         CheckpointError: It is another one, and `checkpoint.on_mismatch` is `stop`.
@@ -102,11 +119,15 @@ def hold(engine: Engine, checkpoint: Checkpoint, others: Iterable[Piece], *, nam
         )
         return False
     here = everywhere(world, lambda: take(engine, others, names=names, background=False)).result(world)
+    begun, left = engine.unmatched(checkpoint)
+    here = {name: one for name, one in here.items() if name not in begun}
     # What this version of PyTorch could not take over, such as another generator's state, has no piece here.
-    wrong = differing({name: one for name, one in there.items() if name in here or not name.startswith("rng/")}, here)
+    there = {name: one for name, one in there.items() if name not in left and (name in here or not name.startswith("rng/"))}
+    wrong = differing(there, here)
     if not wrong:
-        logger.info("the loaded state is the one that was saved: %d tensors have the same fingerprints", len(here))
-        return True
+        but = f", but {len(begun) + len(left)} of FP8 are not compared" if begun or left else ""
+        logger.info("the loaded state is the one that was saved: %d tensors have the same fingerprints%s", len(here), but)
+        return not begun
     name = wrong[0]
     others_too = f"; {len(wrong) - 1} other tensors differ too" if len(wrong) > 1 else ""
     told = (

@@ -26,7 +26,7 @@ from megagate.parallel.mesh import ParallelMesh
 from megagate.train.agree import everywhere, on_first
 from megagate.train.background import Task
 from megagate.train.certify import Certifier, Followed
-from megagate.train.fingerprints import Taking, hold, take
+from megagate.train.fingerprints import Taking, hold, take, tell_changed_precision
 
 RANDOM_STATE = "rng/cpu"
 """The tensor that holds PyTorch's generator of random numbers on the CPU. Training draws none; whoever does goes on with the same."""
@@ -197,6 +197,7 @@ class Saver:
             CheckpointError: A tensor is missing, or, unless `checkpoint.on_mismatch` is `continue`, is not what it was in memory.
         """
         names = everywhere(self.world, lambda: self._load(engine, checkpoint))
+        tell_changed_precision(engine, checkpoint)
         others = self._random_state() if names else ()
         self._same_state = hold(engine, checkpoint, others, names=names, config=self.config.checkpoint)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megagate.config.run import RunConfig
 from megagate.data.loader import Batch, TrainLoader, ValidLoader
-from megagate.engine.base import Engine
+from megagate.engine.base import Engine, StepResult
+from megagate.engine.nonfinite import first_nonfinite
 from megagate.errors import MegagateError, RunError
 from megagate.log import logger
 from megagate.train.agree import everywhere
@@ -173,14 +174,15 @@ class Trainer:
         samples = self.train.samples(position.step)
         self.saver.follow(self.engine, Followed(step, lr=lr, result=result, samples=samples, batch=batch))
         if not (result.applied and math.isfinite(result.loss)):
-            self._not_finite(step, result.loss, result.grad_norm, applied=result.applied)
+            self._not_finite(step, result, batch)
         tokens = step * self.config.train.global_batch_size * self.config.train.seq_len
         record = step_fields(step, result, lr=lr, tokens=tokens) | self.speed.fields(seconds, context=result.context)
         return replace(position, step=step, val_loss=None), record
 
-    def _not_finite(self, step: int, loss: float, grad_norm: float, *, applied: bool) -> None:
-        what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm}"
-        if self.config.train.on_nonfinite == "skip" and not applied:
+    def _not_finite(self, step: int, result: StepResult, batch: Batch) -> None:
+        first = first_nonfinite(self.engine, self._tensor(batch.tokens), self._tensor(batch.labels))
+        what = f"step {step}: the loss is {result.loss} and the gradient norm {result.grad_norm}; the first: {first}"
+        if self.config.train.on_nonfinite == "skip" and not result.applied:
             logger.info("%s; the parameters keep their values (train.on_nonfinite: skip)", what)
             return
         raise RunError(
