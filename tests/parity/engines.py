@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from parity.sharded import BACKEND, fill, full_weights
+from parity.sharded import BACKEND, CPU, fill, full_weights
 from torch import Tensor
 
+from megagate.backend.fp8.backend import EmulatedBackend
 from megagate.checkpoint import store
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.model import AttentionConfig, BalanceScope, GateConfig, ModelConfig, MoEConfig
 from megagate.config.run import (
+    Fp8Config,
+    Fp8Recipe,
     GradDType,
     OptimConfig,
     OptimizerImplementation,
@@ -55,6 +58,8 @@ class Run:
     dense: bool = False
     head_dim: int = 8
     bias_update_rate: float = 0.0
+    fp8: Fp8Recipe = "none"  # emulated
+    amax_history: int = 3
 
     @property
     def model(self) -> ModelConfig:
@@ -106,12 +111,13 @@ class Outcome:
 
 def run_config(run: Run, layout: Layout) -> RunConfig:
     dp = layout.world_size // layout.tp
+    fp8 = Fp8Config(recipe=run.fp8, emulate=run.fp8 != "none", amax_history=run.amax_history)
     return RunConfig(
         model=run.model,
         train=TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH // MICRO_STEPS // dp, seq_len=SEQUENCE, recompute=run.recompute),
         optim=OptimConfig(name=run.optimizer, implementation=run.implementation, lr=run.lr, grad_clip=CLIP),
         parallel=ParallelConfig(tp=layout.tp, ep=layout.ep, zero_stage=layout.zero_stage),
-        precision=PrecisionConfig(dtype=run.dtype, grad_dtype=run.grad_dtype),
+        precision=PrecisionConfig(dtype=run.dtype, grad_dtype=run.grad_dtype, fp8=fp8),
     )
 
 
@@ -119,7 +125,8 @@ def build_engine(run: Run, layout: Layout, mesh: ParallelMesh, *, key: str = "we
     """`ZeroEngine` in a process group, the reference without one."""
     config = run_config(run, layout)
     dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
-    model = fill(LanguageModel(config.model, dtype=dtype, backend=BACKEND, mesh=mesh, recompute=run.recompute), key=key)
+    backend = BACKEND if run.fp8 == "none" else EmulatedBackend(BACKEND, config.precision.fp8, device=CPU, mesh=mesh)
+    model = fill(LanguageModel(config.model, dtype=dtype, backend=backend, mesh=mesh, recompute=run.recompute), key=key)
     if not torch.distributed.is_initialized():
         return ReferenceEngine(model, config, mesh)
     from megagate.engine.zero import ZeroEngine

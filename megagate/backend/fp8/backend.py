@@ -1,7 +1,7 @@
 """A backend whose products are rounded to FP8 as Transformer Engine's recipes do it, with another backend's kernels, on any device."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -95,12 +95,24 @@ class EmulatedBackend:
     def after_backward(self, model: nn.Module) -> None:
         """Close the micro-step of delayed scaling: what was recorded, over all ranks, decides the scales of the next."""
         self.base.after_backward(model)
-        sites = [site for site in model.modules() if isinstance(site, Fp8Product) and site.delayed()]
+        sites = _delayed(model)
         for axis, of_axis in groupby(sorted(sites, key=_reduced_over), key=_reduced_over):
             states = [state for site in of_axis for state in site.delayed().values()]
             # A NaN is no size: a step with one leaves what the other ranks saw. An infinity goes on, and keeps the scale as it is.
             amax = torch.cat([state.amax for state in states]).nan_to_num(nan=0.0, posinf=torch.inf)
             _close(states, maximum(amax, self.mesh.edp if axis == self.mesh.edp.name else self.mesh.world))
+
+    @contextmanager
+    def unrecorded(self, model: nn.Module) -> Iterator[None]:
+        """Amaxes that are recorded meanwhile are dropped."""
+        states = [state for site in _delayed(model) for state in site.delayed().values()]
+        before = [state.amax for state in states]
+        try:
+            with self.base.unrecorded(model):
+                yield
+        finally:
+            for state, amax in zip(states, before, strict=True):
+                state.amax = amax
 
     def _is_rounded(self, part: Part) -> bool:
         return part.role == "projection" or (part.role == "gate" and "gate" not in self.config.keep_high_precision)
@@ -108,6 +120,11 @@ class EmulatedBackend:
     def _operands(self, count: int = 1) -> dict[str, Operand]:
         length, unit = self.config.amax_history, self.mesh.dp.size
         return operands(self.config.recipe, count=count, length=length, device=self.device, unit=unit)
+
+
+def _delayed(model: nn.Module) -> list[Fp8Product]:
+    """Products that remember amaxes."""
+    return [site for site in model.modules() if isinstance(site, Fp8Product) and site.delayed()]
 
 
 def _reduced_over(site: Fp8Product) -> str:
