@@ -1,5 +1,6 @@
 """A run under emulated FP8: its histories are part of what is resumed, other precisions take its checkpoints, exports leave them out."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,3 +129,15 @@ def test_a_retrofit_leaves_histories_behind(tmp_path: Path, whole: Path) -> None
     made = add_gate(whole, tmp_path / "gated", "elementwise")
     assert kept(whole) and not kept(made.folder)
     assert made.config.precision.fp8.recipe == "delayed"
+
+
+def test_a_number_that_is_not_finite_is_named(jobs: Jobs, tmp_path: Path) -> None:
+    """By layer and tensor, once, whether the run stops or goes on."""
+    fp8 = ("--precision.fp8.recipe", "current", "--precision.fp8.emulate", "true")
+    explode = ("--optim.lr", 1e30, "--schedule.min_lr", 0, "--schedule.warmup_steps", 4, "--schedule.kind", "constant", "--train.steps", 4)
+    named = r"step \d+: the loss is \S+ and the gradient norm \S+; the first: \S.* is not finite \(\d+ nan and \d+ inf of \d+\), on rank \d"
+    job = jobs.run("--train.output_dir", tmp_path / "a", *DP2_EP2, *fp8, *explode, world=2, expect=2)
+    assert len(re.findall(named + "; training stops", job.text)) == 1, job.text
+    job = jobs.run("--train.output_dir", tmp_path / "b", *DP2_EP2, *fp8, *explode, "--train.on_nonfinite", "skip", world=2)
+    skipped = sum("skipped" in record for record in metrics(tmp_path / "b"))
+    assert len(re.findall(named + "; the parameters keep", job.text)) == skipped > 0, job.text

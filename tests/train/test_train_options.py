@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -33,6 +34,8 @@ def test_a_number_that_is_not_finite_stops_the_run(jobs: Jobs, tmp_path: Path, w
     assert "Traceback" not in job.text
     last = metrics(run)[-1]["step"]
     assert f"step {last + 1}: the loss is " in job.text and "the gradient norm inf" in job.text
+    first = re.search(r"; the first: .* is not finite \(\d+ nan and \d+ inf of \d+\)(, on rank \d)?; training stops", job.text)
+    assert first is not None and bool(first[1]) == (world == 2), job.text
     assert complete_steps(run / "checkpoints")[-1] == last
     Checkpoint.open(run / "checkpoints" / f"step-{last:08d}").verify()
     before = contents(run / "checkpoints")
