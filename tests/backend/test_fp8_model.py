@@ -10,6 +10,7 @@ from parity.sharded import fill
 from megagate.backend.base import KeepsState
 from megagate.backend.build import build_backend
 from megagate.backend.fp8.backend import EmulatedBackend
+from megagate.backend.kept import put_back
 from megagate.backend.native import NativeBackend
 from megagate.config.run import Fp8Config, PrecisionConfig
 from megagate.engine.reference import ReferenceEngine
@@ -85,3 +86,13 @@ def test_a_config_names_the_backend() -> None:
     made = build_backend(PrecisionConfig(fp8=fp8), device=CPU, mesh=MESH)
     assert isinstance(made, EmulatedBackend) and made.config is fp8
     assert isinstance(build_backend(PrecisionConfig(), device=CPU, mesh=MESH), NativeBackend)
+
+
+def test_what_sites_keep_can_be_put_back() -> None:
+    engine = an_engine("delayed")
+    engines.train(engine, [0], lr=0.5)
+    before = state(engine)
+    with put_back(engine.model):
+        engines.train(engine, [1], lr=0.5)
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in state(engine).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(engine).items())
