@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from megagate.backend import routing
 from megagate.backend.base import AttentionCore, Chosen, ColumnLinears, GroupedLinear, Part, Permuted, RowLinear
+from megagate.backend.kept import put_back
 from megagate.backend.te_sites import Attention, Columns, Experts, Region, Row, Splits
 from megagate.config.model import MoEConfig
 from megagate.config.run import Fp8Config, PrecisionConfig
@@ -245,6 +246,10 @@ class TransformerEngineBackend:
 
     def after_backward(self, model: nn.Module) -> None:
         """Nothing to do: TE updates its own scales."""
+
+    def unrecorded(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Histories, the places of running micro-steps among them, and scales, which TE moves in every pass, are put back."""
+        return put_back(model)
 
 
 class _InHighPrecision(TransformerEngineBackend):
