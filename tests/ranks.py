@@ -10,8 +10,8 @@ from typing import Any
 
 from megagate.parallel.spawn import RankError, RankPool, start_server
 
-# Ranks are CPU ranks also where there is a GPU.
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+# Ranks are CPU ranks also where there is a GPU; Triton, which their server may load, has an interpreter for those.
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 # What a call can leave behind in DeepSpeed 0.19.8, by module: name and value after import. The tables of deepspeed.utils.groups are missing
 # here because DeepSpeed clears them itself (`_release_process_group_references`). Left alone on purpose: compiled ops, the accelerator,

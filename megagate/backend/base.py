@@ -124,11 +124,13 @@ class Kept:
         name: In its site.
         tensor: This rank's part, live: whoever loads a checkpoint copies into it.
         shard: Which part that is: all of it, the same on every rank, or whole experts, cut over ep.
+        unit: The tensor holds so many times what a checkpoint does, which is to be the same under every layout.
     """
 
     name: str
     tensor: Tensor
     shard: Shard
+    unit: float = 1.0
 
 
 @runtime_checkable

@@ -12,9 +12,8 @@ depth 0 reduces (quantization.py:619-642, 772-782, 1056), each buffer over its o
 714). So experts, whose scales are of the ranks with the same experts, run in a region of their own with the group of `edp` inside that of
 the world. A group of None is the world to PyTorch: an `edp` of size 1 gets a recipe with `reduce_amax` off instead.
 
-Backward passes carry dp times the gradient (`engine/zero.py`), and so do TE's amaxes of gradients. While dp stays what it is that is
-nothing (their first scales are 1 / dp); where a run is resumed with more dp, gradients of the first micro-step may saturate, until their
-new amaxes count.
+Backward passes carry dp times the gradient (`engine/zero.py`), and so do TE's amaxes of gradients: their first scales are 1 / dp, and
+checkpoints hold what they are of the gradient itself (`Kept.unit`).
 
 TE's state of FP8 is one for the process (quantization.py:389): the histories of all modules that have run, those of other models too, are
 updated together. Its fused update leaves alone what saw nothing (common/recipe/delayed_scaling.cu, kernel_bulk).

@@ -152,10 +152,11 @@ def _begin(meta: dict[str, Any], unit: int) -> None:
     meta["scaling_bwd"].scale.fill_(1 / unit)
 
 
-def _kept(meta: dict[str, Any], *, ep: Axis | None, num_experts: int = 1) -> list[Kept]:
+def _kept(meta: dict[str, Any], *, unit: int, ep: Axis | None, num_experts: int = 1) -> list[Kept]:
     """Histories and scales as views of TE's own tensors (quantization.py:1397), [length, products * tensors] and [products * tensors].
 
-    A history begins with the place of the running micro-step, 0 between them, and goes on from the oldest to the newest amax.
+    A history begins with the place of the running micro-step, 0 between them, and goes on from the oldest to the newest amax. Backward
+    passes carry `unit` times the gradient, and so do its amaxes; checkpoints hold those of the gradient itself.
     """
     kept = []
     for key, (places, names) in TENSORS.items():
@@ -167,7 +168,9 @@ def _kept(meta: dict[str, Any], *, ep: Axis | None, num_experts: int = 1) -> lis
                 parts = {"history": (of_history[0], (len(history),)), "scale": (of_scale, (1,))}
             else:
                 parts = {"history": (of_history, (num_experts, len(history))), "scale": (of_scale, (num_experts,))}
-            kept += [Kept(f"{name}.{kind}", tensor, Shard.of(shape, ep)) for kind, (tensor, shape) in parts.items()]
+            times = unit if name == "grad" else 1
+            units = {"history": times, "scale": 1 / times}
+            kept += [Kept(f"{name}.{kind}", tensor, Shard.of(shape, ep), units[kind]) for kind, (tensor, shape) in parts.items()]
     return kept
 
 
@@ -176,8 +179,8 @@ class _Site(nn.Module):
 
     amaxes: list[Tensor]
 
-    def _keep(self, meta: dict[str, Any] | None, *, ep: Axis | None = None, num_experts: int = 1) -> None:
-        self._kept = [] if meta is None else _kept(meta, ep=ep, num_experts=num_experts)
+    def _keep(self, meta: dict[str, Any] | None, *, unit: int, ep: Axis | None = None, num_experts: int = 1) -> None:
+        self._kept = [] if meta is None else _kept(meta, unit=unit, ep=ep, num_experts=num_experts)
         # Where a forward pass leaves its amaxes until they are reduced.
         self.amaxes = [] if meta is None else [meta["scaling_fwd"].amax_history[0]]
 
@@ -207,7 +210,7 @@ class Columns(_Site):
         split = {part.name: part.rows for part, out in zip(parts, stays, strict=True) if not out}
         self.rows = tuple(split.values())
         self.linear = _Linear(region, width, split, eps=eps, gives_normed=self.gives_normed, device=device)
-        self._keep(self.linear.meta() if region.is_delayed else None)
+        self._keep(self.linear.meta() if region.is_delayed else None, unit=region.unit)
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], norm: Norm | None = None) -> tuple[list[Tensor], Tensor]:
         """The products and the normed x; where nobody reads that, it is empty."""
@@ -235,7 +238,7 @@ class Row(_Site):
         super().__init__()
         self.tp = tp
         self.linear = _Linear(region, width, {"out": rows}, eps=None, gives_normed=False, device=device)
-        self._keep(self.linear.meta() if region.is_delayed else None)
+        self._keep(self.linear.meta() if region.is_delayed else None, unit=region.unit)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """The partial product, summed over tp."""
@@ -264,7 +267,7 @@ class Experts(_Site):
         super().__init__()
         self.splits = splits
         self.grouped = _Grouped(region, width, rows, experts=num_experts // ep.size, device=device)
-        self._keep(self.grouped.meta() if region.is_delayed else None, ep=ep, num_experts=num_experts)
+        self._keep(self.grouped.meta() if region.is_delayed else None, unit=region.unit, ep=ep, num_experts=num_experts)
 
     def forward(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """The products."""

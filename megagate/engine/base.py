@@ -200,7 +200,7 @@ class Engine(ABC):
         for name, kept in self._kept().items():
             same = self.mesh.edp if kept.shard.axis == "ep" else self.mesh.world  # the ranks that keep the same numbers
             if same.rank == 0:
-                yield Piece(name, kept.shard.full_shape, kept.shard.offset, kept.tensor)
+                yield Piece(name, kept.shard.full_shape, kept.shard.offset, kept.tensor if kept.unit == 1 else kept.tensor / kept.unit)
         for fragment in self._fragments():
             if fragment.owned:
                 for kind, flat in self._state(fragment.flat):
@@ -233,6 +233,7 @@ class Engine(ABC):
         for name, kept in self._kept().items():
             if name not in begun:
                 checkpoint.read(name, kept.shard.offset, kept.tensor)
+                kept.tensor.mul_(kept.unit)
         fragments = list(self._fragments())
         for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
             self.optimizer.state[flat] = fresh_state(flat, self.config.optim, applied_steps=applied_steps)

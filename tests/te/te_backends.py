@@ -25,10 +25,7 @@ def te_backend(mesh: ParallelMesh, fp8: Fp8Config | None = None, *, own: tuple[s
 
 
 def emulated_backend(mesh: ParallelMesh, fp8: Fp8Config) -> Backend:
-    """Emulated FP8, of what a backward pass carries, dp times the gradient, as TE takes it; else it would be of the gradient itself."""
+    """Emulated FP8."""
     from megagate.backend.fp8.backend import EmulatedBackend
-    from megagate.backend.fp8.operand import operands
 
-    backend = EmulatedBackend(BACKEND, replace(fp8, emulate=True), device=CPU, mesh=mesh)
-    backend._operands = lambda count=1: operands(fp8.recipe, count=count, length=fp8.amax_history, device=CPU, unit=1)
-    return backend
+    return EmulatedBackend(BACKEND, replace(fp8, emulate=True), device=CPU, mesh=mesh)

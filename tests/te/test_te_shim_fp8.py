@@ -48,9 +48,9 @@ def step(model: LanguageModel, number: int) -> dict[str, Tensor]:
 
 
 def state(model: LanguageModel) -> dict[str, Tensor]:
-    """Histories without regard to their order, and scales."""
+    """As checkpoints hold them: histories, without regard to their order, and scales."""
     named = [(name, site) for name, site in model.named_modules() if isinstance(site, KeepsState)]
-    kept = {f"{name}.{one.name}": one.tensor for name, site in named for one in site.kept_state()}
+    kept = {f"{name}.{one.name}": one.tensor / one.unit for name, site in named for one in site.kept_state()}
     return {name: tensor.sort(-1).values if name.endswith("history") else tensor.clone() for name, tensor in kept.items()}
 
 
