@@ -1,4 +1,4 @@
-"""Measure megagate: `python tools/benchmark.py step --help`, `gate --help`, `data --help`, `checkpoint --help`, `convert --help`."""
+"""Measure megagate: `python tools/benchmark.py step --help`, `gate --help`, `fp8 --help`, `data --help` and so on."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +18,6 @@ from typing import TYPE_CHECKING
 from megagate.config.command import above_zero, exit_code, positive, stoppable
 
 if TYPE_CHECKING:
-    from megagate.analysis.benchmark.gate import Record
-    from megagate.analysis.benchmark.paired import Shift
     from megagate.analysis.benchmark.rows import Limits, Result, Row
     from megagate.analysis.benchmark.step import Table
 
@@ -29,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_step(commands)
     _add_gate(commands)
+    _add_fp8(commands)
     _add_data(commands)
     _add_checkpoint(commands)
     _add_convert(commands)
@@ -75,6 +75,23 @@ def _add_gate(commands: argparse._SubParsersAction) -> None:
         "--resume", action="store_true", help="go on with FILE where it exists; refused where machine, versions or code differ"
     )
     gate.set_defaults(run=_gate)
+
+
+def _add_fp8(commands: argparse._SubParsersAction) -> None:
+    fp8 = commands.add_parser(
+        "fp8",
+        help="the loss that a job ends with under each emulated FP8 recipe, beside bf16",
+        description="The job of a config on one rank, once for each row and seed; gaps to bf16 are paired by seed.",
+    )
+    fp8.add_argument("--rows", metavar="A,B", help="rows beside bf16, by key; all without this option (an unknown key lists them)")
+    fp8.add_argument("--config", type=Path, metavar="FILE", help="of the job (default: examples/configs/tiny.yaml)")
+    fp8.add_argument("--seeds", type=positive, default=3, metavar="N", help="from the config's on (default: 3)")
+    fp8.add_argument("--steps", type=positive, metavar="N", help="of each run (default: the config's)")
+    fp8.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    fp8.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="of each run")
+    fp8.add_argument("--json", type=Path, metavar="FILE", help="write what finished runs gave here; the runs go to FILE.runs")
+    fp8.add_argument("--resume", action="store_true", help="go on with FILE; refused where config, data, machine, versions or code differ")
+    fp8.set_defaults(run=_fp8)
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
@@ -132,7 +149,7 @@ def _add_files(command: argparse.ArgumentParser) -> None:
 
 
 def _step(options: argparse.Namespace) -> int:
-    from megagate.analysis.benchmark.step import ROWS, SHAPES, measure
+    from megagate.analysis.benchmark.step import ROWS, SHAPES, markdown, measure
     from megagate.errors import MegagateError
 
     deadline = time.monotonic() + options.seconds
@@ -153,27 +170,23 @@ def _step(options: argparse.Namespace) -> int:
     tokens = SHAPES[options.shape].tokens
     print(f"Shape {options.shape}, {tokens} tokens a step, bf16; {table.rounds} rounds; {_machine(options.threads)}.")
     print(f"Peak: {table.peak_flops / 1e9:.0f} GFLOP/s in bf16 matrix products of 2048 x 2048 x 2048, best round.\n")
-    print(_markdown(table, {key: row.title for key, row in ROWS.items()}))
-    print(f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}")
+    print(markdown(table))
+    print(_command())
     if options.json:
         options.json.write_text(json.dumps(_record(table, options), indent=1) + "\n")
     return 0
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from megagate.analysis.benchmark.gate import GATES, Record, study
+    from megagate.analysis.benchmark.gate import GATES, Record, study, table
     from megagate.errors import MegagateError
 
     deadline = time.monotonic() + options.seconds
     rows = [] if options.rows == "none" else options.rows.split(",")
     if unknown := [row for row in rows if row not in GATES]:
         return _refuse(f"--rows: no row {', '.join(unknown)}; there are {', '.join(GATES)}, or 'none'")
-    if options.resume and not options.json:
-        return _refuse("--resume needs --json FILE, the record to go on with")
-    if options.json and options.json.exists() and not options.resume:
-        return _refuse(f"--json {options.json}: exists; give --resume to go on with it, or another name")
-    if options.json and not options.json.parent.is_dir():
-        return _refuse(f"--json {options.json}: no folder {options.json.parent}; make it, or give another name")
+    if problem := _problem_of_record(options):
+        return _refuse(problem)
     conditions = {"shape": options.shape, "threads": options.threads, "machine": _machine(options.threads)}
     record = Record.empty(conditions, [gate for gate in GATES if gate in rows])
     try:
@@ -189,8 +202,68 @@ def _gate(options: argparse.Namespace) -> int:
     if not record.pairs:
         print(f"no pair was complete after {options.seconds:g} s; give more --seconds", file=sys.stderr)
         return 1
-    print(_gate_report(record))
+    print("\n".join(table(record, machine=_machine(options.threads))))
+    print(_command())
     return 0
+
+
+def _fp8(options: argparse.Namespace) -> int:
+    from megagate.analysis.benchmark.fp8 import BASE, ROWS
+    from megagate.errors import MegagateError
+
+    wanted = options.rows.split(",") if options.rows else list(ROWS)
+    if unknown := [row for row in wanted if row not in ROWS]:
+        return _refuse(f"--rows: no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    if problem := _problem_of_record(options):
+        return _refuse(problem)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(stoppable())
+            folder = options.json.with_name(f"{options.json.name}.runs") if options.json else None
+            folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megagate-benchmark-")))
+            print("\n".join(_fp8_study(options, [row for row in ROWS if row in (BASE, *wanted)], folder)))
+    except MegagateError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    finally:
+        _tell("")
+    print(_command())
+    return 0
+
+
+def _fp8_study(options: argparse.Namespace, rows: Sequence[str], folder: Path) -> list[str]:
+    """Lines of markdown."""
+    from megagate.analysis.benchmark.fp8 import Record, table
+    from megagate.analysis.benchmark.fp8_runs import prepare, study
+    from megagate.config.cli import parse
+
+    path = options.config or Path(__file__).parents[1] / "examples" / "configs" / "tiny.yaml"
+    base = parse(["--config", str(path)], prog="benchmark.py")
+    seeds = range(base.train.seed, base.train.seed + options.seeds)
+    folder.mkdir(exist_ok=True)
+    fingerprint, valid_tokens = prepare(base, folder)
+    machine = _machine(options.threads, ("torch", "deepspeed"))
+    record = Record.empty(base, steps=options.steps or base.train.steps, data=fingerprint[:12], machine=machine)
+    if options.resume and options.json.exists():
+        record.resume(options.json)
+    save = (lambda record: record.write(options.json)) if options.json else (lambda record: None)
+    save(record)
+    how = {"rows": rows, "seeds": seeds, "folder": folder, "valid_tokens": valid_tokens, "jobs": options.jobs, "threads": options.threads}
+    study(record, base, **how, save=save, tell=_tell)
+    head = f"{path.name}, {record.conditions['steps']} steps of {base.train.global_batch_size * base.train.seq_len} tokens, "
+    head += f"{len(seeds)} seeds; validation on {valid_tokens} tokens; {machine}."
+    return [f"{head}\n", *table(record, rows, seeds)]
+
+
+def _problem_of_record(options: argparse.Namespace) -> str:
+    """Of `--json` and `--resume`; nothing where there is none."""
+    if options.resume and not options.json:
+        return "--resume needs --json FILE, the record to go on with"
+    if options.json and options.json.exists() and not options.resume:
+        return f"--json {options.json}: exists; give --resume to go on with it, or another name"
+    if options.json and not options.json.parent.is_dir():
+        return f"--json {options.json}: no folder {options.json.parent}; make it, or give another name"
+    return ""
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -280,62 +353,16 @@ def _report(result: "Result", head: str) -> str:
         verdict = {True: "met", False: "missed", None: "-" if line.target == "-" else "open"}[line.met]
         rows.append(f"| {' | '.join([*cells, verdict])} |")
     remarks = [f"- {remark}" for remark in result.remarks]
-    return "\n".join([*rows, "", *remarks, f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}"])
+    return "\n".join([*rows, "", *remarks, _command()])
+
+
+def _command() -> str:
+    return f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}"
 
 
 def _refuse(message: str) -> int:
     print(message, file=sys.stderr)
     return 2
-
-
-def _gate_report(record: "Record") -> str:
-    from megagate.analysis.benchmark.gate import BASE, SHAPES, TITLES, TWIN, lines, median_seconds
-
-    shape, threads = record.conditions["shape"], record.conditions["threads"]
-    head = f"Shape {shape}, {SHAPES[shape].tokens} tokens a step, bf16; {record.pairs} pairs in {len(record.sessions)} processes"
-    rows = [
-        f"{head}; base step {median_seconds(record, BASE):.3f} s; {_machine(threads)}.\n",
-        "| row | overhead, % [95 %] | half-width | pairs | in CPU time, % [95 %] | share of FLOPs, % | target, % | verdict |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for line in lines(record):
-        target = "holds 0" if line.key == TWIN else f"<= {line.target:.2f}"
-        cells = [
-            f"{TITLES[line.key]} (`{line.key}`)",
-            _interval(line.wall),
-            f"{line.wall.half_width:.2f}" if line.wall.half_width < float("inf") else "-",
-            str(record.pairs),
-            _interval(line.cpu),
-            f"{line.flops:.2f}",
-            target,
-            line.verdict,
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*rows, f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}"])
-
-
-def _interval(shift: "Shift") -> str:
-    interval = f" [{shift.low:+.2f}, {shift.high:+.2f}]" if shift.half_width < float("inf") else ""
-    return f"{shift.centre:+.2f}{interval}"
-
-
-def _markdown(table: "Table", titles: dict[str, str]) -> str:
-    rows = [
-        "| row | step, s | tokens/s | step time / base [95 %] | share of peak | peak RSS, GB | warm-up steps |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for line in table.lines:
-        cells = [
-            f"{titles[line.key]} (`{line.key}`)",
-            f"{line.seconds:.3f}",
-            f"{line.tokens_per_second:.0f}",
-            str(line.cost),
-            f"{100 * line.share:.1f} %",
-            f"{line.peak_rss / 1e9:.2f}",
-            str(line.warmup),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
 
 
 def _record(table: "Table", options: argparse.Namespace) -> dict[str, object]:

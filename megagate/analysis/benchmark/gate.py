@@ -14,10 +14,8 @@ lies, which stays as it is for a process's whole life and may favour one model, 
 another model is built first (with the base always first the twin seemed 0.5 [0.1, 0.9] % slower in processor time, 265 pairs).
 """
 
-import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megagate.analysis.benchmark import record as records
 from megagate.analysis.benchmark.interleave import Entrant, Series, run_rounds
 from megagate.analysis.benchmark.paired import Shift, paired_shift
 from megagate.analysis.benchmark.step import SHAPES, Shape, gated
@@ -41,7 +40,6 @@ Verdict = Literal["met", "missed", "not separable"]
 _WARMUP = 3
 _MEASURES = ("seconds", "cpu_seconds", "loss")
 _PACKAGE = __package__
-_ROOT = Path(__file__).parents[2]
 _STEP_FOLDERS = ("backend", "engine", "model", "nn", "parallel")
 
 
@@ -63,7 +61,11 @@ class Record:
     def empty(cls, conditions: Mapping[str, Any], gates: Sequence[str]) -> "Record":
         """Nothing yet."""
         models = cycle(gates)
-        return cls({**conditions, "code": code_digest()}, {model: {measure: [] for measure in _MEASURES} for model in models}, [])
+        return cls(
+            {**conditions, "code": records.code_digest(_STEP_FOLDERS)},
+            {model: {measure: [] for measure in _MEASURES} for model in models},
+            [],
+        )
 
     @property
     def pairs(self) -> int:
@@ -71,10 +73,8 @@ class Record:
         return sum(self.sessions)
 
     def write(self, path: Path) -> None:
-        """Replace the file at once: a stop leaves the last complete one."""
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(vars(self)) + "\n")
-        os.replace(part, path)
+        """Replace the file."""
+        records.write(path, vars(self))
 
     def resume(self, path: Path) -> None:
         """Take what the file holds.
@@ -92,12 +92,7 @@ class Record:
                 f"--json {path}: holds {', '.join(other.numbers)}, not complete rounds of {', '.join(self.numbers)};"
                 " give the same --rows or another name"
             )
-        for key, value in self.conditions.items():
-            if other.conditions.get(key) != value:
-                raise RunError(
-                    f"--json {path}: measured with {key} = {other.conditions.get(key)}, this run has {value}: the two cannot be one study;"
-                    " give another name"
-                )
+        records.require_same(path, other.conditions, self.conditions)
         self.numbers, self.sessions = other.numbers, other.sessions
 
 
@@ -230,10 +225,31 @@ def median_seconds(record: Record, model: str) -> float:
     return statistics.median(record.numbers[model]["seconds"])
 
 
-def code_digest() -> str:
-    """Of the code that is timed: pairs of two versions are no study."""
-    digest = hashlib.sha256()
-    for folder in _STEP_FOLDERS:
-        for path in sorted((_ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+def table(record: Record, *, machine: str) -> list[str]:
+    """Lines of markdown: what was measured where, and a row for each model beside the base."""
+    shape = record.conditions["shape"]
+    head = f"Shape {shape}, {SHAPES[shape].tokens} tokens a step, bf16; {record.pairs} pairs in {len(record.sessions)} processes"
+    rows = [
+        f"{head}; base step {median_seconds(record, BASE):.3f} s; {machine}.\n",
+        "| row | overhead, % [95 %] | half-width | pairs | in CPU time, % [95 %] | share of FLOPs, % | target, % | verdict |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines(record):
+        target = "holds 0" if line.key == TWIN else f"<= {line.target:.2f}"
+        cells = [
+            f"{TITLES[line.key]} (`{line.key}`)",
+            _interval(line.wall),
+            f"{line.wall.half_width:.2f}" if line.wall.half_width < float("inf") else "-",
+            str(record.pairs),
+            _interval(line.cpu),
+            f"{line.flops:.2f}",
+            target,
+            line.verdict,
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _interval(shift: Shift) -> str:
+    interval = f" [{shift.low:+.2f}, {shift.high:+.2f}]" if shift.half_width < float("inf") else ""
+    return f"{shift.centre:+.2f}{interval}"

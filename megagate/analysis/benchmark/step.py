@@ -156,3 +156,23 @@ def gated(model: ModelConfig, granularity: str | None) -> ModelConfig:
     if granularity is None:
         return model
     return replace(model, attention=replace(model.attention, gate=GateConfig("G1", granularity)))
+
+
+def markdown(table: Table) -> str:
+    """A row for each line."""
+    rows = [
+        "| row | step, s | tokens/s | step time / base [95 %] | share of peak | peak RSS, GB | warm-up steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in table.lines:
+        cells = [
+            f"{ROWS[line.key].title} (`{line.key}`)",
+            f"{line.seconds:.3f}",
+            f"{line.tokens_per_second:.0f}",
+            str(line.cost),
+            f"{100 * line.share:.1f} %",
+            f"{line.peak_rss / 1e9:.2f}",
+            str(line.warmup),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
