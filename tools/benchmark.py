@@ -251,7 +251,7 @@ def _fp8_study(options: argparse.Namespace, rows: Sequence[str], folder: Path) -
     how = {"rows": rows, "seeds": seeds, "folder": folder, "valid_tokens": valid_tokens, "jobs": options.jobs, "threads": options.threads}
     study(record, base, **how, save=save, tell=_tell)
     head = f"{path.name}, {record.conditions['steps']} steps of {base.train.global_batch_size * base.train.seq_len} tokens, "
-    head += f"{len(seeds)} seeds; validation on {valid_tokens} tokens; {machine}."
+    head += f"{len(seeds)} seeds; {valid_tokens} tokens to validate on; {machine}."
     return [f"{head}\n", *table(record, rows, seeds)]
 
 

@@ -11,16 +11,20 @@ from functools import lru_cache
 import pytest
 import ranks
 import torch
+from parity import fp8
 from parity.routing import Routing, steer
-from parity.sharded import BACKEND, CPU
+from parity.sharded import CPU
 from parity.variants import DENSE, MOE, VARIANTS
 
+from megagate.backend.build import build_backend
 from megagate.checkpoint.store import Piece
 from megagate.config.model import BalanceScope
 from megagate.config.rules import check
 from megagate.config.run import (
     AttentionSpan,
     DataConfig,
+    Fp8Config,
+    Fp8Recipe,
     GradDType,
     OptimConfig,
     OptimizerName,
@@ -42,6 +46,8 @@ from megagate.verify.trial import Outcome, build_model, reference_config, run_tr
 TOLERANCE = 1e-6
 """Of a number relative, of a tensor's element relative to the largest of its tensor."""
 BATCH, SEQUENCE, CLIP = 8, 8, 0.1
+HISTORY = 4
+"""Of delayed scaling: fewer micro-steps than a trial has."""
 LRS = {"sgd": 0.03, "adamw": 1e-3}
 MODELS = {
     "moe": MOE,
@@ -51,6 +57,7 @@ MODELS = {
     "unpadded": replace(MOE, vocab_size=256),
     "dense": DENSE,
     **VARIANTS,
+    **fp8.MODELS,
 }
 SEEDS = {
     "moe whose routes flip in bf16": 12,
@@ -91,6 +98,8 @@ class Case:
     routing: Routing = "free"
     expert_gain: float = 1.0
     attention: AttentionSpan = "causal"
+    recipe: Fp8Recipe = "none"
+    seq_len: int = SEQUENCE
 
     def __str__(self) -> str:
         """dp x tp x ep, then what is not usual."""
@@ -103,6 +112,7 @@ class Case:
         words += [self.optimizer] if self.optimizer != "sgd" else []
         words += [self.routing] if self.routing != "free" else []
         words += [f"{self.attention} attention"] if self.attention != "causal" else []
+        words += [self.recipe] if self.recipe != "none" else []
         return " ".join(words)
 
     @property
@@ -114,14 +124,18 @@ class Case:
             train=TrainConfig(
                 global_batch_size=BATCH,
                 micro_batch_size=BATCH // self.accumulation // dp,
-                seq_len=SEQUENCE,
+                seq_len=self.seq_len,
                 recompute=self.recompute,
             ),
             data=DataConfig(attention=self.attention),
             optim=OptimConfig(name=self.optimizer, lr=LRS[self.optimizer], weight_decay=self.weight_decay, grad_clip=CLIP),
             parallel=ParallelConfig(tp=self.tp, ep=self.ep, zero_stage=self.stage),
-            precision=PrecisionConfig(dtype=self.dtype, grad_dtype=self.grad_dtype),
+            precision=PrecisionConfig(dtype=self.dtype, grad_dtype=self.grad_dtype, fp8=self.fp8),
         )
+
+    @property
+    def fp8(self) -> Fp8Config:
+        return Fp8Config(self.recipe, emulate=True, amax_history=HISTORY) if self.recipe != "none" else Fp8Config()
 
     @property
     def seed(self) -> int:
@@ -157,7 +171,8 @@ def build_engine(case: Case, mesh: ParallelMesh) -> Engine:
 
 
 def _build_model(case: Case, config: RunConfig, mesh: ParallelMesh) -> LanguageModel:
-    model = build_model(config, mesh, backend=BACKEND, device=CPU, seed=case.seed)
+    backend = build_backend(config.precision, device=CPU, mesh=mesh)
+    model = build_model(config, mesh, backend=backend, device=CPU, seed=case.seed)
     steer(model, mesh, case.routing)
     for name, parameter in model.named_parameters():
         if ".experts." in name:

@@ -32,6 +32,8 @@ NUDGE = 1e-4
 """Of the twin's initial weights; bf16 keeps 8 bits of a number."""
 TAIL = 50
 """Steps at the end whose training losses are averaged."""
+LONGER = 10
+"""Than the config's is the validation, where the split has as much."""
 CODE = ("backend", "config", "data", "engine", "model", "nn", "parallel", "train")
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t for an interval of 95 %, of 1 to 10 degrees of freedom; the last also stands for more."""
@@ -52,7 +54,7 @@ class Numbers:
     """What a run ended with.
 
     Args:
-        val_loss: Of the whole validation split after the last step, nats.
+        val_loss: After the last step, nats.
         train_loss: Mean of the last `TAIL` steps, nats.
         step_seconds: Median.
     """
@@ -124,7 +126,7 @@ def keys(rows: Sequence[str], seeds: Sequence[int]) -> list[Key]:
 
 
 def run_config(base: RunConfig, key: Key, *, steps: int, valid_tokens: int, folder: Path) -> RunConfig:
-    """The job of one run: `base` on one rank, with the row's numbers, and a validation of the whole split at the end alone.
+    """The job of one run: `base` on one rank, with the row's numbers, and one long validation, at the end.
 
     Args:
         base: The config under study.
@@ -139,7 +141,7 @@ def run_config(base: RunConfig, key: Key, *, steps: int, valid_tokens: int, fold
         fp8 = Fp8Config(recipe=key.row, emulate=True, keep_high_precision=given.keep_high_precision, amax_history=history)
     dtype = "fp32" if key.row == EXACT else "bf16"
     share = steps / base.train.steps
-    batches = max(1, math.ceil(valid_tokens / (base.train.global_batch_size * base.train.seq_len)))
+    whole = math.ceil(valid_tokens / (base.train.global_batch_size * base.train.seq_len))
     schedule = base.schedule
     return replace(
         base,
@@ -149,7 +151,7 @@ def run_config(base: RunConfig, key: Key, *, steps: int, valid_tokens: int, fold
         schedule=replace(schedule, warmup_steps=int(schedule.warmup_steps * share), decay_steps=int(schedule.decay_steps * share)),
         parallel=type(base.parallel)(),
         precision=PrecisionConfig(dtype=dtype, grad_dtype=base.precision.grad_dtype, fp8=fp8),
-        eval=replace(base.eval, every=0, batches=batches, min_gain_nats=0.0, prompt=""),
+        eval=replace(base.eval, every=0, batches=min(whole, LONGER * base.eval.batches), min_gain_nats=0.0, prompt=""),
         wandb=replace(base.wandb, mode="disabled"),
     )
 
