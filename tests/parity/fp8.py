@@ -19,7 +19,6 @@ from megagate.backend.fp8.quantize import BLOCK, MX_BLOCK, Quantized, Tile, by_t
 from megagate.backend.native import NativeBackend
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.config.run import Fp8Config
-from megagate.engine.reference import ReferenceEngine
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import Axis, ParallelMesh
 
@@ -91,7 +90,12 @@ def _twice(self: operand.Delayed, amax: Tensor, *, update=operand.Delayed.update
     update(self, amax)
 
 
+def _of_all_that_comes(*args, unit: int, own=operand.operands, **kwargs) -> dict[str, operand.Operand]:
+    return own(*args, unit=1, **kwargs)
+
+
 MISTAKES = {
+    "scales of dp times the gradient": (backend, "operands", _of_all_that_comes),
     "scales of each rank's own amaxes": (backend, "maximum", lambda x, axis: x),
     "history that rolls twice": (operand.Delayed, "update", _twice),
     "a scale that is 10 % off": (operand, "scale_of", lambda amax, fp8: scale_of(1.1 * amax, fp8)),
@@ -101,24 +105,7 @@ MISTAKES = {
 """What is replaced by what."""
 
 
-# ---- one process that sees what the ranks see
-
-
-class ScaledReference(ReferenceEngine):
-    """The loss of a backward pass is dp times as large, as under DeepSpeed, which divides by dp what it sums.
-
-    A factor that is a power of two passes through scales that follow what they scale. Delayed scaling's first scale does not: it is 1.
-    """
-
-    dp = 1
-
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
-        super()._backward(loss * self.dp, last=last)
-
-    def _update(self, lr: float) -> tuple[float, bool]:
-        for master in self.masters.values():
-            master.grad /= self.dp
-        return super()._update(lr)
+# ---- one process that quantises what each rank would have
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ class Case:
 
     @property
     def fp8(self) -> Fp8Config:
-        return Fp8Config(self.recipe, emulate=True, amax_history=HISTORY) if self.recipe != "none" else Fp8Config()
+        history = {"amax_history": HISTORY} if self.recipe == "delayed" else {}
+        return Fp8Config(self.recipe, emulate=True, **history) if self.recipe != "none" else Fp8Config()
 
     @property
     def seed(self) -> int:

@@ -28,6 +28,7 @@ from torch import Tensor
 from megagate.backend.base import Part
 from megagate.backend.build import build_backend
 from megagate.config.run import Fp8Config, PrecisionConfig
+from megagate.engine.reference import ReferenceEngine
 from megagate.parallel.comm import gather, total
 from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.shard import Shard
@@ -94,14 +95,13 @@ def outcomes(case: Case, mistake: str = "") -> list[Outcome]:
 
 def alone(case: Case, *, kv_copies: int = 1) -> Outcome:
     """The plain model in this process, one for all layouts that see the same numbers."""
-    scale = case.world // case.tp if case.recipe == "delayed" else 1
-    return _alone(replace(case, world=1, tp=1, ep=1, stage=1, recompute=False), kv_copies, scale)
+    return _alone(replace(case, world=1, tp=1, ep=1, stage=1, recompute=False), kv_copies)
 
 
 @lru_cache
-def _alone(case: Case, kv_copies: int, scale: int) -> Outcome:
+def _alone(case: Case, kv_copies: int) -> Outcome:
     backend = build_backend(case.config.precision, device=CPU, mesh=ParallelMesh.single())
-    return _train(case, reference_config(case.config, dp=1), backend, kv_copies=kv_copies, scale=scale)
+    return _train(case, reference_config(case.config, dp=1), backend, kv_copies=kv_copies)
 
 
 def cut(case: Case) -> Outcome:
@@ -111,15 +111,13 @@ def cut(case: Case) -> Outcome:
     return _train(case, config, backend, kv_copies=max(1, case.tp // config.model.attention.num_kv_heads))
 
 
-def _train(case: Case, config, backend, *, kv_copies: int = 1, scale: int = 1) -> Outcome:
+def _train(case: Case, config, backend, *, kv_copies: int = 1) -> Outcome:
     mesh = ParallelMesh.single()
     model = build_model(config, mesh, backend=backend, device=CPU, seed=case.seed)
     if kv_copies > 1:
         fp8.repeat_kv_heads(model, kv_copies)
-    engine = fp8.ScaledReference(model, config, mesh)
-    engine.dp = scale
     with fp8.smooth_rounding():
-        found = run_trial(engine, seed=case.seed, device=CPU)
+        found = run_trial(ReferenceEngine(model, config, mesh), seed=case.seed, device=CPU)
     assert all(step.grad_norm > 2 * matrix.CLIP for step in found.steps), "clipping must be active"
     return found
 
@@ -163,17 +161,12 @@ def test_experts_alone_are_rounded_otherwise_by_blocks_of_tokens():
     assert worst(pieces_of(found, "outputs"), expected.outputs).worst <= TOLERANCE
 
 
-def test_data_parallel_ranks_scale_gradients_that_delayed_scaling_meets_with_its_first_scale():
-    """So that its first micro-step is not that of one process, but of one whose loss is dp times as large (`ScaledReference`)."""
-    case = EXACT[0]
-    assert_differs(outcomes(case), _alone(replace(case, world=1, tp=1, ep=1), 1, 1))
-
-
 @pytest.mark.parametrize(
     ("mistake", "case"),
     [
         ("scales of each rank's own amaxes", case("delayed", "dense", 2, 1, 1)),
         ("scales of each rank's own amaxes", case("delayed", "moe", 2, 2, 1)),
+        ("scales of dp times the gradient", case("delayed", "dense", 2, 1, 1)),
         ("history that rolls twice", case("delayed", "dense", 2, 1, 1, accumulation=4)),
         ("a scale that is 10 % off", case("current", "dense", 2, 2, 1)),
         ("blocks of half the size", case("blockwise", "dense", 2, 2, 1, accumulation=1)),
@@ -219,6 +212,9 @@ def run_sites(context: RankContext | None, recipe: str, partition: fp8.Partition
             part = gather(part.detach(), axis, dim)
         return part if summed is None else total(part, summed)
 
+    def gradient(x: Tensor, over: dict[int, Axis], summed: Axis | None = None) -> Tensor:
+        return joined(x.grad, over, summed) / mesh.dp.size
+
     for _ in range(MICRO_STEPS):
         tokens, inner = {1: mesh.tp, 0: mesh.dp}, {2: mesh.tp, 0: mesh.dp}
         x = given("x", SAMPLES, length, WIDTH, over=tokens)
@@ -228,18 +224,18 @@ def run_sites(context: RankContext | None, recipe: str, partition: fp8.Partition
         (a, b), _ = model.columns(x, weights)
         y = model.row(z, down)
         grads = [given(f"d{key}", SAMPLES, length, INNER, over=inner) for key in "ab"] + [given("dy", SAMPLES, length, WIDTH, over=tokens)]
-        torch.autograd.backward([a, b, y], [grad.detach() for grad in grads])
+        torch.autograd.backward([a, b, y], [mesh.dp.size * grad.detach() for grad in grads])  # as ZeRO's backward pass carries them
         backend.after_backward(model)
         found.append(
             {
                 "a": joined(a, inner),
                 "b": joined(b, inner),
                 "y": joined(y, tokens),
-                "dx": joined(x.grad, tokens),
-                "dz": joined(z.grad, inner),
+                "dx": gradient(x, tokens),
+                "dz": gradient(z, inner),
             }
-            | {f"d{key}": joined(weight.grad, {0: mesh.tp}, mesh.dp) for key, weight in zip(("wa", "wb"), weights, strict=True)}
-            | {"ddown": joined(down.grad, {1: mesh.tp}, mesh.dp)}
+            | {f"d{key}": gradient(weight, {0: mesh.tp}, mesh.dp) for key, weight in zip(("wa", "wb"), weights, strict=True)}
+            | {"ddown": gradient(down, {1: mesh.tp}, mesh.dp)}
         )
     return found
 
