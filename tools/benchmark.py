@@ -233,7 +233,7 @@ def _fp8(options: argparse.Namespace) -> int:
 
 def _fp8_study(options: argparse.Namespace, rows: Sequence[str], folder: Path) -> list[str]:
     """Lines of markdown."""
-    from megagate.analysis.benchmark.fp8 import Record, table
+    from megagate.analysis.benchmark.fp8 import Record, remark, table
     from megagate.analysis.benchmark.fp8_runs import prepare, study
     from megagate.config.cli import parse
 
@@ -252,7 +252,7 @@ def _fp8_study(options: argparse.Namespace, rows: Sequence[str], folder: Path) -
     study(record, base, **how, save=save, tell=_tell)
     head = f"{path.name}, {record.conditions['steps']} steps of {base.train.global_batch_size * base.train.seq_len} tokens, "
     head += f"{len(seeds)} seeds; {valid_tokens} tokens to validate on; {machine}."
-    return [f"{head}\n", *table(record, rows, seeds)]
+    return [f"{head}\n", *table(record, rows, seeds), remark(base, rows, steps=record.conditions["steps"])]
 
 
 def _problem_of_record(options: argparse.Namespace) -> str:

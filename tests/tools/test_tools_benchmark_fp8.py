@@ -27,6 +27,7 @@ from megagate.analysis.benchmark.fp8 import (
     gap,
     keys,
     numbers_of,
+    remark,
     run_config,
     table,
 )
@@ -126,6 +127,13 @@ def test_the_table_tells_effect_from_chance() -> None:
     assert cells["delayed"] == ["4.8967", "+0.0300 [+0.0275, +0.0325]", "+0.0300, +0.0310, +0.0290", "yes", "+0.0600 [+0.0550, +0.0650]"]
     assert cells[TWIN][3] == "no" and cells["mxfp8"][0] == "4.8250", "of the two seeds that it has"
     assert lines[-1].endswith("bf16 ends 4.9000, 4.7000, 5.0000 nats: a standard deviation of 0.1528.")
+
+
+def test_a_history_that_forgets_nothing_is_told() -> None:
+    assert "history of 1024 is no shorter than a run's 600 micro-steps" in remark(TINY, ["bf16", "delayed"], steps=600)
+    assert not remark(TINY, ["bf16", "delayed"], steps=1100) and not remark(TINY, ["bf16", "current"], steps=600)
+    accumulating = replace(TINY, train=replace(TINY.train, micro_batch_size=4))
+    assert not remark(accumulating, ["delayed"], steps=600), "two micro-steps in each step"
 
 
 def test_numbers_are_of_a_finished_run(tmp_path: Path) -> None:

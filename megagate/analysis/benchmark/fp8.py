@@ -220,6 +220,14 @@ def table(record: Record, rows: Sequence[str], seeds: Sequence[int]) -> list[str
     return lines
 
 
+def remark(base: RunConfig, rows: Sequence[str], *, steps: int) -> str:
+    """What has to be said of delayed scaling's history; nothing where there is nothing."""
+    length, micro_steps = base.precision.fp8.amax_history, steps * base.train.global_batch_size // base.micro_batch(1)
+    if "delayed" not in rows or length < micro_steps:
+        return ""
+    return f"\ndelayed: a history of {length} is no shorter than a run's {micro_steps} micro-steps: the largest amax decides to the end."
+
+
 def _interval(one: Gap) -> str:
     low, high = one.mean - one.half_width, one.mean + one.half_width
     return f"{one.mean:+.4f}" + ("" if math.isinf(one.half_width) else f" [{low:+.4f}, {high:+.4f}]")
