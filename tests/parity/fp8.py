@@ -139,7 +139,9 @@ class PartitionedBackend(EmulatedBackend):
         self.routed: tuple[Tensor, Tensor, int] | None = None
         """Token and expert of each row of the running layer, and the micro-step's samples."""
 
-    def column_linears(self, width: int, parts: Sequence[Part], *, tp: Axis) -> ColumnLinears:
+    def column_linears(
+        self, width: int, parts: Sequence[Part], *, tp: Axis, eps: float | None = None, gives_normed: bool = True
+    ) -> ColumnLinears:
         return _Columns(self._operands(), [self._is_rounded(part) for part in parts], self.partition)
 
     def row_linear(self, width: int, rows: int, *, tp: Axis) -> RowLinear:
