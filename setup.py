@@ -49,7 +49,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "hypothesis", "import-linter", "ruff", "megatron-core==0.16.1", "gigatoken", "lm-eval[hf]"],
-        "te": ["transformer-engine[pytorch]"],
+        "te": ["transformer-engine[pytorch]==2.20.2"],  # built from source: --no-build-isolation, see README.md
         "fast": ["gigatoken"],  # tokenizing for tools/preprocess_data.py; the tests hold its ids to those of tokenizers
         "eval": ["lm-eval[hf]"],  # examples/evaluate
     },
