@@ -39,7 +39,9 @@ TOKENS = batch(7, ALONE)[0].flatten(0, 1)
 class Separate(NativeBackend):
     """One GEMM per weight, so that a gate's rows change no other product."""
 
-    def column_linears(self, width: int, parts: Sequence[Part], *, tp: Axis) -> ColumnLinears:
+    def column_linears(
+        self, width: int, parts: Sequence[Part], *, tp: Axis, eps: float | None = None, gives_normed: bool = True
+    ) -> ColumnLinears:
         def products(x: Tensor, weights: Sequence[Tensor], norm: Norm | None = None) -> tuple[list[Tensor], Tensor]:
             normed = x if norm is None else norm(x)
             x = enter(normed, tp, dim=1)
