@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +45,9 @@ class Asked(NativeBackend):
         super().__init__(device)
         self.parts: list[tuple[Part, ...]] = []
 
-    def column_linears(self, width: int, parts: Sequence[Part], *, tp: Axis) -> ColumnLinears:
+    def column_linears(self, width: int, parts: Sequence[Part], **how: Any) -> ColumnLinears:
         self.parts.append(tuple(parts))
-        return super().column_linears(width, parts, tp=tp)
+        return super().column_linears(width, parts, **how)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
