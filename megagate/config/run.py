@@ -35,7 +35,8 @@ class TrainConfig:
         resume: `auto` goes on from the newest checkpoint of `output_dir`, `never` refuses a folder with checkpoints, anything else
             is the path of a checkpoint, or of a run, to start from; not read, which is said, once `output_dir` has its own.
         recompute: Recompute each block in the backward pass instead of keeping its activations.
-        on_nonfinite: What a loss or gradient norm that is not finite does: `stop` the run, or `skip` the step.
+        on_nonfinite: What a loss or gradient norm that is not finite does: `stop` the run, or `skip` the step; what an infinity that
+            FP8's delayed scaling saturates does: `stop` the run, or be told (`skip`).
     """
 
     steps: int = 1000

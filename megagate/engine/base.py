@@ -17,6 +17,7 @@ from megagate.checkpoint.store import Checkpoint, Piece
 from megagate.config.run import RunConfig
 from megagate.data.loader import IGNORE_INDEX
 from megagate.engine.optim import MOMENTS, fresh_state
+from megagate.engine.saturated import SaturationWatch
 from megagate.model.lm import LanguageModel, LossParts
 from megagate.nn.base import named_labels
 from megagate.nn.moe.balance import AuxLosses, BalanceLoss
@@ -34,6 +35,7 @@ class StepResult(NamedTuple):
         grad_norm: Global norm before clipping; inf or nan when a gradient is not finite.
         applied: Whether the parameters were changed.
         aux: The router's losses; None for a dense model.
+        saturated: The first tensor with an infinity that delayed scaling's cast made finite, as a sentence; empty where there was none.
     """
 
     loss: float
@@ -42,6 +44,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     applied: bool
     aux: AuxLosses | None
+    saturated: str = ""
 
 
 class Unmatched(NamedTuple):
@@ -108,11 +111,12 @@ class Engine(ABC):
         targets, context = self._measure(tokens, labels)
         balance = self._balance_loss(tokens)
         ce_sum = torch.zeros((), device=tokens.device)
-        last = len(tokens) - 1
+        last, watch = len(tokens) - 1, self._saturation_watch()
         for k, (loss, own) in enumerate(self._losses(self._forward, tokens, labels, targets=targets, balance=balance)):
             ce_sum += own
             self._backward(loss, last=k == last)
             self.model.backend.after_backward(self.model)
+            watch.look()
         grad_norm, applied = self._update(lr)
         self.applied_steps += applied
         loss, aux = total(ce_sum, self.mesh.dp).item() / max(1, targets), None
@@ -120,7 +124,7 @@ class Engine(ABC):
             aux, counts = balance.close()
             if applied:
                 self.model.follow_counts(counts)
-        return StepResult(loss, targets, context, grad_norm, applied, aux)
+        return StepResult(loss, targets, context, grad_norm, applied, aux, watch.close(self.mesh.world))
 
     def replay(self, tokens: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """The losses of a step's micro-steps, one after the other, as their backward passes are given them. Collective.
@@ -273,6 +277,9 @@ class Engine(ABC):
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(name in checkpoints, tensor) of what the model keeps beside parameters, equal on all ranks: the routers' biases."""
         return ((f"state/{name}", buffer) for name, buffer in self.model.named_buffers())
+
+    def _saturation_watch(self) -> SaturationWatch:
+        return SaturationWatch({name.removeprefix(PRECISION_STATE): kept for name, kept in self._kept().items()})
 
     def _kept(self) -> dict[str, Kept]:
         """What the model's products keep for their precision, by its name in checkpoints."""

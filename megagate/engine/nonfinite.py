@@ -22,7 +22,8 @@ def first_nonfinite(engine: Engine, tokens: Tensor, labels: Tensor) -> str:
     """The layer and the tensor that were the first not to be finite in a step, as a sentence; the same on all ranks. Collective.
 
     For after a step that was not applied: weights must be those that it had. Scales of delayed scaling have gone on since, which moves
-    no number by more than the rounding. An FP8 number of a quantiser whose scale is too large saturates, and is finite.
+    no number by more than the rounding. An infinity that such a scale saturates is finite from there on; `saturated.py` tells of those
+    whose step comes to a finite end.
 
     Costs a second step, and no gradient is kept. Nothing is changed: neither what the optimizer nor what the model keeps.
 

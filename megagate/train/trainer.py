@@ -83,7 +83,8 @@ class Trainer:
             The position reached, and the signal (0 when the run is finished). In both cases its checkpoint is saved.
 
         Raises:
-            RunError: A loss or norm was not finite and `train.on_nonfinite` is `stop`; the newest checkpoint stands.
+            RunError: A loss or norm, or a tensor that delayed scaling saturated, was not finite and `train.on_nonfinite` is `stop`; the
+                newest checkpoint stands.
         """
         progress = Progress(
             first=position.step, steps=self.config.train.steps, log_every=self.config.log.every, visible=self.world.rank == 0
@@ -175,6 +176,8 @@ class Trainer:
         self.saver.follow(self.engine, Followed(step, lr=lr, result=result, samples=samples, batch=batch))
         if not (result.applied and math.isfinite(result.loss)):
             self._not_finite(step, result, batch)
+        elif result.saturated:
+            self._saturated(step, result)
         tokens = step * self.config.train.global_batch_size * self.config.train.seq_len
         record = step_fields(step, result, lr=lr, tokens=tokens) | self.speed.fields(seconds, context=result.context)
         return replace(position, step=step, val_loss=None), record
@@ -185,7 +188,19 @@ class Trainer:
         if self.config.train.on_nonfinite == "skip" and not result.applied:
             logger.info("%s; the parameters keep their values (train.on_nonfinite: skip)", what)
             return
-        raise RunError(
+        raise self._stopped(what)
+
+    def _saturated(self, step: int, result: StepResult) -> None:
+        what = (
+            f"step {step}: {result.saturated}, which FP8's delayed scaling made its largest number: the loss is {result.loss} and the step "
+            "was applied with that"
+        )
+        if self.config.train.on_nonfinite == "stop":
+            raise self._stopped(what)
+        logger.info("%s; training goes on (train.on_nonfinite: skip)", what)
+
+    def _stopped(self, what: str) -> RunError:
+        return RunError(
             f"{what}; training stops (train.on_nonfinite: {self.config.train.on_nonfinite}) and the checkpoints in "
             f"{self.folder.checkpoints} stay as they were; lower optim.lr or raise schedule.warmup_steps, and start again in another "
             "train.output_dir"

@@ -69,7 +69,8 @@ def _row(sender: str, axis: str, kind: str, sent: Sent | None, least: Sent | Non
 def _shape(engine: Engine, tokens: Tensor, *, rows_out: int, rows_in: int) -> StepShape:
     config, mesh = engine.config, engine.mesh
     micro_steps, batch, seq_len = tokens.shape
-    scales = _delayed_scales(engine) if config.precision.fp8.emulate else []
+    kept = _delayed_scales(engine)
+    scales = kept if config.precision.fp8.emulate else []  # what Transformer Engine sends is not ours
     return StepShape(
         world=mesh.world.size,
         tp=mesh.tp.size,
@@ -85,6 +86,7 @@ def _shape(engine: Engine, tokens: Tensor, *, rows_out: int, rows_in: int) -> St
         documents=engine.model.eod_id is not None,
         dense_scales=sum(math.prod(shard.shape) for shard in scales if not shard.axis),
         expert_scales=sum(math.prod(shard.shape) for shard in scales if shard.axis),
+        histories=bool(kept),
     )
 
 

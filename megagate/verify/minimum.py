@@ -9,7 +9,7 @@ from megagate.config.model import ModelConfig
 from megagate.nn.loss import CHUNK_TOKENS
 from megagate.parallel.traffic import Kind, Sent, bytes_sent
 
-FP32, INT64 = 4, 8
+FP32, INT32, INT64 = 4, 4, 8
 """Bytes of an element."""
 
 
@@ -33,6 +33,7 @@ class StepShape:
         documents: Windows are cut into documents.
         dense_scales: Scales of delayed scaling that the world shares.
         expert_scales: Scales of delayed scaling of this rank's experts, which edp shares.
+        histories: Delayed scaling keeps histories, emulated or not, which are looked at for infinities.
     """
 
     world: int
@@ -50,6 +51,7 @@ class StepShape:
     documents: bool = False
     dense_scales: int = 0
     expert_scales: int = 0
+    histories: bool = False
 
     @property
     def tokens(self) -> int:
@@ -107,6 +109,7 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
     delayed scaling of emulated FP8, fp32 amaxes:
         dense amaxes       all_reduce  M AR(4 scales) over the world   (one of input, weight and gradient of each product in FP8)
         experts' amaxes    all_reduce  M AR(4 scales) over edp         (as many for each expert of this rank)
+        infinities         all_reduce  AR(4) over the world   (with Transformer Engine's delayed scaling, too)
     step:
         targets            all_reduce  AR(8) over dp, AR(16) where windows are cut into documents: their squared lengths too
         loss               all_reduce  AR(4) over dp
@@ -127,6 +130,7 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
         _all_reduce(what, axis, [FP32 * scales] * step.micro_steps * (scales > 0), step)
         for what, axis, scales in (("dense amaxes", "world", step.dense_scales), ("experts' amaxes", "edp", step.expert_scales))
     ]
+    terms.append(_all_reduce("infinities", "world", [INT32] * step.histories, step))
     return [*terms, _all_reduce("norm", "tp", [FP32] * step.norm_over_tp, step)]
 
 

@@ -2,64 +2,22 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import ranks
 import torch
 from parity.engines import Layout, Run, batch, build_engine, outcome, train
-from torch import Tensor, nn
+from parity.infinities import changed, changed_gradient, changed_output, held, overflow, saturate_each, with_one_inf
 
-from megagate.engine.base import Engine
+from megagate.backend.base import Kept
+from megagate.engine.base import StepResult
 from megagate.engine.nonfinite import first_nonfinite
+from megagate.engine.saturated import SaturationWatch
 from megagate.parallel.mesh import ParallelMesh
+from megagate.parallel.shard import Shard
 from megagate.parallel.spawn import RankContext
-
-
-@contextmanager
-def changed(engine: Engine, name: str, place: int, value: float) -> Iterator[None]:
-    """One number of a weight of this rank is another one for a while; the master keeps it."""
-    parameter = dict(engine.model.named_parameters())[name]
-    data = getattr(parameter, "ds_tensor", parameter).data.view(-1)  # stage 3 keeps a partition of it
-    before = data[place].clone()
-    data[place] = value
-    yield
-    data[place] = before
-
-
-@contextmanager
-def changed_output(engine: Engine, name: str, change: Callable[[Tensor], Tensor], *, backward: bool = False) -> Iterator[None]:
-    """What a part of the model gives, or the gradient that it is given."""
-
-    def alter(module: nn.Module, args: object, out: Tensor) -> Tensor:
-        if not backward:
-            return change(out)
-        if out.requires_grad:
-            out.register_hook(change)
-        return out
-
-    handle = engine.model.get_submodule(name).register_forward_hook(alter)
-    yield
-    handle.remove()
-
-
-@contextmanager
-def changed_gradient(engine: Engine, name: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Of a weight, from its product."""
-    handle = dict(engine.model.named_parameters())[name].register_hook(change)
-    yield
-    handle.remove()
-
-
-def overflow(gradient: Tensor) -> Tensor:
-    return gradient * 1e30 * 1e30
-
-
-def with_one_inf(out: Tensor) -> Tensor:
-    return torch.cat([out.flatten()[:-1], out.new_full((1,), torch.inf)]).view_as(out)
-
 
 FLAWS = {
     "weight": partial(changed, name="layers.1.attention.q.weight", place=35, value=torch.nan),
@@ -133,9 +91,38 @@ def test_the_reference_names_it_too():
     assert after == train_with_flaws(None, run, Layout(), False)[1]
 
 
-def test_an_infinite_weight_saturates_where_its_scale_is_of_earlier_steps():
-    """As Transformer Engine's own delayed scaling: nothing is there to be named."""
-    engine = build_engine(Run(fp8="delayed"), Layout(), ParallelMesh.single())
-    with FLAWS["expert"](engine):
-        step = engine.train_step(*batch(1, engine.mesh), lr=0.0)
-        assert step.applied and math.isfinite(step.loss)
+def saturated(context: RankContext | None, layout: Layout) -> dict[str, StepResult]:
+    mesh = ParallelMesh.build(tp=layout.tp, ep=layout.ep) if context else ParallelMesh.single()
+    return saturate_each(build_engine(Run(fp8="delayed"), layout, mesh))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, ep=2)], ids=str)
+def test_an_infinity_that_delayed_scaling_saturates_is_told(layout):
+    """The loss and the norm do not tell; a micro-step is enough, and all ranks hear of it."""
+    ran = ranks.run_ranks(saturated, 2, layout) if layout.world_size > 1 else [saturated(None, layout)]
+    for steps in ran:
+        assert all(step.applied and math.isfinite(step.loss) for step in steps.values())
+        assert {flaw: step.saturated for flaw, step in steps.items() if step.saturated} == held(layout.ep)
+
+
+def watched(*histories: list[float], experts: bool = False) -> str:
+    """Of one operand: what is told after micro-steps that leave these histories, the first of which was there before."""
+    live = torch.tensor([histories[0]] * 2 if experts else histories[0])
+    shard = Shard((4, 3), axis="ep", parts=2, index=1) if experts else Shard((3,))
+    watch = SaturationWatch({f"site.input.{name}": Kept(f"input.{name}", live, shard) for name in ("history", "scale")})
+    for history in histories[1:]:
+        live[..., :] = torch.tensor(history)
+        watch.look()
+    return watch.close(ParallelMesh.single().world)
+
+
+def test_an_infinity_is_told_once():
+    inf, told = torch.inf, "site's input held an infinity"
+    assert watched([0.0, 1.0, 2.0], [0.0, 2.0, inf]) == told
+    assert watched([0.0, 1.0, 2.0], [0.0, 2.0, inf], [0.0, inf, 3.0]) == told, "met in a micro-step that is not the last"
+    assert watched([0.0, 2.0, inf], [0.0, inf, inf]) == told, "one after the other"
+    assert watched([0.0, 2.0, inf], [0.0, inf, 1.0]) == "", "still in the history"
+    assert watched([0.0, 2.0, inf], [0.0, 2.0, inf]) == "", "an expert without rows, whose history stays"
+    assert watched([0.0], [0.0]) == "", "nothing is remembered"
+    both = watched([0.0, 1.0, 2.0], [0.0, 2.0, inf], experts=True)
+    assert both == "site's input (expert 2) held an infinity, and 1 more did"

@@ -82,6 +82,7 @@ class Case:
             norm_over_tp=self.stage == 0,
             chunk_tokens=self.chunk,
             dense_scales=self.delayed(2 * self.model.num_layers * (1 + bool(not self.model.is_moe or self.model.moe.shared_ffn_size))),
+            histories=self.fp8 == "delayed",
             expert_scales=self.delayed(2 * self.model.num_moe_layers * self.model.moe.num_experts // self.ep),
         )
 

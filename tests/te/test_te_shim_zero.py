@@ -3,11 +3,13 @@
 In bf16 the same as under the native backend, in FP8 as under emulated FP8; several micro-steps a step, fp32 masters, active clipping.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from parity.engines import Layout, Run, outcome, run_config, train
+from parity.infinities import held, saturate_each
 from parity.sharded import BACKEND, fill
 from te.te_backends import emulated_backend, te_backend
 from te.te_ranks import needs_te, run
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from megagate.backend.base import Backend
 from megagate.config.run import Fp8Config, PrecisionConfig, RunConfig
+from megagate.engine.base import Engine
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
@@ -41,11 +44,29 @@ def compared(_context: RankContext, layout: Layout, fp8: Fp8Config) -> list[str]
     return [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
-def trained(config: RunConfig, lr: float, mesh: ParallelMesh) -> dict[str, Tensor]:
+def test_an_infinity_that_delayed_scaling_saturates_is_told():
+    """From TE's own histories; see `parity/test_parity_nonfinite_named.py`."""
+    for found in run(saturated, 2, LAYOUTS[0], timeout=240):
+        assert found == held(LAYOUTS[0].ep)
+
+
+def saturated(_context: RankContext, layout: Layout) -> dict[str, str]:
+    config, mesh = run_config(Run(dtype="bf16"), layout), ParallelMesh.build(tp=layout.tp, ep=layout.ep)
+    fp8 = Fp8Config(recipe="delayed", amax_history=4)
+    steps = saturate_each(build_engine(replace(config, precision=replace(config.precision, backend="te", fp8=fp8)), mesh))
+    assert all(step.applied and math.isfinite(step.loss) for step in steps.values())
+    return {flaw: step.saturated for flaw, step in steps.items() if step.saturated}
+
+
+def build_engine(config: RunConfig, mesh: ParallelMesh) -> Engine:
     from megagate.engine.zero import ZeroEngine
 
     model = fill(LanguageModel(config.model, dtype=torch.bfloat16, backend=backend_of(config.precision, mesh), mesh=mesh))
-    engine = ZeroEngine(model, config, mesh)
+    return ZeroEngine(model, config, mesh)
+
+
+def trained(config: RunConfig, lr: float, mesh: ParallelMesh) -> dict[str, Tensor]:
+    engine = build_engine(config, mesh)
     after = outcome(engine, train(engine, range(STEPS), lr=lr), next_step=STEPS)
     assert all(step.applied for step in after.steps)
     numbers = {f"{name} of step {i}": torch.tensor(getattr(s, name)) for i, s in enumerate(after.steps) for name in ("loss", "grad_norm")}
