@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from train_jobs import Jobs, contents, metrics, numbers
 
@@ -51,6 +52,17 @@ def without_histories(path: Path, output: Path, *, promised: bool) -> Path:
         store.write_rank(store.begin(output, checkpoint.step), 0, [Piece(n, t.shape, (0,) * t.dim(), t) for n, t in whole.items()])
         told = {name: one for name, one in checkpoint.metadata[FINGERPRINT].items() if promised or name in names}
         store.publish(output, checkpoint.step, world_size=1, metadata=checkpoint.metadata | {FINGERPRINT: told})
+    return output / path.name
+
+
+def with_an_infinity(path: Path, output: Path) -> Path:
+    """The same checkpoint, without a fingerprint, whose second block has an infinity in a weight."""
+    with Checkpoint.open(path) as checkpoint:
+        whole = {name: checkpoint.read_whole(name) for name in checkpoint.tensors}
+        whole["master/layers.1.attention.q.weight"][3, 5] = torch.inf
+        store.write_rank(store.begin(output, checkpoint.step), 0, [Piece(n, t.shape, (0,) * t.dim(), t) for n, t in whole.items()])
+        metadata = {key: value for key, value in checkpoint.metadata.items() if key != FINGERPRINT}
+        store.publish(output, checkpoint.step, world_size=1, metadata=metadata)
     return output / path.name
 
 
@@ -141,3 +153,16 @@ def test_a_number_that_is_not_finite_is_named(jobs: Jobs, tmp_path: Path) -> Non
     job = jobs.run("--train.output_dir", tmp_path / "b", *DP2_EP2, *fp8, *explode, "--train.on_nonfinite", "skip", world=2)
     skipped = sum("skipped" in record for record in metrics(tmp_path / "b"))
     assert len(re.findall(named + "; the parameters keep", job.text)) == skipped > 0, job.text
+
+
+def test_an_infinity_that_delayed_scaling_saturates_is_named(jobs: Jobs, tmp_path: Path, whole: Path) -> None:
+    """Though the loss is finite: it stops the run, which saves nothing, or is told at each step."""
+    command = ("--train.resume", with_an_infinity(whole, tmp_path / "infinite"), *SHORT, *DELAYED, "--checkpoint.every", 1)
+    told = r"step (\d+): layers\.1\.attention\.project's weight held an infinity, which FP8's delayed scaling made its largest number: the "
+    told += r"loss is \d\.\d+ and the step was applied with that; training "
+    job = jobs.run("--train.output_dir", tmp_path / "a", *command, world=2, expect=2)
+    assert re.findall(told + r"stops \(train.on_nonfinite: stop\) and the checkpoints in \S+ stay", job.text) == ["11"], job.text
+    assert "Traceback" not in job.text and not list((tmp_path / "a").glob("checkpoints/*"))
+    job = jobs.run("--train.output_dir", tmp_path / "b", *command, "--train.on_nonfinite", "skip", world=2)
+    assert re.findall(told + r"goes on \(train.on_nonfinite: skip\)\n", job.text) == ["11", "12"], job.text
+    assert [record["step"] for record in metrics(tmp_path / "b") if "skipped" not in record] == [11, 12]
