@@ -122,6 +122,7 @@ def test_an_infinity_is_told_once():
     assert watched([0.0, 1.0, 2.0], [0.0, 2.0, inf]) == told
     assert watched([0.0, 1.0, 2.0], [0.0, 2.0, inf], [0.0, inf, 3.0]) == told, "met in a micro-step that is not the last"
     assert watched([0.0, 2.0, inf], [0.0, inf, inf]) == told, "one after the other"
+    assert watched([0.0, 2.0, inf], [0.0, inf, 3.0], [0.0, 3.0, inf]) == told, "another one"
     assert watched([0.0, 2.0, inf], [0.0, inf, 1.0]) == "", "still in the history"
     assert watched([0.0, 2.0, inf], [0.0, 2.0, inf]) == "", "an expert without rows, whose history stays"
     assert watched([0.0], [0.0]) == "", "nothing is remembered"
