@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megagate.backend.base import KeepsState, Kept
 from megagate.backend.documents import squared_lengths
+from megagate.backend.kept import put_back
 from megagate.checkpoint.reshard import flat_pieces, read_flat
 from megagate.checkpoint.saved_model import PRECISION_STATE
 from megagate.checkpoint.store import Checkpoint, Piece
@@ -23,6 +24,9 @@ from megagate.nn.base import named_labels
 from megagate.nn.moe.balance import AuxLosses, BalanceLoss
 from megagate.parallel.comm import total
 from megagate.parallel.mesh import ParallelMesh
+
+SCALE = ".scale"
+"""How the names of delayed scaling's scales end among what products keep."""
 
 
 class StepResult(NamedTuple):
@@ -99,6 +103,7 @@ class Engine(ABC):
         self.model, self.config, self.mesh = model, config, mesh
         self.labels = named_labels(model)
         self.applied_steps = 0  # skipped steps do not count: Adam's bias correction depends on it
+        self._scales: list[dict[str, Tensor]] = []  # of delayed scaling, before each micro-step of the last step and after it
 
     def train_step(self, tokens: Tensor, labels: Tensor, *, lr: float) -> StepResult:
         """Accumulate over micro-steps, clip, update.
@@ -111,12 +116,15 @@ class Engine(ABC):
         targets, context = self._measure(tokens, labels)
         balance = self._balance_loss(tokens)
         ce_sum = torch.zeros((), device=tokens.device)
+        scales = {name: kept.tensor for name, kept in self._kept().items() if name.endswith(SCALE)}
+        self._scales = [{name: scale.clone() for name, scale in scales.items()}]
         last, watch = len(tokens) - 1, self._saturation_watch()
         for k, (loss, own) in enumerate(self._losses(self._forward, tokens, labels, targets=targets, balance=balance)):
             ce_sum += own
             self._backward(loss, last=k == last)
             self.model.backend.after_backward(self.model)
             watch.look()
+            self._scales.append({name: scale.clone() for name, scale in scales.items()})
         grad_norm, applied = self._update(lr)
         self.applied_steps += applied
         loss, aux = total(ce_sum, self.mesh.dp).item() / max(1, targets), None
@@ -127,15 +135,21 @@ class Engine(ABC):
         return StepResult(loss, targets, context, grad_norm, applied, aux, watch.close(self.mesh.world))
 
     def replay(self, tokens: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        """The losses of a step's micro-steps, one after the other, as their backward passes are given them. Collective.
+        """The losses of the last step's micro-steps, one after the other, as their backward passes are given them. Collective.
+
+        Each with the scales of delayed scaling that it had in the step.
 
         Whoever asks does what he likes with their gradients, but that nothing may reach the parameters' own (`torch.autograd.grad`).
         Neither the engine nor what the model keeps is changed.
         """
         targets, _ = self._measure(tokens, labels)
-        with self.model.backend.unrecorded(self.model):
-            for loss, _ in self._losses(self.model, tokens, labels, targets=targets, balance=self._balance_loss(tokens)):
-                yield self._scaled(loss)
+        with self.model.backend.unrecorded(self.model), put_back(self.model):
+            kept = self._kept()
+            losses = self._losses(self.model, tokens, labels, targets=targets, balance=self._balance_loss(tokens))
+            for scales in self._scales[: len(tokens)]:
+                for name, scale in scales.items():
+                    kept[name].tensor.copy_(scale)
+                yield self._scaled(next(losses)[0])
 
     def _losses(
         self,

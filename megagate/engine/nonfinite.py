@@ -21,9 +21,9 @@ from megagate.parallel.mesh import Axis
 def first_nonfinite(engine: Engine, tokens: Tensor, labels: Tensor) -> str:
     """The layer and the tensor that were the first not to be finite in a step, as a sentence; the same on all ranks. Collective.
 
-    For after a step that was not applied: weights must be those that it had. Scales of delayed scaling have gone on since, so that what
-    they saturated may be another number now, and a step whose largest numbers jumped need not go wrong again. An infinity that such a
-    scale saturates is finite from there on; `saturated.py` tells of those whose step comes to a finite end.
+    For the last step, which was not applied: weights must be those that it had. Delayed scaling has the scales again that each micro-step
+    had. An infinity that such a scale saturates is finite from there on; `saturated.py` tells of those whose
+    step comes to a finite end.
 
     Costs a second step, and no gradient is kept. Nothing is changed: neither what the optimizer nor what the model keeps.
 
@@ -50,11 +50,7 @@ def first_nonfinite(engine: Engine, tokens: Tensor, labels: Tensor) -> str:
                 return found
     if not engine.replays_backward:
         return "not in the forward pass, done again; gradients cannot be looked at under ZeRO-3"
-    moved = any(isinstance(site, KeepsState) and site.kept_state() for site in engine.model.modules())
-    return (
-        "not in the passes of a micro-step, done again, but where gradients are summed over micro-steps or ranks, or in their norm"
-        + ", or with the scales of delayed scaling as they were before the step" * moved
-    )
+    return "not in the passes of a micro-step, done again, but where gradients are summed over micro-steps or ranks, or in their norm"
 
 
 class _Found(NamedTuple):
