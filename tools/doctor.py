@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s [--world N] [--backend te|emulated [--recipe NAME,...]] [--json FILE] [--timeout SECONDS] [--fault NAME] "
         "[--preset NAME] [--config F] [--KEY VALUE] ...",
         description="Shrinks your run to a minute's work, keeps its layout, precision and options, and compares it with one process on "
-        "plain PyTorch: losses, clip norm, every gradient and weight, bytes sent; with --backend instead compares the products of "
-        "Transformer Engine, or of emulated FP8, with plain PyTorch's in the same layout. Start it as "
+        "plain PyTorch: losses, clip norm, every gradient and weight, bytes sent, all without FP8; with --backend instead compares the "
+        "products of Transformer Engine, or of emulated FP8, with plain PyTorch's in the same layout. Start it as "
         "`deepspeed --num_gpus 4 tools/doctor.py --config F`, or, on CPUs, plainly with --world.",
     )
     parser.add_argument("--backend", choices=["te", "emulated"], default="", help="compare these kernels, layer by layer")

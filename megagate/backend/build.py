@@ -24,7 +24,7 @@ def build_backend(precision: PrecisionConfig, *, device: torch.device, mesh: Par
         raise ConfigError("\n".join(refused))
     native, fp8 = NativeBackend(device, norm=build_norm(precision, device=device)), precision.fp8
     if precision.backend == "te":
-        require_gpu("precision.backend", precision.backend, device=device, otherwise="native")
+        require_gpu("precision.backend", precision.backend, device=device)
         return TransformerEngineBackend(precision, device=device, mesh=mesh, norm=native.norm)
     if fp8.recipe == "none":
         return native
@@ -39,6 +39,6 @@ def build_norm(precision: PrecisionConfig, *, device: torch.device) -> NormFunct
     """
     if precision.norm == "native":
         return rms_norm
-    require_gpu("precision.norm", precision.norm, device=device, otherwise="native")
+    require_gpu("precision.norm", precision.norm, device=device)
     apex.require("precision.norm", kernels=apex.NORM_KERNELS, otherwise="native")
     return apex.rms_norm

@@ -16,13 +16,12 @@ from megagate.backend.base import AttentionCore, Chosen, ColumnLinears, GroupedL
 from megagate.backend.blockwise import causal_attention
 from megagate.backend.documents import Documents
 from megagate.config.model import MoEConfig
+from megagate.config.precision_rules import SIZE_MULTIPLE
 from megagate.parallel.comm import enter, leave
 from megagate.parallel.mesh import Axis, ParallelMesh
 
 CPU_ROW_MULTIPLE = 32
 """oneDNN compiles a kernel for every row count it has not seen, which dominates a dropless step; multiples of 32 make counts repeat."""
-GPU_ROW_MULTIPLE = 16
-"""What FP8 grouped GEMMs need."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_WIDTH_MULTIPLE, FLASH_WIDEST = 8, 256
 """Head widths that PyTorch's flash kernel takes as they are."""
@@ -46,7 +45,7 @@ class NativeBackend:
     """
 
     def __init__(self, device: torch.device, *, norm: NormFunction = rms_norm):
-        self.row_multiple = GPU_ROW_MULTIPLE if device.type == "cuda" else CPU_ROW_MULTIPLE
+        self.row_multiple = SIZE_MULTIPLE if device.type == "cuda" else CPU_ROW_MULTIPLE
         self._norm = norm
 
     def of_layer(self, index: int, num_layers: int) -> "NativeBackend":

@@ -31,15 +31,12 @@ from megagate.backend import routing
 from megagate.backend.base import AttentionCore, Chosen, ColumnLinears, GroupedLinear, Part, Permuted, RowLinear
 from megagate.backend.kept import put_back
 from megagate.backend.te_sites import Attention, Columns, Experts, Region, Row, Splits
+from megagate.config.hardware import INSTALL, TE_VERSION
 from megagate.config.model import MoEConfig
+from megagate.config.precision_rules import SIZE_MULTIPLE, size_multiple
 from megagate.config.run import Fp8Config, PrecisionConfig
 from megagate.errors import ConfigError
 from megagate.parallel.mesh import Axis, ParallelMesh
-
-VERSION = "2.20.2"
-INSTALL = f"pip install --no-build-isolation 'transformer_engine[pytorch]=={VERSION}'"
-ROW_MULTIPLE, MX_ROW_MULTIPLE = 16, 32
-"""What FP8 products need of the rows of an expert: `get_align_size_for_quantization` (quantization.py:262)."""
 
 Restore = tuple[Tensor, torch.Size]
 """TE's map of rows, and the shape of what was permuted."""
@@ -61,8 +58,8 @@ def load(key: str = "precision.backend", otherwise: str = "native") -> Any:
         from transformer_engine.pytorch import router  # noqa: F401, PLC0415 - an optional package
     except (ImportError, OSError) as error:
         raise ConfigError(
-            f"{key} (te) needs Transformer Engine {VERSION} with its PyTorch extension, which cannot be imported here ({error}); "
-            f"install it by `{INSTALL}`, or set {key} {otherwise}"
+            f"{key} (te) needs Transformer Engine {TE_VERSION} with its PyTorch extension, which cannot be imported here ({error}); "
+            f"install it by `{INSTALL['transformer_engine']}`, or set {key} {otherwise}"
         ) from error
     return pytorch
 
@@ -135,7 +132,7 @@ class TransformerEngineBackend:
         state = {"is_delayed": fp8.recipe == "delayed", "unit": mesh.dp.size}
         self.dense = Region(self.te, self.recipe, mesh.world.group, **state, inner=self.recipe is None)
         self.experts = self._region_of_experts(fp8)
-        self.row_multiple = MX_ROW_MULTIPLE if fp8.recipe == "mxfp8" else ROW_MULTIPLE
+        self.row_multiple = max(SIZE_MULTIPLE, size_multiple(fp8))
         self.splits, self.amaxes = Splits(), list[Tensor]()
 
     def _region_of_experts(self, fp8: Fp8Config) -> Region:

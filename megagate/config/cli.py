@@ -53,7 +53,7 @@ def parse(argv: Sequence[str], *, prog: str) -> RunConfig:
     settings = namespace.as_dict()
     del settings["config"], settings["preset"]
     print_config = settings.pop("print_config")
-    config = from_dict(settings)
+    config = from_dict(settings, places={name: ", ".join(places) for name, places in origins.items()})
     if print_config:
         sys.stdout.write(to_yaml(config))
         raise SystemExit(0)

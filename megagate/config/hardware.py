@@ -10,9 +10,11 @@ from types import MappingProxyType
 from megagate.config.keys import flatten
 from megagate.config.run import Fp8Recipe, RunConfig
 
+TE_VERSION = "2.20.2"
+"""Of Transformer Engine, whose sources every call was checked against."""
 INSTALL: Mapping[str, str] = MappingProxyType(
     {
-        "transformer_engine": "pip install --no-build-isolation 'transformer-engine[pytorch]==2.20.2'",
+        "transformer_engine": f"pip install --no-build-isolation 'transformer-engine[pytorch]=={TE_VERSION}'",
         "apex": "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
         "pip install -v --no-build-isolation .",
     }
@@ -110,16 +112,20 @@ def hardware_rules(config: RunConfig, hardware: Hardware) -> Iterator[str]:
 
 def _kernel_rules(key: str, value: str, kernels: Kernels, hardware: Hardware) -> Iterator[str]:
     if not (hardware.runs_cuda if kernels.cuda_only else hardware.capability):
-        emulated = "; FP8 is emulated anywhere by precision.fp8.emulate" if key == "precision.backend" else ""
-        found = "none" if hardware.capability is None else "one that is not NVIDIA's"
-        gpu = "a CUDA GPU" if kernels.cuda_only else "a GPU"
-        yield f"{key} ({value}) needs {gpu}, and PyTorch finds {found} here; set {key} to {_ANYWHERE[key]}{emulated}"
+        yield needs_gpu(key, value, found="none" if hardware.capability is None else "one that is not NVIDIA's")
     elif kernels.package and kernels.package not in hardware.packages:  # whoever has no GPU need not install anything
         other = " (PyPI's package `apex` is another project)" if kernels.package == "apex" else ""
         yield (
             f"{key} ({value}) needs the package {kernels.package}, which is not installed; install it with "
             f"`{INSTALL[kernels.package]}`{other}, or set {key} to {_ANYWHERE[key]}"
         )
+
+
+def needs_gpu(key: str, value: str, *, found: str = "none") -> str:
+    """The message about a value of a key whose kernels are for GPUs (`GPU_VALUES`), where there is none, or another maker's."""
+    emulated = "; FP8 is emulated anywhere by precision.fp8.emulate" if key == "precision.backend" else ""
+    gpu = "a CUDA GPU" if GPU_VALUES[key][value].cuda_only else "a GPU"
+    return f"{key} ({value}) needs {gpu}, and PyTorch finds {found} here; set {key} to {_ANYWHERE[key]}{emulated}"
 
 
 def _recipe_rules(recipe: Fp8Recipe, hardware: Hardware) -> Iterator[str]:

@@ -4,8 +4,9 @@ import difflib
 import functools
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
 from megagate.config.run import RunConfig
@@ -93,24 +94,28 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return {name: functools.reduce(getattr, name.split("."), config) for name in all_keys()}
 
 
-def from_dict(settings: Mapping[str, Any]) -> RunConfig:
+def from_dict(settings: Mapping[str, Any], *, places: Mapping[str, str] = MappingProxyType({})) -> RunConfig:
     """The config that nested (or dotted) settings describe; what they leave out has its default.
+
+    Args:
+        settings: The values.
+        places: Where keys were written, for messages.
 
     Raises:
         ConfigError: A key is unknown, or a value is of the wrong type.
     """
-    return typing.cast(RunConfig, _build(RunConfig, dict(_leaves(settings, prefix="")), prefix=""))
+    return typing.cast(RunConfig, _build(RunConfig, dict(_leaves(settings, prefix="", places=places)), prefix=""))
 
 
-def _leaves(settings: Mapping[str, Any], *, prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(settings: Mapping[str, Any], *, prefix: str, places: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     for part, value in settings.items():
         name = f"{prefix}{part}"
         if isinstance(value, Mapping):
-            yield from _leaves(value, prefix=f"{name}.")
+            yield from _leaves(value, prefix=f"{name}.", places=places)
         elif (key := all_keys().get(name)) is None:
             raise ConfigError(unknown_key(name))
         elif not key.accepts(value):
-            raise ConfigError(wrong_type(key, value))
+            raise ConfigError(wrong_type(key, value, where=places.get(name, "")))
         else:
             yield name, value
 
@@ -164,10 +169,32 @@ def wrong_type(key: Key, value: Any, *, where: str = "") -> str:
         return f"{key.name} ({value!r}{place}) must be {_TYPE_RULES[key.type]}"
     listed = ", ".join(key.choices)
     if key.is_list:
-        return f"{key.name} ({value!r}{place}) must be a list of some of {listed}, each once; write [{', '.join(key.default)}]"
-    near = difflib.get_close_matches(str(value), key.choices, n=1, cutoff=_NEAR_ENOUGH)
-    remedy = f"did you mean {near[0]}?" if near else f"its default is {key.default}"
+        shown = _as_list(value) if isinstance(value, (list, tuple)) else repr(value)
+        return f"{key.name} ({shown}{place}) must be a list of some of {listed}, each once; {_list_remedy(key, value)}"
+    near = _nearest_choice(key, value)
+    remedy = f"did you mean {near}?" if near else f"its default is {key.default}"
     return f"{key.name} ({value!r}{place}) must be one of {listed}; {remedy}"
+
+
+def _list_remedy(key: Key, value: Any) -> str:
+    """What to write instead of a list, or of one element of it, that its key does not accept."""
+    elements = list(value) if isinstance(value, (list, tuple)) else [value]
+    unknown = [one for one in elements if one not in key.choices]
+    for one in unknown:
+        if near := _nearest_choice(key, one):
+            return f"did you mean {near}?"
+    if unknown:
+        return f"its default is {_as_list(key.default)}"
+    twice = [one for place, one in enumerate(elements) if one in elements[:place]]
+    return f"name {', '.join(dict.fromkeys(twice))} once" if twice else f"write {_as_list(elements)}"
+
+
+def _as_list(values: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, values))}]"
+
+
+def _nearest_choice(key: Key, value: Any) -> str | None:
+    return next(iter(difflib.get_close_matches(str(value), key.choices, n=1, cutoff=_NEAR_ENOUGH)), None)
 
 
 def _nearest_key(name: str) -> str | None:

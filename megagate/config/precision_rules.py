@@ -87,22 +87,20 @@ def _keep_rules(config: RunConfig) -> Iterator[str]:
         reasons = "; ".join(f"{part}: {why}" for part, why in missing.items())
         yield f"{key} must hold {', '.join(missing)}, which have no FP8 form ({reasons}); add {', '.join(missing)}"
     if layers > 0 and not fp8_layers(config):
+        # Of a single block both must go.
+        ends = (" and " if layers == 1 else " or ").join(part for part in ("first_layers", "last_layers") if part in keep)
         yield (
-            f"{key} leaves none of model.num_layers ({layers}) blocks in FP8; leave out first_layers or last_layers, or set "
+            f"{key} leaves none of model.num_layers ({layers}) blocks in FP8; leave out {ends}, or set "
             "precision.fp8.recipe to none"
         )
 
 
 def _run_rules(config: RunConfig) -> Iterator[str]:
     """What FP8 asks of the rest of a run."""
-    recipe, emulate, history = config.precision.fp8.recipe, config.precision.fp8.emulate, config.precision.fp8.amax_history
+    recipe, emulate = config.precision.fp8.recipe, config.precision.fp8.emulate
     where = f"where precision.fp8.recipe is {recipe}"
-    if recipe != "delayed" and history != Fp8Config.amax_history:
-        yield (
-            f"precision.fp8.amax_history ({history}) is read where precision.fp8.recipe is delayed, it is {recipe}, whose scales have no "
-            "history; leave precision.fp8.amax_history out"
-        )
-    if config.precision.backend == "te" and config.precision.dtype == "fp32":
+    # With both, `kernel_rules` has said what to change, and this one would send the reader back.
+    if config.precision.backend == "te" and not emulate and config.precision.dtype == "fp32":
         yield (
             f"precision.dtype (fp32) must be bf16 {where} and precision.backend te: its FP8 products are made for bf16 activations; set "
             "precision.dtype to bf16, or precision.fp8.emulate to true and precision.backend to native"

@@ -104,7 +104,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "schedule.warmup_steps": _AT_LEAST_0,
         "schedule.decay_steps": _AT_LEAST_0,
         "schedule.min_lr": _AT_LEAST_0,
-        "precision.fp8.amax_history": _AT_LEAST_1,
+        "precision.fp8.amax_history": Range(1, 65536),  # read whole each micro-step, 256 KB for each of the model's scales
         "parallel.tp": _AT_LEAST_1,
         "parallel.ep": _AT_LEAST_1,
         "checkpoint.every": _AT_LEAST_0,

@@ -89,7 +89,7 @@ def require_implementation(config: OptimConfig, *, device: torch.device, load_de
     """
     if config.implementation == "torch":
         return
-    require_gpu(KEY, config.implementation, device=device, otherwise="torch")
+    require_gpu(KEY, config.implementation, device=device)
     if config.implementation == "apex":
         apex.require(KEY, kernels=apex.OPTIMIZER_KERNELS, otherwise="torch")
     elif config.implementation == "te":

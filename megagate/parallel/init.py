@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megagate.config.hardware import INSTALL, Hardware
+from megagate.config.hardware import INSTALL, Hardware, needs_gpu
 from megagate.errors import ConfigError
 
 
@@ -53,20 +53,19 @@ def pick_device(local_rank: int, *, local_size: int = 1) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def require_gpu(key: str, value: str, *, device: torch.device, otherwise: str) -> None:
-    """Refuse a value of a config key whose kernels are for GPUs alone.
+def require_gpu(key: str, value: str, *, device: torch.device) -> None:
+    """Refuse a value of a config key whose kernels are for GPUs alone. Whose GPU it is, is a rule of start-up (`hardware_rules`).
 
     Args:
         key: The config key.
         value: What it is.
         device: Of this rank.
-        otherwise: The value of `key` that needs no GPU.
 
     Raises:
         ConfigError: This rank has none.
     """
     if device.type != "cuda":
-        raise ConfigError(f"{key} ({value}) needs a CUDA GPU, and PyTorch finds none here; set {key} to {otherwise}")
+        raise ConfigError(needs_gpu(key, value))
 
 
 def read_hardware(device: torch.device) -> Hardware:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from megagate.config.model import ModelConfig
+from megagate.config.precision_rules import SIZE_MULTIPLE
 
 Core = Literal["flash", "blockwise"]
 """The attention kernel. `flash` (GPUs) keeps q, k, v, its output and one number per query; `blockwise` (CPUs) keeps q, k and v only."""
@@ -50,7 +51,7 @@ class Micro:
     ep: int = 1
     element: int = 2
     core: Core = "flash"
-    row_multiple: int = 16
+    row_multiple: int = SIZE_MULTIPLE
     expert_rows: tuple[tuple[int, int], ...] | None = None
     share: int = 1
     documents: bool = False

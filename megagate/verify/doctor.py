@@ -7,7 +7,7 @@ import torch
 from megagate.backend.build import build_backend
 from megagate.config.hardware import Hardware
 from megagate.config.rules import check
-from megagate.config.run import RunConfig
+from megagate.config.run import Fp8Config, Fp8Recipe, RunConfig
 from megagate.engine.reference import ReferenceEngine
 from megagate.engine.zero import ZeroEngine
 from megagate.errors import RunError
@@ -36,12 +36,14 @@ class Order:
         asked: Layout of the user's run, (tp, ep); the run's own where it fits.
         world_size: Ranks.
         fault: Name of a fault to put in, or empty.
+        left_out: The run's recipe of FP8, which is not part of the examination: FP8 has steps, so that two sound layouts drift apart.
     """
 
     config: RunConfig
     asked: tuple[int, int]
     world_size: int
     fault: str = ""
+    left_out: Fp8Recipe = "none"
 
     @property
     def reduced(self) -> bool:
@@ -50,7 +52,7 @@ class Order:
 
 
 def order(config: RunConfig, *, world_size: int, gpu: bool, fault: str = "", hardware: Hardware | None = None) -> Order:
-    """What to do for a user's run on `world_size` ranks.
+    """What to do for a user's run on `world_size` ranks; its kernels stay, in the precision that they have without FP8.
 
     Args:
         config: The user's run.
@@ -66,11 +68,11 @@ def order(config: RunConfig, *, world_size: int, gpu: bool, fault: str = "", har
     resolved = replace(config, precision=replace(config.precision, dtype=("bf16" if gpu else "fp32") if dtype == "auto" else dtype))
     fitted = fit_layout(resolved, world_size=world_size)
     check(fitted, world_size=world_size, hardware=hardware)
-    small = shrink(fitted, world_size=world_size)
+    small = shrink(replace(fitted, precision=replace(fitted.precision, fp8=Fp8Config())), world_size=world_size)
     check(small, world_size=world_size)
     if fault:
         check_fault(fault, small, world_size=world_size)
-    return Order(small, (config.parallel.tp, config.parallel.ep), world_size, fault)
+    return Order(small, (config.parallel.tp, config.parallel.ep), world_size, fault, left_out=config.precision.fp8.recipe)
 
 
 def examine_local(context: RankContext, order: Order) -> Diagnosis | None:

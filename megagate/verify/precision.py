@@ -123,9 +123,8 @@ def precision_order(
 
 def precision_of(precision: PrecisionConfig, examined: Examined, recipe: str) -> PrecisionConfig:
     """The precision of a run that is compared with plain PyTorch."""
-    history = precision.fp8.amax_history if recipe == "delayed" else Fp8Config.amax_history
     emulate = examined == "emulated"
-    fp8 = replace(precision.fp8, recipe="none" if recipe == HIGH else recipe, emulate=emulate, amax_history=history)
+    fp8 = replace(precision.fp8, recipe="none" if recipe == HIGH else recipe, emulate=emulate)
     return replace(precision, backend="native" if emulate else "te", fp8=fp8)
 
 

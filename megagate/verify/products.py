@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from megagate.backend.base import AttentionCore, Backend, ColumnLinears, GroupedLinear, Norm, Part, RowLinear
 from megagate.backend.documents import Documents
 from megagate.backend.native import NativeBackend
+from megagate.config.precision_rules import MX_SIZE_MULTIPLE
 from megagate.nn.norm import RMSNorm
 from megagate.parallel.mesh import Axis, ParallelMesh
 
-ROW_MULTIPLE = 32
-"""Of experts' rows: what every recipe's grouped products take."""
 Kind = Literal["column", "row", "grouped", "attention", "norm"]
 
 
@@ -91,7 +90,7 @@ class WatchedBackend(NativeBackend):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.row_multiple = ROW_MULTIPLE
+        self.row_multiple = MX_SIZE_MULTIPLE  # the largest, which every recipe's grouped products take
 
     def column_linears(self, width: int, parts: Sequence[Part], **how: Any) -> ColumnLinears:
         """See `Backend`."""

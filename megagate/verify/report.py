@@ -10,14 +10,14 @@ from megagate.verify.diagnosis import Diagnosis, Row
 from megagate.verify.doctor import Order
 from megagate.verify.precision import PrecisionOrder
 
-REDUCED = " (reduced layout)"
+REDUCED, WITHOUT_FP8 = " (reduced layout)", " (without FP8)"
 
 
 def verdict(order: Order, diagnosis: Diagnosis) -> str:
     """The last line."""
     if diagnosis.causes:
         return f"FAIL: {'; '.join(diagnosis.causes)}"
-    return f"PASS{REDUCED if order.reduced else ''}"
+    return f"PASS{REDUCED if order.reduced else ''}{WITHOUT_FP8 if order.left_out != 'none' else ''}"
 
 
 def first_line(order: Order | PrecisionOrder) -> str:
@@ -34,7 +34,8 @@ def render(order: Order, diagnosis: Diagnosis) -> str:
     """All that was found, as text."""
     bf16 = order.config.precision.dtype == "bf16"
     error = "x bf16 rounding" if bf16 else "worst error"
-    lines = [first_line(order), _run_line(order.config), *([f"with the fault {order.fault}"] if order.fault else []), ""]
+    lines = [first_line(order), _run_line(order.config), *([f"with the fault {order.fault}"] if order.fault else [])]
+    lines += [*([_left_out_line(order)] if order.left_out != "none" else []), ""]
     rows = [("parameters", "gradient ratio", error, "verdict"), *map(_cells, diagnosis.gradients + diagnosis.later)]
     lines += [*table(rows), ""]
     weights = [("weights", "ratio", "difference", "verdict"), *map(_cells, (diagnosis.initial, diagnosis.updates, *diagnosis.weights))]
@@ -63,6 +64,7 @@ def record(order: Order, diagnosis: Diagnosis) -> dict[str, Any]:
             "layout": layout,
             "precision": order.config.precision.dtype,
             "fault": order.fault,
+            "left_out": {"precision.fp8.recipe": order.left_out} if order.left_out != "none" else {},
             **found,
         }
     )
@@ -75,6 +77,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _left_out_line(order: Order) -> str:
+    kernels = "te" if order.config.precision.backend == "te" else "emulated"
+    return f"precision.fp8 ({order.left_out}) is not part of this: `--backend {kernels}` looks at it, product by product"
 
 
 def _run_line(config: RunConfig) -> str:

@@ -7,8 +7,9 @@ import torch
 
 from megagate.backend.build import build_backend
 from megagate.backend.native import NativeBackend
-from megagate.backend.te import INSTALL, TransformerEngineBackend, fused_adam
+from megagate.backend.te import TransformerEngineBackend, fused_adam
 from megagate.backend.te_sites import Splits
+from megagate.config.hardware import INSTALL
 from megagate.config.run import PrecisionConfig
 from megagate.errors import ConfigError
 from megagate.parallel.mesh import ParallelMesh
@@ -33,7 +34,7 @@ def test_its_absence_is_told_with_what_installs_it(use, key, otherwise, monkeypa
         use()
     message = str(caught.value)
     assert message.startswith(f"{key} (te) needs Transformer Engine 2.20.2")
-    assert f"install it by `{INSTALL}`, or set {key} {otherwise}" in message
+    assert f"install it by `{INSTALL['transformer_engine']}`, or set {key} {otherwise}" in message
 
 
 def test_it_is_not_built_without_a_gpu():

@@ -264,6 +264,38 @@ def test_a_wrong_choice_lists_the_choices() -> None:
     assert "must be one of adamw, sgd" in refusal("--optim.name", "zzz")
 
 
+KEEP = "precision.fp8.keep_high_precision"
+SOME = "must be a list of some of embedding, head, router, gate, first_layers, last_layers, each once"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("[gate, head, gate]", f"{KEEP} ([gate, head, gate], PLACE) {SOME}; name gate once"),
+        ("[gate, haed]", f"{KEEP} ('haed', PLACE) {SOME}; did you mean head?"),
+        ("haed", f"{KEEP} ('haed', PLACE) {SOME}; did you mean head?"),
+        ("gate", f"{KEEP} ('gate', PLACE) {SOME}; write [gate]"),
+        ("[gate, 3]", f"{KEEP} ('3', PLACE) {SOME}; its default is [embedding, head, router, gate]"),
+    ],
+)
+def test_a_wrong_list_is_told_by_its_element(tmp_path: Path, value: str, told: str) -> None:
+    assert refusal(f"--{KEEP}", value) == told.replace("PLACE", "on the command line")
+    path = write(tmp_path, "a.yaml", f"\n{KEEP}: {value}\n")
+    assert refusal("--config", path) == told.replace("PLACE", f"{path} line 2")
+
+
+def test_wrong_lists_without_a_command_line() -> None:
+    for value, shown, remedy in (
+        (["gate", "haed"], "[gate, haed]", "did you mean head?"),
+        (("gate", "head", "gate", "head"), "[gate, head, gate, head]", "name gate, head once"),
+        (["gate", ["gate"]], "[gate, ['gate']]", "did you mean gate?"),
+        (None, "None", "its default is [embedding, head, router, gate]"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            from_dict({KEEP: value})
+        assert str(caught.value) == f"{KEEP} ({shown}) {SOME}; {remedy}"
+
+
 def test_a_key_set_twice_in_one_file(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "train:\n  steps: 1\n  seed: 2\n  steps: 3\n")
     assert refusal("--config", path) == f"train.steps is set twice in {path} (lines 2 and 4); keep one of them"

@@ -71,6 +71,7 @@ def test_an_emulation_needs_a_recipe_and_native_kernels() -> None:
     )
     assert violations(recipe("delayed", TE, EMULATED)) == [both]
     assert both in violations({**TE, **EMULATED})
+    assert violations(recipe("delayed", TE, EMULATED, {"precision.dtype": "fp32"})) == [both], "fp32 is free once the kernels are native"
 
 
 def test_te_in_fp8_is_in_bf16() -> None:
@@ -103,17 +104,13 @@ def test_stage_3_is_refused(how: dict[str, Any], why: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_history_is_of_delayed_scaling(name: str) -> None:
-    lines = violations(recipe(name, EMULATED, {"precision.fp8.amax_history": 16}))
-    assert lines == (
-        []
-        if name == "delayed"
-        else [
-            f"precision.fp8.amax_history (16) is read where precision.fp8.recipe is delayed, it is {name}, whose scales have no history; "
-            "leave precision.fp8.amax_history out"
-        ]
-    )
-    assert violations({"precision.fp8.amax_history": 16}) == [], "a run without FP8 to compare with may share a file of settings"
+def test_a_history_has_a_length(name: str) -> None:
+    """Runs to compare with, of other recipes or without FP8, may share a file of settings."""
+    key = "precision.fp8.amax_history"
+    for settings in (recipe(name, EMULATED), {}):
+        assert violations({**settings, key: 16}) == violations({**settings, key: 65536}) == []
+        assert violations({**settings, key: 65537}) == [f"{key} (65537) must be at most 65536; lower {key}"]
+        assert violations({**settings, key: 0}) == [f"{key} (0) must be at least 1; raise {key}"]
 
 
 # ---- what stays in high precision
@@ -148,9 +145,10 @@ def test_some_block_is_in_fp8(layers: int, kept: tuple[str, ...], left: list[int
     keep = [*KEPT, *kept]
     settings = recipe("mxfp8", EMULATED, {KEEP: keep, "model.num_layers": layers})
     assert list(fp8_layers(from_dict({**MOE, **settings}))) == left
+    ends = "last_layers" if len(kept) == 1 else "first_layers or last_layers" if layers == 2 else "first_layers and last_layers"
     refusal = (
-        f"{KEEP} ([{', '.join(keep)}]) leaves none of model.num_layers ({layers}) blocks in FP8; leave out first_layers or last_layers, or "
-        "set precision.fp8.recipe to none"
+        f"{KEEP} ([{', '.join(keep)}]) leaves none of model.num_layers ({layers}) blocks in FP8; leave out {ends}, or set "
+        "precision.fp8.recipe to none"
     )
     assert violations(settings) == ([] if left else [refusal])
     assert not fp8_layers(from_dict({**MOE, KEEP: keep})), "without a recipe none is"

@@ -170,7 +170,7 @@ def test_the_fullest_moment_is_not_the_sum_of_all_moments():
 def test_the_constants_are_those_of_the_code():
     """`plan` needs no torch, so it cannot import them."""
     assert (memory_module.LARGEST_BUCKET, activations.CHUNK_TOKENS) == (zero_config.LARGEST_BUCKET, loss.CHUNK_TOKENS)
-    assert Micro(1, 1).row_multiple == native.GPU_ROW_MULTIPLE
+    assert Micro(1, 1).row_multiple == native.NativeBackend(torch.device("cuda")).row_multiple
 
 
 def test_shards_of_all_ranks_are_the_model():

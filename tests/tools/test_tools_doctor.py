@@ -178,6 +178,16 @@ def test_kernels_are_compared_layer_by_layer(main: Callable[..., int], capfd: py
     assert json.loads(found.read_text())["causes"][0] in last
 
 
+def test_a_recipe_is_left_out_aloud(main: Callable[..., int], capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    fp8 = ("--precision.fp8.recipe", "delayed", "--precision.fp8.emulate", "true")
+    assert main("--world", 2, "--config", CONFIGS / "tiny.yaml", "--parallel.ep", 2, *fp8, "--json", found) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[2] == "precision.fp8 (delayed) is not part of this: `--backend emulated` looks at it, product by product"
+    assert lines[-1] == "PASS (without FP8)"
+    assert json.loads(found.read_text())["left_out"] == {"precision.fp8.recipe": "delayed"}
+
+
 RAISED = "rank 1 of 2 failed in f\n\nTraceback (most recent call last):\n  ...\nOdd: no\n\nits last output:\nhm"
 
 

@@ -1,6 +1,7 @@
 """The doctor finds nothing where there is nothing, tells the true numbers, and names what differs before, between and after the steps."""
 
 import math
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -10,12 +11,13 @@ from verify_runs import diagnose, prepare, wrong
 
 from megagate.backend.native import NativeBackend
 from megagate.engine.reference import ReferenceEngine
+from megagate.errors import ConfigError
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
 from megagate.verify import doctor
 from megagate.verify.diagnosis import Diagnosis
 from megagate.verify.doctor import Order
-from megagate.verify.report import render, verdict
+from megagate.verify.report import record, render, verdict
 from megagate.verify.routes import watched_routes
 from megagate.verify.trial import Outcome, batch, build_model, reference_config, run_trial
 
@@ -242,3 +244,35 @@ def test_a_wrong_number_is_told_with_what_it_should_be() -> None:
     assert number.what == "loss, step 2" and number.ours == pytest.approx(number.reference + 0.1, rel=1e-5)
     assert found.causes == [f"loss, step 2: {number.ours:.7g}, expected {number.reference:.7g} ({number.ours / number.reference:.4f} x)"]
     assert verdict(prepare("nano --parallel.ep 2", 2), found) == f"FAIL: {found.causes[0]}"
+
+
+# ---- FP8, which is not part of it
+
+
+EMULATED = "--precision.fp8.emulate true --precision.fp8.keep_high_precision [embedding,head,router]"
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "mxfp8"])
+def test_a_recipe_is_left_out_aloud(recipe: str) -> None:
+    """Shrunken models are too small for it, and by its steps two sound layouts drift apart."""
+    words = f"nano {TP2} --precision.fp8.recipe {recipe} {EMULATED} --model.attention.head_dim 32 --train.seq_len 64"
+    told = prepare(words, 2)
+    assert told == replace(prepare(f"nano {TP2} --model.attention.head_dim 32 --train.seq_len 64", 2), left_out=recipe)
+    found = diagnose(words, 2)
+    assert found.causes == []
+    lines = render(told, found).splitlines()
+    assert f"precision.fp8 ({recipe}) is not part of this: `--backend emulated` looks at it, product by product" in lines
+    assert lines[-1] == verdict(told, found) == "PASS (without FP8)"
+    assert record(told, found)["left_out"] == {"precision.fp8.recipe": recipe}
+
+
+def test_other_kernels_stay_where_their_recipe_is_left_out() -> None:
+    settings = "--precision.backend te --precision.dtype bf16 --model.attention.head_dim 32 --train.seq_len 64"
+    told, plain = prepare(f"nano {settings} --precision.fp8.recipe current", 2), prepare(f"nano {settings}", 2)
+    assert told == replace(plain, left_out="current") and told.config.precision.backend == "te"
+    assert record(plain, diagnose("nano", 2))["left_out"] == {}
+
+
+def test_a_recipe_that_the_run_cannot_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train.seq_len \(8\) must be a multiple of 16 where precision.fp8.recipe is current"):
+        prepare(f"nano --precision.fp8.recipe current {EMULATED} --train.seq_len 8", 2)

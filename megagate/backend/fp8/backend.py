@@ -11,15 +11,12 @@ from torch import Tensor, nn
 from megagate.backend.base import AttentionCore, Backend, Chosen, ColumnLinears, GroupedLinear, Part, Permuted, RowLinear
 from megagate.backend.fp8.operand import Delayed, Operand, operands
 from megagate.backend.fp8.product import Fp8Product
-from megagate.backend.fp8.quantize import MX_BLOCK
 from megagate.backend.fp8.sites import Fp8Columns, Fp8Grouped, Fp8Row
 from megagate.config.model import MoEConfig
+from megagate.config.precision_rules import size_multiple
 from megagate.config.run import Fp8Config
 from megagate.parallel.comm import maximum
 from megagate.parallel.mesh import Axis, ParallelMesh
-
-ROW_MULTIPLE = 16
-"""What FP8 GEMMs take."""
 
 
 class EmulatedBackend:
@@ -27,7 +24,8 @@ class EmulatedBackend:
 
     Parallel: amaxes of delayed scaling, after each micro-step: one maximum over the world for all dense products, and one over edp for
         all experts. Backward passes carry dp times the gradient (`engine/zero.py`); amaxes and scales are of the gradient itself, so that
-        they do not depend on the layout. Scales of the other recipes are of what each rank has.
+        they do not depend on the layout, where micro-steps have the same samples; not so the gradients of k and v where tp ranks are more
+        than kv heads, since each rank rounds its own part of the sum. Scales of the other recipes are of what each rank has.
 
     Args:
         base: Whose kernels do all else.
@@ -38,7 +36,7 @@ class EmulatedBackend:
 
     def __init__(self, base: Backend, config: Fp8Config, *, device: torch.device, mesh: ParallelMesh):
         self.base, self.config, self.device, self.mesh = base, config, device, mesh
-        self.row_multiple = max(base.row_multiple, MX_BLOCK if config.recipe == "mxfp8" else ROW_MULTIPLE)
+        self.row_multiple = max(base.row_multiple, size_multiple(config))
 
     def of_layer(self, index: int, num_layers: int) -> Backend:
         """The base itself for a first or last block that stays in high precision."""

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megagate.backend.fp8.quantize import amax
+
 
 class Extent(Protocol):
     """Where the per-tensor scales of an operand reach; n is 1, or the experts of this rank.
@@ -37,7 +39,7 @@ class Whole:
 
     def amax(self, x: Tensor) -> Tensor:
         """[1]."""
-        return _largest(x.reshape(1, -1))
+        return amax(x.reshape(1, -1))
 
     def spread(self, scale: Tensor) -> Tensor:
         """As it is."""
@@ -54,7 +56,7 @@ class Stacked:
 
     def amax(self, x: Tensor) -> Tensor:
         """[e]."""
-        return _largest(x.flatten(1))
+        return amax(x.flatten(1))
 
     def spread(self, scale: Tensor) -> Tensor:
         """[e, 1, 1]."""
@@ -86,7 +88,7 @@ class Grouped:
         """[e]; 0 for an expert without rows."""
         if self.rows == 0:
             return torch.zeros(self.ends.shape, device=x.device)
-        each = _largest(x.reshape(-1, self.granule * x.shape[-1]))
+        each = amax(x.reshape(-1, self.granule * x.shape[-1]))
         own = self.experts == torch.arange(len(self.ends), device=x.device)[:, None]  # [e, rows/granule]
         return torch.where(own, each, 0.0).amax(1)
 
@@ -104,11 +106,3 @@ class Grouped:
         first = (place - (place - starts) % several)[:, None]
         tile = (first + torch.arange(several, device=self.ends.device)).clamp(max=len(place) - 1)
         return torch.where(self.experts[tile] == self.experts[:, None], tile, first)
-
-
-def _largest(x: Tensor) -> Tensor:
-    """[n, m] -> [n]."""
-    if x.numel() == 0:
-        return torch.zeros(len(x), device=x.device)
-    low, high = torch.aminmax(x.detach(), dim=1)
-    return torch.maximum(-low, high).float()

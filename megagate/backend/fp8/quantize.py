@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megagate.config.precision_rules import MX_SIZE_MULTIPLE
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FP32_MAX = torch.finfo(torch.float32).max
-BLOCK, MX_BLOCK = 128, 32
+BLOCK, MX_BLOCK = 128, MX_SIZE_MULTIPLE
 MANTISSA_BITS, EXPONENT_BIAS = 23, 127
 LARGEST_EXPONENT = 2 * EXPONENT_BIAS
 TWO_TO_MINUS_127 = 0x00400000
@@ -63,10 +65,10 @@ def saturate(x: Tensor, fp8: torch.dtype) -> Tensor:
 
 
 def amax(x: Tensor) -> Tensor:
-    """The largest absolute value of all elements, fp32 [], 0 for none, NaN where there is a NaN."""
+    """The largest absolute value of each row, [n, m] -> fp32 [n]; 0 of none, NaN where there is a NaN."""
     if x.numel() == 0:
-        return torch.zeros((), device=x.device)
-    low, high = torch.aminmax(x.detach())
+        return torch.zeros(len(x), device=x.device)
+    low, high = torch.aminmax(x.detach(), dim=1)
     return torch.maximum(-low, high).float()
 
 
