@@ -28,7 +28,8 @@ def continuation(model: LanguageModel, tokenizer: AnyTokenizer, prompt: str, *, 
     drawn: list[int] = []
     for _ in range(tokens):
         seen = (ids + drawn)[-window:]
-        # A fixed length, so that it divides by tp; the padding comes after and is not seen.
+        # A fixed length, so that it divides by tp; the padding comes after and is not seen, but by the scales of FP8's `current`, which
+        # are of whole tensors: there it moves rounding.
         padded = torch.tensor([seen + [0] * (window - len(seen))], device=device)
         # The model may have more rows than the tokenizer has tokens.
         likely = model.logits(padded)[0, len(seen) - 1, : tokenizer.vocab_size] / TEMPERATURE

@@ -19,6 +19,9 @@ from megagate.parallel.mesh import ParallelMesh
 
 CPU, MESH = torch.device("cpu"), ParallelMesh.single()
 RECIPES = ("delayed", "current", "blockwise", "mxfp8")
+FIRST = ("attention.q.weight", "attention.v.weight", "moe.experts.gate_up")
+LAST = ("attention.o.weight", "moe.experts.down")
+"""Weights of products in FP8: those that read the residual stream, and those that write to it."""
 
 
 def an_engine(recipe: str, *, dtype: str = "bf16", recompute: bool = False, history: int = 3) -> ReferenceEngine:
@@ -96,3 +99,17 @@ def test_what_sites_keep_can_be_put_back() -> None:
         engines.train(engine, [1], lr=0.5)
         assert any(not torch.equal(tensor, before[name]) for name, tensor in state(engine).items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(engine).items())
+
+
+def test_gradients_come_with_the_scales_of_delayed_scaling() -> None:
+    """With scale 1 gradients of 1 / tokens vanish: a product has one once its scale has seen one, and two products follow each other."""
+    engine = an_engine("delayed")
+    model, (tokens, labels) = engine.model, (t[0] for t in engines.batch(0, MESH))
+    shares = []
+    for _ in range(3):
+        model.zero_grad()
+        (model(tokens, labels).ce_sum / 4e6).backward()
+        model.backend.after_backward(model)
+        grads = {name: (p.grad != 0).float().mean().item() for name, p in model.named_parameters()}
+        shares.append([{grads[f"layers.1.{name}"] > 0.5 for name in names} for names in (LAST, FIRST)])
+    assert shares == [[{False}, {False}], [{True}, {False}], [{True}, {True}]]

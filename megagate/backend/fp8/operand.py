@@ -41,7 +41,11 @@ class Current:
 
 
 class Delayed:
-    """One scale, of the amaxes of earlier micro-steps.
+    """One scale, of the amaxes of earlier micro-steps; 1 in the first, in which gradients of the order of 1 / tokens vanish.
+
+    The smallest number of e5m2 is 2^-16 = 1.5e-5, so that the first micro-step of millions of tokens gives almost no gradient, as with
+    Transformer Engine. Amaxes are recorded before rounding: each micro-step brings the scales of one product more, back from the residual
+    stream, and the third has the gradients of all.
 
     Args:
         fp8: The format.
