@@ -10,15 +10,27 @@ each module met first, and makes the next scales (quantization.py:656, 772); tho
 FP8 module (module/linear.py:320, 1887). A region inside another changes neither: it restores what was there, lowers the depth, and only
 depth 0 reduces (quantization.py:619-642, 772-782, 1056), each buffer over its own group, which is part of its key (quantization.py:501-565,
 714). So experts, whose scales are of the ranks with the same experts, run in a region of their own with the group of `edp` inside that of
-the world. A group of None is the world to PyTorch: an `edp` of size 1 gets a recipe with `reduce_amax` off instead.
+the world. A group of None is the world to PyTorch: an axis of size 1 gets a recipe with `reduce_amax` off instead, the world of a process
+that stands for itself among others too. `reduce_amax` is part of the key as well.
 
 Backward passes carry dp times the gradient (`engine/zero.py`), and so do TE's amaxes of gradients: their first scales are 1 / dp, and
 checkpoints hold what they are of the gradient itself (`Kept.unit`).
 
 TE's state of FP8 is one for the process (quantization.py:389): the histories of all modules that have run, those of other models too, are
 updated together. Its fused update leaves alone what saw nothing (common/recipe/delayed_scaling.cu, kernel_bulk).
+
+Where TE is not what PyTorch's kernels and the emulation are, but for the order of sums:
+
+- `LayerNormLinear` in FP8 where the normed input has no other reader (such as a gate that is kept out): TE lets one kernel norm and quantise
+  (module/layernorm_linear.py:244), and under delayed scaling on Hopper that quantises the norm in fp32, which is rounded to bf16 first
+  everywhere else, in the emulation too.
+- A row whose probability is exactly 0: see `permute`.
+
+Weights are quantised again in every micro-step: `is_first_microbatch`, by which TE would keep them in FP8, is never given.
 """
 
+import importlib.metadata
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -50,9 +62,15 @@ def load(key: str = "precision.backend", otherwise: str = "native") -> Any:
         otherwise: The value of it that does not.
 
     Raises:
-        ConfigError: It is not there, or not with its libraries; with the command that installs it.
+        ConfigError: It is not there, or not with its libraries, or another version; with the command that installs it.
     """
     try:
+        found = importlib.metadata.version("transformer_engine")
+        if not is_known(found):
+            raise ConfigError(
+                f"{key} (te) needs Transformer Engine {VERSION}, for whose inner workings it was written, and finds {found} (containers "
+                f"come with one of their own); install it by `{INSTALL}`, or set {key} {otherwise}"
+            )
         # `router` is no attribute of the package until it is imported by name.
         from transformer_engine import pytorch  # noqa: PLC0415 - an optional package
         from transformer_engine.pytorch import router  # noqa: F401, PLC0415 - an optional package
@@ -64,11 +82,25 @@ def load(key: str = "precision.backend", otherwise: str = "native") -> Any:
     return pytorch
 
 
+def is_known(version: str) -> bool:
+    """Whether a version is the one that this file was written for, built from whichever commit (`+...`)."""
+    return version.partition("+")[0] == VERSION
+
+
 def load_recipes() -> Any:
     """`transformer_engine.common.recipe`, after `load`."""
     from transformer_engine.common import recipe  # noqa: PLC0415 - an optional package
 
     return recipe
+
+
+def load_stashes() -> list[deque[Any]]:
+    """Of each module that is recomputed, the histories and scales that its forward passes left for their recomputation, oldest first
+    (quantization.py:784), after `load`.
+    """
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: PLC0415 - an optional package
+
+    return FP8GlobalStateManager.quantization_state.fp8_tensors_recompute_buffer
 
 
 def fused_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
@@ -119,7 +151,7 @@ class TransformerEngineBackend:
         norm: RMSNorm as in `Backend.norm`.
 
     Raises:
-        ConfigError: Transformer Engine is not there.
+        ConfigError: Transformer Engine is not there, or another version.
     """
 
     def __init__(
@@ -128,7 +160,7 @@ class TransformerEngineBackend:
         self.precision, self.device, self.mesh, self.norm = precision, device, mesh, norm
         self.te = load()
         fp8 = precision.fp8
-        self.recipe = make_recipe(fp8)
+        self.recipe = make_recipe(fp8, reduce_amax=mesh.world.size > 1)
         state = {"is_delayed": fp8.recipe == "delayed", "unit": mesh.dp.size}
         self.dense = Region(self.te, self.recipe, mesh.world.group, **state, inner=self.recipe is None)
         self.experts = self._region_of_experts(fp8)
@@ -172,7 +204,7 @@ class TransformerEngineBackend:
         return site
 
     def attention_core(self, heads: int, kv_heads: int, width: int) -> AttentionCore:
-        """TE's choice of cuDNN's and flash attention, never in FP8."""
+        """TE's choice of cuDNN's and flash attention, never in FP8; PyTorch's where neither takes the heads."""
         return Attention(self.te, heads, kv_heads, width)
 
     def choose(self, logits: Tensor, config: MoEConfig, *, bias: Tensor | None) -> Chosen:
@@ -199,6 +231,10 @@ class TransformerEngineBackend:
         """TE's kernels over a map of tokens and experts (permutation.py:928), rows in the same order as by a stable sort.
 
         What has arrived is sorted and padded at once by PyTorch: TE's `moe_sort_chunks_by_index` does not pad.
+
+        A probability of exactly 0 means padding to the kernel, which writes a row of zeros for it (common/triton/permutation.py:296), so
+        that its gradient is 0 too. It comes where fp32 underflows (a logit 103 below the largest), and there the router's own derivative,
+        which that gradient is multiplied by, is 0 as well: no parameter notices.
         """
         te = self.te
         chosen = torch.zeros(len(ids), num_experts, dtype=torch.int32, device=ids.device).scatter_(1, ids, 1)
@@ -217,13 +253,28 @@ class TransformerEngineBackend:
         """The region of FP8, around the whole pass: amaxes are reduced once, at its end.
 
         Without gradients TE neither reduces nor forgets the amaxes of that pass (quantization.py:780); they are taken out of the histories,
-        so that a validation leaves no trace in training.
+        so that a validation leaves no trace in training. A pass that fails ends the same way: other ranks would not take part in its
+        reduction, and its error would never be told.
+
+        What passes without a backward pass have left for a recomputation is thrown away, since TE gives every recomputation the oldest:
+        with gradients, a model runs backward before it runs forward again.
         """
-        with nullcontext() if self.recipe is None else self.dense.entered():
-            yield
-        if not torch.is_grad_enabled():
-            for running in self.amaxes:
-                running.zero_()
+        trains, kept = torch.is_grad_enabled(), False
+        if trains:
+            for stash in load_stashes():
+                stash.clear()
+        try:
+            with nullcontext() if self.recipe is None else self.dense.entered():
+                try:
+                    yield
+                    kept = trains
+                finally:
+                    torch.set_grad_enabled(kept)  # what TE asks at the region's end
+        finally:
+            torch.set_grad_enabled(trains)
+            if not kept:
+                for running in self.amaxes:
+                    running.zero_()
 
     def recompute(self, function: Callable[..., Any], *args: Any) -> Any:
         """TE's checkpoint (distributed.py:667), which computes again with the scales of the first time, and keeps no second amaxes.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from megagate.backend.base import Kept, Norm, Part
 from megagate.backend.documents import Documents
-from megagate.backend.native import FLASH_DTYPES, attend
+from megagate.backend.native import attend, flash_takes
 from megagate.parallel.comm import enter, leave
 from megagate.parallel.mesh import Axis
 from megagate.parallel.shard import Shard
@@ -277,16 +277,18 @@ class Experts(_Site):
 class Attention:
     """See `AttentionCore`: `te.DotProductAttention` (attention/dot_product_attention/dot_product_attention.py:594), outside of FP8.
 
-    It is left out for fp32, which flash and cuDNN do not have.
+    It is left out where flash attention does not take the heads (fp32, odd widths): over documents TE's own, in PyTorch, would pad each of
+    them to the length of a row and hold all scores of all of them.
     """
 
     def __init__(self, te: Any, heads: int, kv_heads: int, width: int):
         self.te = te
+        self.width = width
         self.module = te.DotProductAttention(heads, width, num_gqa_groups=kv_heads, qkv_format="bshd", attn_mask_type="causal")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """softmax(q k^T / sqrt(d)) v."""
-        if q.dtype not in FLASH_DTYPES:
+        if not flash_takes(q.dtype, self.width):
             return attend(q, k, v, documents)
         te = self.te
         with te.autocast(enabled=False):

@@ -51,6 +51,7 @@ def fp8_heads(config: RunConfig) -> dict[str, int]:
 def precision_rules(config: RunConfig) -> Iterator[str]:
     """The messages of what a config's precision violates."""
     yield from kernel_rules(config.precision)
+    yield from _te_dtype_rules(config.precision)
     if config.precision.fp8.recipe == "none":
         return
     yield from _keep_rules(config)
@@ -78,6 +79,16 @@ def kernel_rules(precision: PrecisionConfig) -> Iterator[str]:
         )
 
 
+def _te_dtype_rules(precision: PrecisionConfig) -> Iterator[str]:
+    """Transformer Engine's products of fp32 numbers. Source: `common/gemm/cublaslt_gemm.cu`, line 445 (CUBLAS_COMPUTE_32F_FAST_TF32)."""
+    if precision.backend == "te" and precision.dtype == "fp32":
+        yield (
+            "precision.dtype (fp32) must be bf16 where precision.backend is te: its products of fp32 numbers are in TF32, with 10 bits of "
+            "mantissa, whatever PyTorch is told, and its FP8 is made for bf16 activations; set precision.dtype to bf16, or "
+            "precision.backend to native"
+        )
+
+
 def _keep_rules(config: RunConfig) -> Iterator[str]:
     """What stays out of FP8."""
     keep, layers = config.precision.fp8.keep_high_precision, config.model.num_layers
@@ -99,12 +110,6 @@ def _run_rules(config: RunConfig) -> Iterator[str]:
     """What FP8 asks of the rest of a run."""
     recipe, emulate = config.precision.fp8.recipe, config.precision.fp8.emulate
     where = f"where precision.fp8.recipe is {recipe}"
-    # With both, `kernel_rules` has said what to change, and this one would send the reader back.
-    if config.precision.backend == "te" and not emulate and config.precision.dtype == "fp32":
-        yield (
-            f"precision.dtype (fp32) must be bf16 {where} and precision.backend te: its FP8 products are made for bf16 activations; set "
-            "precision.dtype to bf16, or precision.fp8.emulate to true and precision.backend to native"
-        )
     if config.parallel.zero_stage == 3:
         why = "an emulation is to tell what Transformer Engine would do, and there stage 3 is refused" if emulate else (
             "Transformer Engine holds what it rounded of a weight from the forward to the backward pass, so that stage 3, which releases "

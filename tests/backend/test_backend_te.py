@@ -1,5 +1,6 @@
 """The parts of Transformer Engine's backend that need none of it: what is said where it is not there, and rows as the host knows them."""
 
+import importlib.metadata
 import sys
 
 import pytest
@@ -35,6 +36,23 @@ def test_its_absence_is_told_with_what_installs_it(use, key, otherwise, monkeypa
     message = str(caught.value)
     assert message.startswith(f"{key} (te) needs Transformer Engine 2.20.2")
     assert f"install it by `{INSTALL['transformer_engine']}`, or set {key} {otherwise}" in message
+
+
+@pytest.mark.parametrize("version", ["2.19.0", "2.20.0.dev0+d0067d0", "2.20.20"])
+def test_another_version_is_refused(version, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", {"transformer_engine": version}.__getitem__)
+    with pytest.raises(ConfigError) as caught:
+        backend()
+    message = str(caught.value)
+    assert message.startswith("precision.backend (te) needs Transformer Engine 2.20.2, ") and f"and finds {version} " in message
+    assert f"install it by `{INSTALL}`, or set precision.backend native" in message
+
+
+def test_the_version_may_name_the_commit_that_it_was_built_from(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", {"transformer_engine": "2.20.2+0123abc"}.__getitem__)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    with pytest.raises(ConfigError, match="cannot be imported here"):
+        backend()
 
 
 def test_it_is_not_built_without_a_gpu():

@@ -74,13 +74,15 @@ def test_an_emulation_needs_a_recipe_and_native_kernels() -> None:
     assert violations(recipe("delayed", TE, EMULATED, {"precision.dtype": "fp32"})) == [both], "fp32 is free once the kernels are native"
 
 
-def test_te_in_fp8_is_in_bf16() -> None:
-    fp32 = {**TE, "precision.dtype": "fp32"}
-    assert violations(recipe("delayed", fp32)) == [
-        "precision.dtype (fp32) must be bf16 where precision.fp8.recipe is delayed and precision.backend te: its FP8 products are made for "
-        "bf16 activations; set precision.dtype to bf16, or precision.fp8.emulate to true and precision.backend to native"
+def test_te_is_in_bf16() -> None:
+    fp32 = {"precision.dtype": "fp32"}
+    refused = [
+        "precision.dtype (fp32) must be bf16 where precision.backend is te: its products of fp32 numbers are in TF32, with 10 bits of "
+        "mantissa, whatever PyTorch is told, and its FP8 is made for bf16 activations; set precision.dtype to bf16, or "
+        "precision.backend to native"
     ]
-    assert violations(fp32) == violations(recipe("delayed", EMULATED, {"precision.dtype": "fp32"})) == []
+    assert violations({**TE, **fp32}) == violations(recipe("delayed", TE, fp32)) == refused
+    assert violations(fp32) == violations(recipe("delayed", EMULATED, fp32)) == violations({**TE, "precision.dtype": "auto"}) == []
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ NAMES = {
         "router.fused_moe_aux_loss",
         "quantization.get_align_size_for_quantization",
         "quantization.DelayedScalingRecipeState",
+        "quantization.FP8GlobalStateManager",
+        "quantization.FP8GlobalState",
     ],
     RECIPES: ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling", "Format"],
 }

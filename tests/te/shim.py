@@ -34,7 +34,8 @@ def why_not() -> str | None:
         found = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
         return "transformer-engine is not installed"
-    return None if found == VERSION else f"transformer-engine is {found}, not {VERSION}, whose private names the shim uses"
+    is_known = found.partition("+")[0] == VERSION  # whichever commit it was built from
+    return None if is_known else f"transformer-engine is {found}, not {VERSION}, whose private names the shim uses"
 
 
 def install() -> None:

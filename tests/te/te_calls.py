@@ -7,7 +7,7 @@ attribute. - A chain of names that goes through one of them ends in a call: noth
 methods are called is `self.module` of the class that made it, and goes to functions of ours as an `nn.Module` alone. All
   that is read of it is a name that TE's class or PyTorch's `nn.Module` has.
 - Other instances (recipes, regions, an optimizer) are returned, entered or passed on; no method of a `recipe` is called.
-- The package is imported by `load` and `load_recipes` alone.
+- The package is imported by `load`, `load_recipes` and `load_stashes` alone; what the last reads is bound by hand.
 """
 
 import ast
@@ -21,7 +21,7 @@ from torch import nn
 
 SIGNATURES: dict[str, Any] = json.loads(Path(__file__).with_name("signatures.json").read_text(encoding="utf-8"))
 NAMESPACES = {"te": "transformer_engine.pytorch", "recipes": "transformer_engine.common.recipe"}
-LOADERS = ("load", "load_recipes")
+LOADERS = ("load", "load_recipes", "load_stashes")
 INSTANCE = "self.module"
 TAKERS = ("_lent", "_bare", "setattr")
 """What an instance may be passed to: functions that see no more than an `nn.Module`."""

@@ -14,7 +14,8 @@ from te.te_ranks import needs_te, run
 from torch import Tensor, nn
 
 from megagate.backend.base import Backend, KeepsState, Part
-from megagate.backend.native import NativeBackend
+from megagate.backend.documents import Documents
+from megagate.backend.native import NativeBackend, attend
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
 from megagate.config.run import Fp8Config, PrecisionConfig
 from megagate.model.lm import LanguageModel
@@ -92,8 +93,10 @@ def both(context: RankContext, config: ModelConfig, tp: int, ep: int, options: d
 # ---- with FP8
 
 
-def make(context: RankContext, fp8: dict, *, ep: int = 1, tp: int = 1, **options: Any) -> tuple[LanguageModel, ParallelMesh]:
-    mesh = ParallelMesh.build(tp=tp, ep=ep) if context.world_size > 1 else ParallelMesh.single()
+def make(
+    context: RankContext, fp8: dict, *, ep: int = 1, tp: int = 1, single: bool = False, **options: Any
+) -> tuple[LanguageModel, ParallelMesh]:
+    mesh = ParallelMesh.single() if single or context.world_size == 1 else ParallelMesh.build(tp=tp, ep=ep)
     backend, native = te_backend(mesh, **fp8), NativeBackend(CPU)
     backend.permute, backend.unpermute = native.permute, native.unpermute  # Triton's interpreter takes its time
     return model_of(BASE, backend, mesh, dtype=torch.bfloat16, **options), mesh
@@ -181,6 +184,57 @@ def alone(context: RankContext) -> dict[str, Tensor]:
     return {name: value for name, value in kept(model).items() if name.endswith("input.history")}
 
 
+def test_a_process_that_stands_for_itself_waits_for_nobody():
+    first, second = run(one_and_both, 2, timeout=60)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def one_and_both(context: RankContext) -> dict[str, Tensor]:
+    """The first rank trains a model of its own, as a reference does; then all train another."""
+    if context.rank == 0:
+        step(*make(context, DELAYED, single=True))
+    return together(*make(context, DELAYED))
+
+
+def together(model: LanguageModel, mesh: ParallelMesh) -> dict[str, Tensor]:
+    step(model, mesh)
+    return {name: value for name, value in kept(model).items() if name.endswith("input.history")}
+
+
+def test_a_pass_that_fails_tells_why_and_leaves_no_trace():
+    untroubled = run(failing, 2, False)
+    for (error, found), (_, expected) in zip(run(failing, 2, True, timeout=60), untroubled, strict=True):
+        assert error == "no memory is left"
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def failing(context: RankContext, fails: bool) -> tuple[str, dict[str, Tensor]]:
+    """One rank after the other has an error in a pass with gradients, while the other goes on; then both train."""
+    model, mesh = make(context, DELAYED)
+    error = ""
+    for rank in range(2):
+        if fails and context.rank == rank:
+            error = failed(model)
+        torch.distributed.barrier()
+    return error, together(model, mesh)
+
+
+def failed(model: LanguageModel) -> str:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory is left")
+
+    hook = model.layers[1].register_forward_pre_hook(fail)
+    tokens = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
+    try:
+        model(tokens, tokens)
+    except RuntimeError as raised:
+        assert torch.is_grad_enabled()
+        return str(raised)
+    finally:
+        hook.remove()
+    return ""
+
+
 def test_a_validation_leaves_no_trace():
     (found,) = run(validated, 1)
     assert found == (True, True)
@@ -199,17 +253,21 @@ def validated(context: RankContext) -> tuple[bool, bool]:
     return same, all(torch.equal(after[name], undisturbed[name]) for name in after)
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "current"])
-def test_recomputation_changes_neither_gradients_nor_histories(recipe):
+@pytest.mark.parametrize(("recipe", "abandoned"), [("delayed", False), ("current", False), ("delayed", True)])
+def test_recomputation_changes_neither_gradients_nor_histories(recipe, abandoned):
     # One model a call: TE updates the histories of all modules of a process at once.
-    plain, again = (run(trained, 1, {"recipe": recipe, "amax_history": 4}, recompute)[0] for recompute in (False, True))
+    plain, again = (run(trained, 1, {"recipe": recipe, "amax_history": 4}, recompute, abandoned)[0] for recompute in (False, True))
     assert list(plain) == list(again)
     assert [name for name, value in plain.items() if not torch.equal(value, again[name])] == []
 
 
-def trained(context: RankContext, fp8: dict, recompute: bool) -> dict[str, Tensor]:
+def trained(context: RankContext, fp8: dict, recompute: bool, abandoned: bool) -> dict[str, Tensor]:
     model, mesh = make(context, fp8, recompute=recompute)
     step(model, mesh)
+    if abandoned:  # a pass with gradients that gets no backward pass
+        tokens = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
+        model(tokens, tokens)
+        step(model, mesh, key="another")
     return step(model, mesh, key="next") | kept(model)
 
 
@@ -260,6 +318,27 @@ def fused(_context: RankContext) -> tuple[bool, bool]:
     )
 
 
+@pytest.mark.parametrize("documents", [False, True], ids=["whole rows", "documents"])
+def test_heads_that_flash_attention_does_not_take_are_pytorchs(documents):
+    (found,) = run(attended, 1, documents)
+    assert found == {"16 in bf16": False, "12 in bf16": True, "264 in bf16": True, "16 in fp32": True}
+
+
+def attended(_context: RankContext, documents: bool) -> dict[str, bool]:
+    """Whose attention is PyTorch's bit for bit."""
+    backend, found = te_backend(ParallelMesh.single()), {}
+    tokens = torch.full((BATCH, LENGTH), 3)
+    tokens[:, ::5] = EOD
+    borders = Documents.of(tokens, eod_id=EOD) if documents else None
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    for width, name in ((16, "bf16"), (12, "bf16"), (264, "bf16"), (16, "fp32")):
+        dtype = dtypes[name]
+        q, k, v = (random(f"{part}/{width}", BATCH, LENGTH, heads, width, dtype=dtype) for part, heads in (("q", 4), ("k", 2), ("v", 2)))
+        out = backend.attention_core(4, 2, width)(q, k, v, borders)
+        found[f"{width} in {name}"] = torch.equal(out, attend(q, k, v, borders))
+    return found
+
+
 # ---- routing
 
 
@@ -280,6 +359,31 @@ def permuted(_context: RankContext) -> dict[str, tuple[Tensor, Tensor]]:
         grads = torch.autograd.grad(back, (x, probs), random("grad", 24, 16))
         results.append({"rows": rows.x, "probs": rows.probs, "back": back, "grad_x": grads[0], "grad_probs": grads[1]})
     return {name: (results[0][name].detach(), results[1][name].detach()) for name in results[0]}
+
+
+def test_no_parameter_notices_that_rows_of_probability_0_are_zeros():
+    (found,) = run(underflown, 1)
+    ours, native = found
+    assert (ours.pop("rows") == 0).all() and (native.pop("rows") != 0).all()
+    assert_all_close(ours, native, to=1e-6)
+
+
+def underflown(_context: RankContext) -> list[dict[str, Tensor]]:
+    """A router's logits so far apart that one of two probabilities is 0, and what goes backward through rows and a weight."""
+    results = []
+    for backend in (te_backend(ParallelMesh.single()), NativeBackend(CPU)):
+        logits, x, weight = random("logits", 1, 6, 4), random("x", 6, 16).requires_grad_(), random("weight", 16, 16).requires_grad_()
+        logits[0, 0] = torch.tensor([120.0, 1.0, 0.0, -1.0])
+        # Natively for both: of experts with probability 0 any may be chosen.
+        chosen = NativeBackend(CPU).choose(logits.requires_grad_(), MoEConfig(num_experts=4, top_k=2), bias=None)
+        rows = backend.permute(x, chosen.probs[0], chosen.ids[0], num_experts=4)
+        of_row = torch.arange(1.0, 13.0).unsqueeze(1)  # else experts would be alike, and a token's sum the same whatever its probabilities
+        back = backend.unpermute((rows.x @ weight) * of_row * rows.probs, rows.restore)
+        grads = torch.autograd.grad(back, (x, weight, logits), random("grad", 6, 16))
+        unlikely = rows.x[(rows.probs == 0).squeeze(1)]
+        assert len(unlikely) == 1
+        results.append({"rows": unlikely.detach(), "back": back.detach()} | dict(zip(("x", "weight", "logits"), grads, strict=True)))
+    return results
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

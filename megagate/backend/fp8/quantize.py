@@ -134,7 +134,9 @@ def delayed_update(history: Tensor, scale: Tensor, amax: Tensor, fp8: torch.dtyp
     """Delayed scaling's rule at the end of a micro-step: the scale of the next one, largest / max(history).
 
     An amax of 0 (no rows, or a step without gradient) leaves history and scale as they are, as the fused kernel does. A largest amax that
-    is infinite or NaN keeps the scale until it has left the history; a scale that overflows becomes the largest number of fp32.
+    is infinite or NaN keeps the scale until it has left the history; a scale that overflows becomes the largest number of fp32. So does
+    the rule in Python; the fused kernel's `fmaxf` looks past NaN in the history, to the largest of the other amaxes
+    (common/recipe/delayed_scaling.cu, kernel_bulk).
 
     Shapes: history [..., length], as Transformer Engine keeps it: 0 first (its place for the running micro-step), then from the oldest to
         the newest; scale and amax [...]. All fp32. -> history, scale.
