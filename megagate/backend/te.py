@@ -21,9 +21,9 @@ updated together. Its fused update leaves alone what saw nothing (common/recipe/
 
 Where TE is not what PyTorch's kernels and the emulation are, but for the order of sums:
 
-- `LayerNormLinear` in FP8 where the normed input has no other reader (such as a gate that is kept out): TE lets one kernel norm and quantise
-  (module/layernorm_linear.py:244), and under delayed scaling on Hopper that quantises the norm in fp32, which is rounded to bf16 first
-  everywhere else, in the emulation too.
+- `LayerNormLinear` in FP8 where nothing else reads the normed input (such as a gate that is kept out): TE lets one kernel norm and
+  quantise (module/layernorm_linear.py:244), and under delayed scaling on Hopper that quantises the norm in fp32, which is rounded to bf16
+  first everywhere else, in the emulation too.
 - A row whose probability is exactly 0: see `permute`.
 
 Weights are quantised again in every micro-step: `is_first_microbatch`, by which TE would keep them in FP8, is never given.

@@ -246,7 +246,11 @@ class Row(_Site):
 
 
 class Splits:
-    """Rows of each expert as the host knows them; the two products of a layer wait for the device once."""
+    """Rows of each expert as the host knows them; the two products of a layer wait for the device once.
+
+    The dispatcher has waited shortly before, and brings all but these home: its copy would have to go through every `GroupedLinear`, of
+    which TE's alone reads it.
+    """
 
     def __init__(self) -> None:
         self.of: weakref.ref[Tensor] | None = None
