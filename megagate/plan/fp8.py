@@ -1,9 +1,10 @@
 """What FP8 adds to the activations of `activations.py`, which are those of bf16: an upper bound, from the config alone.
 
-An FP8 product keeps bytes instead of what it was given: of its input those that the weight's gradient is made of, of its weight up to both
-orientations (kernels of Hopper read rows only), with their scales. Counted is all of that on top, although an input that nobody else keeps
-is then no longer there in bf16. Transformer Engine's allocations were compared with nothing, for want of a GPU; its temporaries, and those
-of an emulation, which multiplies in fp32, are not counted.
+An FP8 product keeps bytes instead of what it was given: of its input those that the weight's gradient is made of, of its weight up to two
+copies, one of them transposed (kernels of Hopper sum along rows alone, and the product and the input's gradient sum over different sides of
+the weight), with their scales. Counted is all of that on top, although an input that nobody else keeps is then no longer there in bf16.
+Transformer Engine's allocations were compared with nothing, for want of a GPU; its temporaries, and those of an emulation, which multiplies
+in fp32, are not counted.
 """
 
 from collections.abc import Iterator

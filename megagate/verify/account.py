@@ -6,18 +6,22 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megagate.backend.base import KeepsState
+from megagate.backend.te_sites import TENSORS
 from megagate.engine.base import Engine
 from megagate.parallel.shard import Shard
 from megagate.parallel.traffic import Kind, Sent
 from megagate.verify.minimum import FP32, StepShape, Term, step_terms, total_by_axis, zero_terms
 from megagate.verify.wire import RoutedRows, WireCounter, axis_names
 
+OF_MODEL = ("megagate.", "transformer_engine.")
+"""Modules that send what `step_terms` are of."""
+
 
 class SentRow(NamedTuple):
     """One line: what a rank sends in a step.
 
     Args:
-        sender: `model` (through `parallel/comm.py`) or `ZeRO` (DeepSpeed's gradients, weights and norm).
+        sender: `model` (through `parallel/comm.py`, and Transformer Engine's amaxes) or `ZeRO` (DeepSpeed's gradients, weights and norm).
         axis: Axes that are the same ranks, joined.
         kind: Of collective; for ZeRO all kinds together, since it may choose another kind than the cheapest.
         calls: Collectives.
@@ -48,7 +52,7 @@ def account(engine: Engine, tokens: Tensor, labels: Tensor) -> list[SentRow]:
     ours: dict[tuple[str, Kind], Sent] = {}
     zero: dict[str, Sent] = {}
     for (axis, kind, module), sent in wire.traffic.sent.items():
-        if module.startswith("megagate."):
+        if module.startswith(OF_MODEL):
             ours[axis, kind] = ours.get((axis, kind), Sent()).plus(sent)
         else:
             zero[axis] = zero.get(axis, Sent()).plus(sent)
@@ -69,8 +73,7 @@ def _row(sender: str, axis: str, kind: str, sent: Sent | None, least: Sent | Non
 def _shape(engine: Engine, tokens: Tensor, *, rows_out: int, rows_in: int) -> StepShape:
     config, mesh = engine.config, engine.mesh
     micro_steps, batch, seq_len = tokens.shape
-    kept = _delayed_scales(engine)
-    scales = kept if config.precision.fp8.emulate else []  # what Transformer Engine sends is not ours
+    dense, experts = _amaxes(engine)
     return StepShape(
         world=mesh.world.size,
         tp=mesh.tp.size,
@@ -80,20 +83,31 @@ def _shape(engine: Engine, tokens: Tensor, *, rows_out: int, rows_in: int) -> St
         micro_steps=micro_steps,
         dtype_bytes=engine.model.dtype.itemsize,
         recompute=config.train.recompute,
+        whole_blocks=config.precision.backend == "te",
         rows_out=rows_out,
         rows_in=rows_in,
         norm_over_tp=config.parallel.zero_stage == 0,
         documents=engine.model.eod_id is not None,
-        dense_scales=sum(math.prod(shard.shape) for shard in scales if not shard.axis),
-        expert_scales=sum(math.prod(shard.shape) for shard in scales if shard.axis),
-        histories=bool(kept),
+        dense_amaxes=dense,
+        expert_amaxes=experts,
     )
 
 
-def _delayed_scales(engine: Engine) -> list[Shard]:
-    """Of the tensors that this rank rounds by scales of earlier micro-steps."""
-    sites = [site for site in engine.model.modules() if isinstance(site, KeepsState)]
-    return [kept.shard for site in sites for kept in site.kept_state() if kept.name.endswith(".scale")]
+def _amaxes(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of delayed scaling, dense and of experts: how many amaxes each all-reduce of a micro-step has.
+
+    An emulation reduces one amax for each scale it keeps. Transformer Engine reduces all places of its histories, those of a forward pass
+    at its end and those of a backward pass at its own; without expert parallelism all in one.
+    """
+    kept = [kept for site in engine.model.modules() if isinstance(site, KeepsState) for kept in site.kept_state()]
+    scales = [one.shard for one in kept if one.name.endswith(".scale")]
+    dense, experts = (sum(math.prod(shard.shape) for shard in scales if bool(shard.axis) == cut) for cut in (False, True))
+    if engine.config.precision.backend != "te":
+        return (dense,), (experts,)
+    if engine.mesh.ep.size == 1:
+        dense, experts = dense + experts, 0
+    used = sum(len(names) for _, names in TENSORS.values())  # of the places of each product
+    return tuple(tuple(scales // used * places for places, _ in TENSORS.values()) for scales in (dense, experts))
 
 
 def _zero_terms(engine: Engine, step: StepShape) -> list[Term]:

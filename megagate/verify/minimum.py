@@ -26,14 +26,14 @@ class StepShape:
         micro_steps: Of the step.
         dtype_bytes: Bytes of an element of activations and weights.
         recompute: Blocks run again in the backward pass.
+        whole_blocks: And then to their end, as Transformer Engine's checkpoint does.
         rows_out: Routed rows of this rank's tokens that go to experts of other ranks, over layers and micro-steps.
         rows_in: Routed rows that come to this rank's experts from other ranks.
         norm_over_tp: The engine sums the squares of the gradient over tp itself (ZeRO stage 0).
         chunk_tokens: Tokens whose logits exist at the same time.
         documents: Windows are cut into documents.
-        dense_scales: Scales of delayed scaling that the world shares.
-        expert_scales: Scales of delayed scaling of this rank's experts, which edp shares.
-        histories: Delayed scaling keeps histories, emulated or not, which are looked at for infinities.
+        dense_amaxes: Of delayed scaling, those that the world shares: how many in each all-reduce of a micro-step.
+        expert_amaxes: The same of this rank's experts, which edp shares.
     """
 
     world: int
@@ -44,14 +44,14 @@ class StepShape:
     micro_steps: int
     dtype_bytes: int
     recompute: bool = False
+    whole_blocks: bool = False
     rows_out: int = 0
     rows_in: int = 0
     norm_over_tp: bool = False
     chunk_tokens: int = CHUNK_TOKENS
     documents: bool = False
-    dense_scales: int = 0
-    expert_scales: int = 0
-    histories: bool = False
+    dense_amaxes: tuple[int, ...] = ()
+    expert_amaxes: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -75,11 +75,11 @@ class Term(NamedTuple):
 
 
 def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
-    """What one rank sends through `parallel/comm.py` in one `Engine.train_step`.
+    """What one rank sends through `parallel/comm.py` in one `Engine.train_step`, and by Transformer Engine (TE), which reduces its own amaxes.
 
     Sizes: M micro-steps, L layers, L' of them with a mixture, b sequences, s tokens, width h, d channels of a head, g kv heads, E experts,
     B bytes of an element; F = 1 forward pass of a block, 2 with recompute; D = F where something is kept after a block's last collective
-    (sandwich norm, residual clip), else 1: a recomputed block stops there. AG(x) = x (n - 1) and RS(x) = x (n - 1) / n with n ranks on the
+    (sandwich norm, residual clip) or Transformer Engine recomputes, else 1: a recomputed block stops there. AG(x) = x (n - 1) and RS(x) = x (n - 1) / n with n ranks on the
     axis, x bytes given; AR(x) = 2 RS(x), each in whole bytes (`bytes_sent`). On an axis of size 1 all are nothing. a = b s/tp h B
     bytes is a shard of activations, A = tp a all of them.
 
@@ -106,10 +106,13 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
     balance of a mixture, fp32:
         counts             all_reduce  M AR(4 L' E) over the world; scope `sequence`: M AR(4 L' b E) over tp
         logged             all_reduce  AR(4 (L' E + 1)) over the world; scope `sequence`: AR(4 L' E) more
-    delayed scaling of emulated FP8, fp32 amaxes:
-        dense amaxes       all_reduce  M AR(4 scales) over the world   (one of input, weight and gradient of each product in FP8)
-        experts' amaxes    all_reduce  M AR(4 scales) over edp         (as many for each expert of this rank)
-        infinities         all_reduce  AR(4) over the world   (with Transformer Engine's delayed scaling, too)
+    delayed scaling, fp32 amaxes, P dense products in FP8 and P' of this rank's experts:
+        dense amaxes       all_reduce  M AR(4 * 3 P) over the world    (emulated: of input, weight and gradient of each product)
+        experts' amaxes    all_reduce  M AR(4 * 3 P') over edp
+        dense amaxes       all_reduce  M (AR(4 * 3 P) + AR(4 * 2 P)) over the world    (TE: a forward pass has a place for the output, a
+                           backward pass one for the input's gradient; where ep is 1 experts count as dense)
+        experts' amaxes    all_reduce  M (AR(4 * 3 P') + AR(4 * 2 P')) over edp
+        infinities         all_reduce  AR(4) over the world            (whether the histories have one; emulated and TE)
     step:
         targets            all_reduce  AR(8) over dp, AR(16) where windows are cut into documents: their squared lengths too
         loss               all_reduce  AR(4) over dp
@@ -127,10 +130,10 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
         terms += [*_routing(model, step), *_balance(model, step)]
     terms += [_all_reduce("targets", "dp", [INT64 * (1 + step.documents)], step), _all_reduce("loss", "dp", [FP32], step)]
     terms += [
-        _all_reduce(what, axis, [FP32 * scales] * step.micro_steps * (scales > 0), step)
-        for what, axis, scales in (("dense amaxes", "world", step.dense_scales), ("experts' amaxes", "edp", step.expert_scales))
+        _all_reduce(what, axis, [FP32 * count for count in counts if count] * step.micro_steps, step)
+        for what, axis, counts in (("dense amaxes", "world", step.dense_amaxes), ("experts' amaxes", "edp", step.expert_amaxes))
     ]
-    terms.append(_all_reduce("infinities", "world", [INT32] * step.histories, step))
+    terms.append(_all_reduce("infinities", "world", [INT32] * any((*step.dense_amaxes, *step.expert_amaxes)), step))
     return [*terms, _all_reduce("norm", "tp", [FP32] * step.norm_over_tp, step)]
 
 
@@ -223,7 +226,7 @@ def _routing(model: ModelConfig, step: StepShape) -> Iterable[Term]:
 
 def _ends(model: ModelConfig, step: StepShape) -> int:
     """How often the last collective of a block runs forward."""
-    return 1 + (step.recompute and (model.sandwich_norm or model.residual_clip > 0))
+    return 1 + (step.recompute and (step.whole_blocks or model.sandwich_norm or model.residual_clip > 0))
 
 
 def _balance(model: ModelConfig, step: StepShape) -> Iterable[Term]:

@@ -16,7 +16,7 @@ from megagate.parallel.mesh import Axis, ParallelMesh
 from megagate.parallel.traffic import Kind, Traffic
 
 AXES = ("tp", "dp", "ep", "edp", "world")
-SENDERS = ("megagate", "deepspeed")
+SENDERS = ("megagate", "deepspeed", "transformer_engine")
 """Packages that may send: a collective counts for the nearest caller's module in one of them, or for `other`."""
 NAMESPACES = ("c10d", "_c10d_functional")
 IGNORED = ("barrier", "monitored_barrier_")

@@ -81,14 +81,13 @@ class Case:
             rows_in=rows_in,
             norm_over_tp=self.stage == 0,
             chunk_tokens=self.chunk,
-            dense_scales=self.delayed(2 * self.model.num_layers * (1 + bool(not self.model.is_moe or self.model.moe.shared_ffn_size))),
-            histories=self.fp8 == "delayed",
-            expert_scales=self.delayed(2 * self.model.num_moe_layers * self.model.moe.num_experts // self.ep),
+            dense_amaxes=self.delayed(2 * self.model.num_layers * (1 + bool(not self.model.is_moe or self.model.moe.shared_ffn_size))),
+            expert_amaxes=self.delayed(2 * self.model.num_moe_layers * self.model.moe.num_experts // self.ep),
         )
 
-    def delayed(self, products: int) -> int:
+    def delayed(self, products: int) -> tuple[int, ...]:
         """Each has an input, a weight and a gradient."""
-        return 3 * products * (self.fp8 == "delayed")
+        return (3 * products * (self.fp8 == "delayed"),)
 
 
 class Group(NamedTuple):

@@ -19,7 +19,6 @@ from te.stub_extension import NAME, build
 VERSION = "2.20.2"
 ENVIRONMENT = {
     "NVTE_PROJECT_BUILDING": "1",  # TE's own switch: import without loading a shared library
-    "NVTE_UNFUSED_FP8_UPDATE": "1",  # delayed scaling's update by TE's Python instead of its fused kernel
     "NVTE_MASKED_SOFTMAX_FUSION": "0",  # attention's softmax by PyTorch
     "TRITON_INTERPRET": "1",  # permutation's Triton kernels run in numpy
     "NVTE_TORCH_COMPILE": "0",  # no compiler runs for TE's small helpers

@@ -120,10 +120,17 @@ def _is_quantized(tensor: Any) -> bool:
 
 
 def rmsnorm_fwd(x, weight, eps, ln_out, quantizer, out_dtype, sm_margin, zero_centered_gamma):
-    """(normed, None, 1 / rms [rows] fp32): statistics and product in fp32, one cast."""
+    """(normed, None, 1 / rms [rows] fp32): statistics and product in fp32, one cast.
+
+    Delayed scaling casts the product itself to FP8, all others what is left of it in `out_dtype`.
+    Source: csrc/extensions/normalization.cpp, rmsnorm_fwd (`FULLY_FUSED`); common/normalization/rmsnorm/rmsnorm_fwd_kernels.cuh.
+    """
     wide = x.float()
     scale = (wide.square().mean(-1) + eps).rsqrt()
-    out = (wide * scale[:, None] * _gain(weight, zero_centered_gamma)).to(_torch_dtype(out_dtype))
+    product = wide * scale[:, None] * _gain(weight, zero_centered_gamma)
+    out = product.to(_torch_dtype(out_dtype))
+    if type(quantizer).__name__ == "Float8Quantizer":
+        return _quantize(product, quantizer, out.dtype), None, scale
     if quantizer is not None and type(quantizer).__name__ != "IdentityQuantizer":
         return quantizer(out), None, scale
     return (out if ln_out is None else ln_out.copy_(out)), None, scale
@@ -151,11 +158,16 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     Delayed: times the quantizer's scale; its amax becomes the larger of what it was and that of the tensor. Current: times 448 (or 57344)
     over the tensor's amax.
     """
+    if output is not None or noop is not None:
+        raise NotImplementedError(f"{NAME}.quantize stands in for quantisation into new tensors")
+    return _quantize(tensor, quantizer, tensor.dtype)
+
+
+def _quantize(tensor: Tensor, quantizer: Any, dtype_before: torch.dtype) -> Any:
+    """`dtype_before` is what the tensor passes for."""
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
-    if output is not None or noop is not None:
-        raise NotImplementedError(f"{NAME}.quantize stands in for quantisation into new tensors")
     dtype = FP8_DTYPES[int(quantizer.dtype)]
     amax = tensor.float().abs().amax() if tensor.numel() else torch.zeros(())
     if type(quantizer).__name__ == "Float8Quantizer":
@@ -172,7 +184,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
         "data_transpose": data.movedim(-1, 0).contiguous() if quantizer.columnwise_usage else None,
         "fp8_scale_inv": scale.reciprocal().clone(),
         "fp8_dtype": quantizer.dtype,
-        "fake_dtype": tensor.dtype,
+        "fake_dtype": dtype_before,
         "quantizer": quantizer,
     }
     if quantizer.internal:
@@ -184,6 +196,26 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[Any], *, disable_bulk_allocation: bool = False) -> list[Any]:
     """`quantize` of each group of rows by its own quantizer."""
     return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(splits), quantizers, strict=True)]
+
+
+def fused_amax_and_scale_update_after_reduction(amaxes, histories, scales, algorithm, dtype, margin):
+    """The end of a micro-step of delayed scaling, in place; `amaxes` are those of all histories, one after the other.
+
+    Where an amax is 0 its history's first place stands for it, and where that is 0 too, history and scale stay as they are. Else the history
+    is rolled and its largest value, NaN looked past, gives the scale unless it is infinite: a quotient, fp32's largest number at most.
+    Source: common/recipe/delayed_scaling.cu, kernel_bulk.
+    """
+    if algorithm != "max":
+        raise NotImplementedError(f"{NAME}.fused_amax_and_scale_update_after_reduction stands in for the algorithm max")
+    largest = torch.tensor(torch.finfo(FP8_DTYPES[int(dtype)]).max * 2.0**-margin)
+    for history, scale, reduced in zip(histories, scales, amaxes.split([len(scale) for scale in scales]), strict=True):
+        last = torch.where(reduced != 0, reduced, history[0])
+        rolled = torch.cat([history[1:], last[None]])
+        high, moves = rolled.nan_to_num(nan=0.0, posinf=torch.inf).amax(0), last != 0
+        new = torch.div(largest, high).clamp(max=torch.finfo(torch.float32).max)
+        scale.copy_(torch.where(moves & high.isfinite() & (high > 0), new, scale))
+        rolled[0] = 0.0
+        history.copy_(torch.where(moves, rolled, history))
 
 
 def fp8_transpose(data: Tensor, _dtype: Any, *, out: Tensor | None = None) -> Tensor:
@@ -306,6 +338,7 @@ KERNELS: tuple[Callable[..., Any], ...] = (
     rmsnorm_bwd,
     quantize,
     split_quantize,
+    fused_amax_and_scale_update_after_reduction,
     fp8_transpose,
     fused_topk_with_score_function_fwd,
     fused_topk_with_score_function_bwd,

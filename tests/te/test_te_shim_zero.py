@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity.engines import Layout, Run, outcome, run_config, train
+from parity.engines import Layout, Run, batch, outcome, run_config, train
 from parity.infinities import held, saturate_each
 from parity.sharded import BACKEND, fill
 from te.te_backends import emulated_backend, te_backend
@@ -21,6 +21,7 @@ from megagate.engine.base import Engine
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
+from megagate.verify.account import SentRow, account
 
 pytestmark = needs_te
 LAYOUTS = [Layout(2, 1, 2, 1), Layout(2, 2, 1, 2)]
@@ -53,20 +54,35 @@ def test_an_infinity_that_delayed_scaling_saturates_is_told():
 def saturated(_context: RankContext, layout: Layout) -> dict[str, str]:
     config, mesh = run_config(Run(dtype="bf16"), layout), ParallelMesh.build(tp=layout.tp, ep=layout.ep)
     fp8 = Fp8Config(recipe="delayed", amax_history=4)
-    steps = saturate_each(build_engine(replace(config, precision=replace(config.precision, backend="te", fp8=fp8)), mesh))
+    steps = saturate_each(engine_of(replace(config, precision=replace(config.precision, backend="te", fp8=fp8)), mesh))
     assert all(step.applied and math.isfinite(step.loss) for step in steps.values())
     return {flaw: step.saturated for flaw, step in steps.items() if step.saturated}
 
 
-def build_engine(config: RunConfig, mesh: ParallelMesh) -> Engine:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("backend", ["te", "native"])
+def test_one_step_sends_what_the_formula_says(backend, layout):
+    """Transformer Engine reduces its amaxes itself, past `parallel/comm.py`; recomputed blocks do not reduce theirs once more."""
+    for rows in run(accounted, layout.world_size, layout, backend):
+        assert {row.sender for row in rows} >= {"model"}
+        assert [row for row in rows if row.sender == "model" and row.bytes != row.minimum] == []
+
+
+def accounted(_context: RankContext, layout: Layout, backend: str) -> list[SentRow]:
+    config, mesh = run_config(Run(dtype="bf16", recompute=True), layout), ParallelMesh.build(tp=layout.tp, ep=layout.ep)
+    precision = replace(config.precision, backend=backend, fp8=Fp8Config("delayed", emulate=backend == "native", amax_history=3))
+    return account(engine_of(replace(config, precision=precision), mesh), *batch(0, mesh))
+
+
+def engine_of(config: RunConfig, mesh: ParallelMesh) -> Engine:
     from megagate.engine.zero import ZeroEngine
 
-    model = fill(LanguageModel(config.model, dtype=torch.bfloat16, backend=backend_of(config.precision, mesh), mesh=mesh))
-    return ZeroEngine(model, config, mesh)
+    how = {"dtype": torch.bfloat16, "backend": backend_of(config.precision, mesh), "mesh": mesh, "recompute": config.train.recompute}
+    return ZeroEngine(fill(LanguageModel(config.model, **how)), config, mesh)
 
 
 def trained(config: RunConfig, lr: float, mesh: ParallelMesh) -> dict[str, Tensor]:
-    engine = build_engine(config, mesh)
+    engine = engine_of(config, mesh)
     after = outcome(engine, train(engine, range(STEPS), lr=lr), next_step=STEPS)
     assert all(step.applied for step in after.steps)
     numbers = {f"{name} of step {i}": torch.tensor(getattr(s, name)) for i, s in enumerate(after.steps) for name in ("loss", "grad_norm")}

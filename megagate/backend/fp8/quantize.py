@@ -1,13 +1,14 @@
 """Numbers to FP8 and back, as Transformer Engine 2.20.2 does it, on any device.
 
 Bytes and scales equal its reference quantisers bit for bit (`tests/backend/golden`). Where its CUDA kernels differ from those, by reading,
-this file goes with the references:
+this file goes with the references but for the last:
 
 - a block or tensor with an infinity: the references give scale 0, so that everything in it comes back as NaN; the kernels take scale 1 and
   the infinity becomes the largest number, silently;
 - NaN: the kernels look past it for the largest value, the references do not: of a tensor everything becomes NaN, of a block with a scale
   that is a power of two its own element alone (the scale is then 1/2);
-- delayed scaling's kernel divides, the rule in Python multiplies by a reciprocal: a last bit of a scale.
+- delayed scaling's kernel divides, the rule in Python multiplies by a reciprocal: a last bit of a scale. Here it is the kernel's quotient,
+  since nobody's GPU runs the other.
 
 A cast saturates, as on a GPU: PyTorch's own makes infinity of what is too large for e5m2. NaN stays NaN.
 """
@@ -143,7 +144,7 @@ def delayed_update(history: Tensor, scale: Tensor, amax: Tensor, fp8: torch.dtyp
     """
     rolled = torch.cat([history[..., 1:], amax.unsqueeze(-1)], dim=-1)
     high = rolled.amax(-1)
-    new = high.reciprocal().mul(largest(fp8)).clamp(max=FP32_MAX)
+    new = torch.div(largest(fp8), high).clamp(max=FP32_MAX)
     scale = torch.where((amax != 0) & (high > 0) & high.isfinite(), new, scale)
     rolled[..., 0] = 0.0
     return torch.where((amax != 0).unsqueeze(-1), rolled, history), scale
