@@ -8,7 +8,6 @@ from torch import Tensor
 from megagate.backend.base import KeepsState
 from megagate.backend.te_sites import TENSORS
 from megagate.engine.base import Engine
-from megagate.parallel.shard import Shard
 from megagate.parallel.traffic import Kind, Sent
 from megagate.verify.minimum import FP32, StepShape, Term, step_terms, total_by_axis, zero_terms
 from megagate.verify.wire import RoutedRows, WireCounter, axis_names

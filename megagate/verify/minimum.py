@@ -75,13 +75,13 @@ class Term(NamedTuple):
 
 
 def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
-    """What one rank sends through `parallel/comm.py` in one `Engine.train_step`, and by Transformer Engine (TE), which reduces its own amaxes.
+    """What one rank sends in one `Engine.train_step`: through `parallel/comm.py`, and amaxes by Transformer Engine (TE) itself.
 
     Sizes: M micro-steps, L layers, L' of them with a mixture, b sequences, s tokens, width h, d channels of a head, g kv heads, E experts,
     B bytes of an element; F = 1 forward pass of a block, 2 with recompute; D = F where something is kept after a block's last collective
-    (sandwich norm, residual clip) or Transformer Engine recomputes, else 1: a recomputed block stops there. AG(x) = x (n - 1) and RS(x) = x (n - 1) / n with n ranks on the
-    axis, x bytes given; AR(x) = 2 RS(x), each in whole bytes (`bytes_sent`). On an axis of size 1 all are nothing. a = b s/tp h B
-    bytes is a shard of activations, A = tp a all of them.
+    (sandwich norm, residual clip) or TE recomputes, else 1: a recomputed block stops there. AG(x) = x (n - 1) and RS(x) = x (n - 1) / n
+    with n ranks on the axis, x bytes given; AR(x) = 2 RS(x), each in whole bytes (`bytes_sent`). On an axis of size 1 all are nothing. a =
+    b s/tp h B bytes is a shard of activations, A = tp a all of them.
 
     tp, activations:
         attention          all_gather  M L (F + 1) AG(a)     reduce_scatter  M L (F + 1) RS(A)      (in and out, and their adjoints)

@@ -201,8 +201,8 @@ def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[A
 def fused_amax_and_scale_update_after_reduction(amaxes, histories, scales, algorithm, dtype, margin):
     """The end of a micro-step of delayed scaling, in place; `amaxes` are those of all histories, one after the other.
 
-    Where an amax is 0 its history's first place stands for it, and where that is 0 too, history and scale stay as they are. Else the history
-    is rolled and its largest value, NaN looked past, gives the scale unless it is infinite: a quotient, fp32's largest number at most.
+    Where an amax is 0 its history's first place stands for it, and where that is 0 too, history and scale stay as they are. Else the
+    history is rolled and its largest value, NaN looked past, gives the scale unless it is infinite: a quotient, fp32's largest at most.
     Source: common/recipe/delayed_scaling.cu, kernel_bulk.
     """
     if algorithm != "max":

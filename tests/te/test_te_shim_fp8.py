@@ -99,8 +99,10 @@ def compared(_context: RankContext, recipe: str, tp: int, ep: int) -> dict[str, 
 
 
 def test_a_norm_inside_a_product_rounds_once():
-    """TE's norm casts its fp32 to FP8 where nobody else reads it, the emulation by way of bf16. At scale 1 that moves what rounds to a tie in
-    bf16 and lies on the other side of it: half of one in 16 numbers, each to the neighbour."""
+    """TE's norm casts its fp32 to FP8 where nobody else reads it, the emulation by way of bf16.
+
+    At scale 1 that moves what rounds to a tie in bf16 and lies on the other side of it: half of one in 16 numbers, each to the neighbour.
+    """
     assert run(rounded_once, 1) == [{"farthest": 1, "amax is near": True, "some": True, "few": True}]
 
 
