@@ -68,8 +68,8 @@ def load(key: str = "precision.backend", otherwise: str = "native") -> Any:
         found = importlib.metadata.version("transformer_engine")
         if not is_known(found):
             raise ConfigError(
-                f"{key} (te) needs Transformer Engine {VERSION}, for whose inner workings it was written, and finds {found} (containers "
-                f"come with one of their own); install it by `{INSTALL}`, or set {key} {otherwise}"
+                f"{key} (te) needs Transformer Engine {TE_VERSION}, for whose inner workings it was written, and finds {found} (containers "
+                f"come with one of their own); install it by `{INSTALL['transformer_engine']}`, or set {key} {otherwise}"
             )
         # `router` is no attribute of the package until it is imported by name.
         from transformer_engine import pytorch  # noqa: PLC0415 - an optional package
@@ -84,7 +84,7 @@ def load(key: str = "precision.backend", otherwise: str = "native") -> Any:
 
 def is_known(version: str) -> bool:
     """Whether a version is the one that this file was written for, built from whichever commit (`+...`)."""
-    return version.partition("+")[0] == VERSION
+    return version.partition("+")[0] == TE_VERSION
 
 
 def load_recipes() -> Any:
