@@ -81,12 +81,13 @@ def kernel_rules(precision: PrecisionConfig) -> Iterator[str]:
 
 def _te_dtype_rules(precision: PrecisionConfig) -> Iterator[str]:
     """Transformer Engine's products of fp32 numbers. Source: `common/gemm/cublaslt_gemm.cu`, line 445 (CUBLAS_COMPUTE_32F_FAST_TF32)."""
-    # With an emulation `kernel_rules` has said what to change, and this one would send the reader back.
-    if precision.backend == "te" and not precision.fp8.emulate and precision.dtype == "fp32":
+    # With an emulation too, `kernel_rules` has said what to change, and this one might send the reader back.
+    if precision.backend == "te" and precision.dtype == "fp32" and not precision.fp8.emulate:
+        emulated = " with precision.fp8.emulate true" if precision.fp8.recipe != "none" else ""
         yield (
             "precision.dtype (fp32) must be bf16 where precision.backend is te: its products of fp32 numbers are in TF32, with 10 bits of "
             "mantissa, whatever PyTorch is told, and its FP8 is made for bf16 activations; set precision.dtype to bf16, or "
-            "precision.backend to native"
+            f"precision.backend to native{emulated}"
         )
 
 

@@ -45,7 +45,7 @@ def test_another_version_is_refused(version, monkeypatch):
         backend()
     message = str(caught.value)
     assert message.startswith("precision.backend (te) needs Transformer Engine 2.20.2, ") and f"and finds {version} " in message
-    assert f"install it by `{INSTALL}`, or set precision.backend native" in message
+    assert f"install it by `{INSTALL['transformer_engine']}`, or set precision.backend native" in message
 
 
 def test_the_version_may_name_the_commit_that_it_was_built_from(monkeypatch):

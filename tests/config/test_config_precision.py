@@ -76,12 +76,13 @@ def test_an_emulation_needs_a_recipe_and_native_kernels() -> None:
 
 def test_te_is_in_bf16() -> None:
     fp32 = {"precision.dtype": "fp32"}
-    refused = [
+    refused = (
         "precision.dtype (fp32) must be bf16 where precision.backend is te: its products of fp32 numbers are in TF32, with 10 bits of "
         "mantissa, whatever PyTorch is told, and its FP8 is made for bf16 activations; set precision.dtype to bf16, or "
         "precision.backend to native"
-    ]
-    assert violations({**TE, **fp32}) == violations(recipe("delayed", TE, fp32)) == refused
+    )
+    assert violations({**TE, **fp32}) == [refused]
+    assert violations(recipe("delayed", TE, fp32)) == [f"{refused} with precision.fp8.emulate true"]
     assert violations(fp32) == violations(recipe("delayed", EMULATED, fp32)) == violations({**TE, "precision.dtype": "auto"}) == []
 
 
