@@ -123,7 +123,7 @@ class _References:
         """
         own = reference_config(config, dp=dp)
         if own.precision.dtype == "bf16":
-            fp32 = replace(own, precision=replace(own.precision, dtype="fp32"))
+            fp32 = replace(own, precision=replace(own.precision, dtype="fp32", backend="native", norm="native"))
             outcome, exact = (_run_reference(one, seed=0, device=device, pinned=True)[0] for one in (own, fp32))
             return cls(0, outcome, exact)
         for seed in range(SEEDS):
