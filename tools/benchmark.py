@@ -233,7 +233,7 @@ def _fp8(options: argparse.Namespace) -> int:
 
 def _fp8_study(options: argparse.Namespace, rows: Sequence[str], folder: Path) -> list[str]:
     """Lines of markdown."""
-    from megagate.analysis.benchmark.fp8 import Record, remark, table
+    from megagate.analysis.benchmark.fp8 import Record, remark, table, valid_batches
     from megagate.analysis.benchmark.fp8_runs import prepare, study
     from megagate.config.cli import parse
 
@@ -250,8 +250,10 @@ def _fp8_study(options: argparse.Namespace, rows: Sequence[str], folder: Path) -
     save(record)
     how = {"rows": rows, "seeds": seeds, "folder": folder, "valid_tokens": valid_tokens, "jobs": options.jobs, "threads": options.threads}
     study(record, base, **how, save=save, tell=_tell)
-    head = f"{path.name}, {record.conditions['steps']} steps of {base.train.global_batch_size * base.train.seq_len} tokens, "
-    head += f"{len(seeds)} seeds; {valid_tokens} tokens to validate on; {machine}."
+    batch = base.train.global_batch_size * base.train.seq_len
+    validated = min(valid_tokens, valid_batches(base, valid_tokens) * batch)
+    head = f"{path.name}, {record.conditions['steps']} steps of {batch} tokens, "
+    head += f"{len(seeds)} seeds; {validated} tokens to validate on; {machine}."
     return [f"{head}\n", *table(record, rows, seeds), remark(base, rows, steps=record.conditions["steps"])]
 
 

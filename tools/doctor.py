@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "`deepspeed --num_gpus 4 tools/doctor.py --config F`, or, on CPUs, plainly with --world.",
     )
     parser.add_argument("--backend", choices=["te", "emulated"], default="", help="compare these kernels, layer by layer")
-    parser.add_argument("--recipe", default="", metavar="NAME,...", help="of bf16 (te without FP8), delayed, current, blockwise, mxfp8")
+    parser.add_argument("--recipe", metavar="NAME,...", help="of bf16 (te without FP8), delayed, current, blockwise, mxfp8")
     parser.add_argument("--world", type=int, default=0, metavar="N", help="start N ranks on this machine's CPU (without a launcher)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here too")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="end with an error after this time (default 300)")
@@ -70,11 +70,19 @@ def _check(options: argparse.Namespace) -> None:
 
     if not (0 < options.timeout < math.inf):
         raise ConfigError(f"--timeout ({options.timeout:g}) must be a number of seconds above 0; leave it out for 300")
-    if options.recipe and not options.backend:
+    if options.recipe is not None and not options.backend:
         raise ConfigError(f"--recipe ({options.recipe}) is of kernels to compare; add --backend te or emulated, or leave it out")
+    if options.recipe is not None and not _recipes(options):
+        raise ConfigError(f"--recipe ({options.recipe}) names no recipe; name some, or leave it out for all")
     writes = int(os.environ.get("RANK", 0)) == 0
     if writes and options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise ConfigError(f"--json {options.json} cannot be written: its folder must exist, and it be no folder; give the path of a file")
+
+
+def _recipes(options: argparse.Namespace) -> tuple[str, ...]:
+    """Each once, as they were asked for; none asks for all."""
+    names = (name.strip() for name in (options.recipe or "").split(","))
+    return tuple(dict.fromkeys(filter(None, names)))
 
 
 class Examination(NamedTuple):
@@ -104,7 +112,7 @@ def _examination(config: "RunConfig", options: argparse.Namespace, *, world_size
         from megagate.verify.precision import examine_precision, examine_precision_local, precision_order
         from megagate.verify.precision_report import record_precision, render_precision
 
-        what = precision_order(config, examined=options.backend, recipes=tuple(filter(None, options.recipe.split(","))), **asked)
+        what = precision_order(config, examined=options.backend, recipes=_recipes(options), **asked)
         return Examination(what, examine_precision_local, examine_precision, render_precision, record_precision)
     from megagate.verify.doctor import examine, examine_local, order
     from megagate.verify.report import record, render

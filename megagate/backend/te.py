@@ -176,17 +176,14 @@ class TransformerEngineBackend:
 
     def of_layer(self, index: int, num_layers: int) -> "TransformerEngineBackend":
         """TE's kernels without FP8 for a block that stays in high precision."""
-        keep = self.precision.fp8.keep_high_precision
-        stays = ("first_layers" in keep and index == 0) or ("last_layers" in keep and index == num_layers - 1)
+        stays = self.precision.fp8.keeps_block(index, num_layers)
         return _InHighPrecision(self) if stays and self.recipe is not None else self
 
     def column_linears(
         self, width: int, parts: Sequence[Part], *, tp: Axis, eps: float | None = None, gives_normed: bool = True
     ) -> ColumnLinears:
         """One product of all parts in FP8, with one scale; another, by PyTorch, of those that stay out. Without FP8 one product of all."""
-        gate_stays = "gate" in self.precision.fp8.keep_high_precision
-        out = [part.role == "logits" or (part.role == "gate" and gate_stays) for part in parts]
-        stays = out if self.dense.recipe is not None else [False] * len(parts)
+        stays = [self.dense.recipe is not None and not self.precision.fp8.rounds(part.role) for part in parts]
         fused = eps if tp.size == 1 and self.precision.norm == "native" else None
         site = Columns(self.dense, width, parts, stays=stays, tp=tp, eps=fused, gives_normed=gives_normed, device=self.device)
         return self._known(site)

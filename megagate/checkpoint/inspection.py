@@ -13,6 +13,7 @@ from megagate.checkpoint.box import Shape
 from megagate.checkpoint.certificate import read_next_step
 from megagate.checkpoint.fingerprint import FINGERPRINT, differing, digits, piece_sum, recorded
 from megagate.checkpoint.reshard import read_flat
+from megagate.checkpoint.saved_model import PRECISION_STATE
 from megagate.checkpoint.store import Checkpoint, StoredTensor
 from megagate.errors import CheckpointError
 
@@ -196,7 +197,9 @@ def finite(value: Any) -> Any:
 
 
 def kind_of(name: str) -> str:
-    """What a logical tensor is to the optimizer: `master`, `exp_avg`, `exp_avg_sq`, `state`."""
+    """What a logical tensor is to the optimizer: `master`, `exp_avg`, `exp_avg_sq`, `state`; what FP8 keeps is `state/fp8`."""
+    if name.startswith(PRECISION_STATE):
+        return PRECISION_STATE.rstrip("/")
     return name.partition("/")[0] if "/" in name else "others"
 
 

@@ -45,6 +45,11 @@ class GateConfig:
         """Whether the gated heads are key/value heads, not query heads."""
         return self.position in ("G2", "G3")
 
+    @property
+    def rides(self) -> bool:
+        """Whether its logits, one a channel, are of the product of q, k and v: what may be in FP8 of a gate."""
+        return self.score == "input" and self.granularity == "elementwise" and self.position not in ("none", "G5")
+
 
 @dataclass(frozen=True)
 class SwitchConfig:

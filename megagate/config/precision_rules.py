@@ -27,12 +27,10 @@ def size_multiple(fp8: Fp8Config) -> int:
     return {"none": 1, "mxfp8": MX_SIZE_MULTIPLE}.get(fp8.recipe, SIZE_MULTIPLE)
 
 
-def fp8_layers(config: RunConfig) -> range:
+def fp8_layers(config: RunConfig) -> list[int]:
     """The blocks, counted from 0, whose products are in FP8."""
-    keep, layers = config.precision.fp8.keep_high_precision, config.model.num_layers
-    if config.precision.fp8.recipe == "none":
-        return range(0)
-    return range("first_layers" in keep, layers - ("last_layers" in keep))
+    fp8, layers = config.precision.fp8, config.model.num_layers
+    return [] if fp8.recipe == "none" else [index for index in range(layers) if not fp8.keeps_block(index, layers)]
 
 
 def fp8_heads(config: RunConfig) -> dict[str, int]:
@@ -42,8 +40,7 @@ def fp8_heads(config: RunConfig) -> dict[str, int]:
     projections = {"q": heads, "k": kv_heads, "v": kv_heads}
     for kind in attention.switch.switched:
         projections[kind] *= attention.switch.num_experts
-    has_form = gate.score == "input" and gate.granularity == "elementwise" and gate.position not in ("none", "G5")
-    if has_form and "gate" not in config.precision.fp8.keep_high_precision:
+    if gate.rides and config.precision.fp8.rounds("gate"):
         projections["gate"] = kv_heads if gate.of_kv_heads else heads
     return projections
 

@@ -36,7 +36,8 @@ class TrainConfig:
             is the path of a checkpoint, or of a run, to start from; not read, which is said, once `output_dir` has its own.
         recompute: Recompute each block in the backward pass instead of keeping its activations.
         on_nonfinite: What a loss or gradient norm that is not finite does: `stop` the run, or `skip` the step; what an infinity that
-            FP8's delayed scaling saturates does: `stop` the run, or be told (`skip`).
+            FP8's delayed scaling saturates does: `stop` the run, or be told (`skip`); its scale then stands still for
+            `precision.fp8.amax_history` micro-steps.
     """
 
     steps: int = 1000
@@ -148,6 +149,15 @@ class Fp8Config:
     emulate: bool = False
     keep_high_precision: tuple[Fp8Part, ...] = ("embedding", "head", "router", "gate")
     amax_history: int = 1024
+
+    def keeps_block(self, index: int, num_layers: int) -> bool:
+        """Whether all of a block, counted from 0, stays in high precision."""
+        kept = self.keep_high_precision
+        return ("first_layers" in kept and index == 0) or ("last_layers" in kept and index == num_layers - 1)
+
+    def rounds(self, role: str) -> bool:
+        """Whether a product of this role (`Role` of `backend/base.py`) is in FP8, in a block that is."""
+        return role == "projection" or (role == "gate" and "gate" not in self.keep_high_precision)
 
 
 @dataclass(frozen=True)

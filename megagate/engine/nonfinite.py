@@ -19,7 +19,7 @@ from megagate.parallel.mesh import Axis
 
 
 def first_nonfinite(engine: Engine, tokens: Tensor, labels: Tensor) -> str:
-    """The layer and the tensor that were the first not to be finite in a step, as a sentence; the same on all ranks. Collective.
+    """The layer and the tensor that were the first not to be finite in a step, or where none was found; the same on all ranks. Collective.
 
     For the last step, which was not applied: weights must be those that it had. Delayed scaling has the scales again that each micro-step
     had. An infinity that such a scale saturates is finite from there on; `saturated.py` tells of those whose
@@ -78,7 +78,7 @@ def _first(found: _Found | None, world: Axis) -> str:
     if not all_found:
         return ""
     one, rank = min(all_found, key=lambda item: (item[0].place, item[1]))
-    return f"{one}, on rank {rank}" if world.size > 1 else str(one)
+    return f"the first: {one}" + (f", on rank {rank}" if world.size > 1 else "")
 
 
 def _of_weights(engine: Engine) -> _Found | None:

@@ -82,7 +82,8 @@ def tell_changed_precision(engine: Engine, checkpoint: Checkpoint) -> None:
     if begun:
         logger.info(
             "%d tensors of FP8's delayed scaling begin fresh, such as %s: %s has none of this shape (saved without FP8, with another "
-            "recipe, precision.fp8.amax_history or backend, or written by a tool); the first micro-step may round more, then scales follow",
+            "recipe, precision.fp8.amax_history or backend, or written by a tool such as retrofit_gate.py); the first micro-step may "
+            "round more, then scales follow",
             *(len(begun), begun[0], checkpoint.folder.name),
         )
     if left:

@@ -184,7 +184,7 @@ class Trainer:
 
     def _not_finite(self, step: int, result: StepResult, batch: Batch) -> None:
         first = first_nonfinite(self.engine, self._tensor(batch.tokens), self._tensor(batch.labels))
-        what = f"step {step}: the loss is {result.loss} and the gradient norm {result.grad_norm}; the first: {first}"
+        what = f"step {step}: the loss is {result.loss} and the gradient norm {result.grad_norm}; {first}"
         if result.saturated:  # which the passes, done again with other scales, may not show
             what += f"; in FP8 {result.saturated}"
         if self.config.train.on_nonfinite == "skip" and not result.applied:

@@ -33,8 +33,8 @@ class Cell:
     @property
     def excess(self) -> float:
         """Above 1 outside of the band."""
-        if math.isnan(self.error):
-            return math.inf
+        if not all(map(math.isfinite, (self.error, self.low, self.high))):
+            return math.inf  # not NaN, which no comparison would show
         above = self.error / self.high if self.high else math.inf if self.error else 0.0
         below = self.low / self.error if self.error else math.inf if self.low else 0.0
         return max(above, below)

@@ -32,14 +32,11 @@ class Rule:
     @property
     def block(self) -> bool:
         """Whether this block has products in FP8."""
-        kept = self.fp8.keep_high_precision
-        if self.fp8.recipe == "none" or (self.index == 0 and "first_layers" in kept):
-            return False
-        return not (self.index == self.blocks - 1 and "last_layers" in kept)
+        return self.fp8.recipe != "none" and not self.fp8.keeps_block(self.index, self.blocks)
 
     def quantised(self, part: Part) -> bool:
         """Whether this product is in FP8."""
-        return self.block and (part.role == "projection" or (part.role == "gate" and "gate" not in self.fp8.keep_high_precision))
+        return self.block and self.fp8.rounds(part.role)
 
 
 class NoisyBackend(NativeBackend):

@@ -90,7 +90,7 @@ def precision_order(
     """What to do for a user's run on `world_size` ranks.
 
     Args:
-        config: The user's run; its own backend and recipe are not read.
+        config: The user's run, which must be possible; its own backend and recipe are not what is compared.
         world_size: Number of ranks.
         gpu: Whether they have GPUs, which decides `precision.dtype: auto`.
         examined: What is compared with plain PyTorch.
@@ -99,14 +99,15 @@ def precision_order(
         hardware: Of this rank; None does not ask.
 
     Raises:
-        ConfigError: The layout, a recipe or the fault cannot be had there.
+        ConfigError: The run is none, or the layout, a recipe or the fault cannot be had there.
     """
     dtype, fp8 = config.precision.dtype, config.precision.fp8
+    fitted = fit_layout(config, world_size=world_size)
+    check(fitted, world_size=world_size)  # with its own precision, for any hardware: what is compared is another
     plain = replace(config.precision, backend="native", fp8=replace(fp8, recipe="none", emulate=False))
-    resolved = replace(config, precision=replace(plain, dtype=("bf16" if gpu else "fp32") if dtype == "auto" else dtype))
-    fitted = fit_layout(resolved, world_size=world_size)
+    resolved = replace(fitted, precision=replace(plain, dtype=("bf16" if gpu else "fp32") if dtype == "auto" else dtype))
     kept = len({"first_layers", "last_layers"} & set(fp8.keep_high_precision))
-    small = shrink(fitted, world_size=world_size, sizes=replace(FOR_FP8, kept=kept))
+    small = shrink(resolved, world_size=world_size, sizes=replace(FOR_FP8, kept=kept))
     known = RECIPES if examined == "emulated" else (HIGH, *RECIPES)
     runs = {recipe: replace(small, precision=precision_of(small.precision, examined, recipe)) for recipe in known}
     unknown = [recipe for recipe in recipes if recipe not in known]
@@ -117,7 +118,7 @@ def precision_order(
     for recipe in asked:
         check(runs[recipe], world_size=world_size, hardware=hardware)
     if fault:
-        check_precision_fault(fault, small, asked)
+        check_precision_fault(fault, small, asked, world_size=world_size)
     return PrecisionOrder(small, (config.parallel.tp, config.parallel.ep), world_size, examined, asked, fault)
 
 
@@ -143,7 +144,11 @@ def examine_precision(
         device: Of this rank.
         build: Makes the backend that is examined.
         seed: Of weights and tokens.
+
+    Raises:
+        ConfigError: The ranks were not told the same, as on machines with other hardware, or with other files.
     """
+    _require_same(gather_objects(order, ParallelMesh.build(tp=1, ep=1).world))  # before groups are made of it
     parallel = order.config.parallel
     mesh = ParallelMesh.build(tp=parallel.tp, ep=parallel.ep)
     reference = _Reference(order.config, mesh, device, seed)
@@ -153,9 +158,25 @@ def examine_precision(
         run = replace(order.config, precision=precision)
         other = _model(run, mesh, build(precision, device=device, mesh=mesh), device, seed)
         if order.fault:
-            inject_precision_fault(order.fault, other)
+            inject_precision_fault(order.fault, other, precision.fp8)
         found.append(_compare(reference, other, run, recipe))
     return PrecisionFindings(found, [cause for one in found for cause in causes_of(one)]) if mesh.world.rank == 0 else None
+
+
+def _require_same(orders: list[PrecisionOrder]) -> None:
+    """Ranks that compare other things would wait for each other."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, order in enumerate(orders):
+        ranks_of.setdefault(", ".join(order.recipes), []).append(rank)
+    if len(ranks_of) > 1:
+        found = "; ".join(f"{recipes} (ranks {', '.join(map(str, ranks))})" for recipes, ranks in ranks_of.items())
+        raise ConfigError(f"recipes to compare must be the same on all ranks, they are {found}; name with --recipe what all hardware has")
+    others = [str(rank) for rank, order in enumerate(orders) if order != orders[0]]
+    if others:
+        raise ConfigError(
+            f"the run must be the same on all ranks, but on ranks {', '.join(others)} it is not that of rank 0; give all machines the same "
+            "files and options, and set precision.dtype where only some have GPUs"
+        )
 
 
 def _model(config: RunConfig, mesh: ParallelMesh, backend: Backend, device: torch.device, seed: int) -> LanguageModel:

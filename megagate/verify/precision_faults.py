@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megagate.config.run import RunConfig
+from megagate.config.run import Fp8Config, RunConfig
 from megagate.errors import ConfigError
 from megagate.model.lm import LanguageModel
 from megagate.nn.attention import GatedAttention
@@ -23,38 +23,44 @@ class PrecisionFault:
 
     Args:
         text: What is wrong.
-        inject: Puts it into a model.
+        inject: Puts it into a model; also given what of it is kept out of FP8.
         needs: Of the run, with its words.
     """
 
     text: str
-    inject: Callable[[LanguageModel], None]
+    inject: Callable[[LanguageModel, Fp8Config], None]
     needs: str = ""
 
 
-def check_precision_fault(name: str, config: RunConfig, recipes: tuple[str, ...]) -> None:
+def check_precision_fault(name: str, config: RunConfig, recipes: tuple[str, ...], *, world_size: int) -> None:
     """Refuse a fault that could not show.
+
+    Args:
+        name: Of the fault.
+        config: The shrunken run.
+        recipes: It is shown in these.
+        world_size: Number of ranks.
 
     Raises:
         ConfigError: There is no such fault, or it cannot show in this run.
     """
     if name not in PRECISION_FAULTS:
         raise ConfigError(f"--fault {name} is not one of {', '.join(PRECISION_FAULTS)}; choose one of these")
-    gate, kept = config.model.attention.gate, config.precision.fp8.keep_high_precision
-    rides = gate.granularity == "elementwise" and gate.score == "input" and gate.position not in ("none", "G5")
+    model, ep = config.model, config.parallel.ep
+    kept = not config.precision.fp8.rounds("gate")
     fits = {
         "": True,
-        "a mixture of experts": config.model.is_moe,
+        "a mixture of experts, at least 2 of them on a rank": model.is_moe and model.moe.num_experts // ep > 1,
         "a recipe in FP8": recipes != ("bf16",),
-        "an elementwise gate of the input at G1 to G4, kept in high precision": rides and "gate" in kept,
+        "an elementwise gate of the input at G1 to G4, kept in high precision": model.attention.gate.rides and kept,
     }
     if not fits[PRECISION_FAULTS[name].needs]:
         raise ConfigError(f"--fault {name} needs {PRECISION_FAULTS[name].needs}; choose another fault, or another run")
 
 
-def inject_precision_fault(name: str, model: LanguageModel) -> None:
+def inject_precision_fault(name: str, model: LanguageModel, fp8: Fp8Config) -> None:
     """Put the named fault into the model."""
-    PRECISION_FAULTS[name].inject(model)
+    PRECISION_FAULTS[name].inject(model, fp8)
 
 
 def _replace(module: nn.Module, name: str, site: Any) -> None:
@@ -63,8 +69,10 @@ def _replace(module: nn.Module, name: str, site: Any) -> None:
     object.__setattr__(module, name, site)
 
 
-def _attention(model: LanguageModel) -> GatedAttention:
-    return model.layers[-1].attention
+def _attention(model: LanguageModel, fp8: Fp8Config) -> GatedAttention:
+    """Of the last block in FP8; without any, of the last."""
+    layers = len(model.layers)
+    return model.layers[max((i for i in range(layers) if not fp8.keeps_block(i, layers)), default=-1)].attention
 
 
 def _as_if(value: Tensor, source: Tensor) -> Tensor:
@@ -72,14 +80,14 @@ def _as_if(value: Tensor, source: Tensor) -> Tensor:
     return source + (value - source).detach()
 
 
-def _weight_scale_off_by_two(model: LanguageModel) -> None:
-    attention = _attention(model)
+def _weight_scale_off_by_two(model: LanguageModel, fp8: Fp8Config) -> None:
+    attention = _attention(model, fp8)
     site = attention.out
     _replace(attention, "out", lambda x, weight: site(x, _as_if(2 * weight, weight)))
 
 
-def _dgrad_of_wrong_operand(model: LanguageModel) -> None:
-    attention = _attention(model)
+def _dgrad_of_wrong_operand(model: LanguageModel, fp8: Fp8Config) -> None:
+    attention = _attention(model, fp8)
     site = attention.out
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,8 +98,8 @@ def _dgrad_of_wrong_operand(model: LanguageModel) -> None:
     _replace(attention, "out", product)
 
 
-def _wgrad_of_stale_input(model: LanguageModel) -> None:
-    attention = _attention(model)
+def _wgrad_of_stale_input(model: LanguageModel, fp8: Fp8Config) -> None:
+    attention = _attention(model, fp8)
     site = attention.out
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -101,8 +109,8 @@ def _wgrad_of_stale_input(model: LanguageModel) -> None:
     _replace(attention, "out", product)
 
 
-def _gate_in_fp8(model: LanguageModel) -> None:
-    attention = _attention(model)
+def _gate_in_fp8(model: LanguageModel, fp8: Fp8Config) -> None:
+    attention = _attention(model, fp8)
     site, place = attention.project, [rider.name for group in attention._riders() for rider in group].index("gate")
 
     def products(x: Tensor, weights: list[Tensor], norm: Any = None) -> Any:
@@ -124,7 +132,7 @@ def _experts(model: LanguageModel) -> Experts:
     return next(block.moe.experts for block in model.layers if block.is_moe)
 
 
-def _scale_of_another_expert(model: LanguageModel) -> None:
+def _scale_of_another_expert(model: LanguageModel, fp8: Fp8Config) -> None:
     experts = _experts(model)
     site = experts.project
 
@@ -137,8 +145,8 @@ def _scale_of_another_expert(model: LanguageModel) -> None:
     _replace(experts, "project", products)
 
 
-def _not_in_fp8(model: LanguageModel) -> None:
-    attention = _attention(model)
+def _not_in_fp8(model: LanguageModel, fp8: Fp8Config) -> None:
+    attention = _attention(model, fp8)
     _replace(attention, "out", lambda x, weight: leave(F.linear(x, weight), attention.tp, dim=1))
 
 
@@ -152,7 +160,11 @@ PRECISION_FAULTS: Mapping[str, PrecisionFault] = MappingProxyType(
             _gate_in_fp8,
             "an elementwise gate of the input at G1 to G4, kept in high precision",
         ),
-        "scale-of-another-expert": PrecisionFault("an expert gets another's scale", _scale_of_another_expert, "a mixture of experts"),
+        "scale-of-another-expert": PrecisionFault(
+            "an expert gets another's scale",
+            _scale_of_another_expert,
+            "a mixture of experts, at least 2 of them on a rank",
+        ),
         "not-in-fp8": PrecisionFault("a product that should be in FP8 is not", _not_in_fp8, "a recipe in FP8"),
     }
 )

@@ -68,11 +68,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
 
 
 def test_it_tells_what_was_saved(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
-    folder = saved(tmp_path)
+    folder = saved(tmp_path, **{"state/fp8/site.input.history": torch.ones(2, 4)})
     code, said = run(tmp_path, "--json")
     value = json.loads(said)
     assert code == 0 and (value["folder"], value["step"], value["next_step"]) == (str(folder), 4, None)
     assert value["kinds"]["master"] == {"tensors": 3, "elements": 84 + 120 + 1, "bytes": 4 * 205, "dtypes": ["float32"]}
+    assert value["kinds"]["state/fp8"] == {"tensors": 1, "elements": 8, "bytes": 32, "dtypes": ["float32"]}
     assert value["kinds"]["state"] == {"tensors": 1, "elements": 3, "bytes": 12, "dtypes": ["int32"]}
     assert value["files"] == {path.name: path.stat().st_size for path in sorted(folder.glob("rank-*"))} and len(value["files"]) == 3
     with Checkpoint.open(folder) as checkpoint:

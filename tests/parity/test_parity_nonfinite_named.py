@@ -69,7 +69,8 @@ def test_the_first_is_named_and_nothing_is_changed(run, layout, flaws):
     named, silent = (ranks.run_ranks(train_with_flaws, layout.world_size, run, layout, names, flaws) for names in (True, False))
     assert named[0][0] == named[1][0] and list(named[0][0]) == list(flaws)
     for flaw, told in named[0][0].items():
-        assert re.fullmatch(TOLD[flaw].format(expert=6) + ("" if flaw == "norm" else ", on rank 1"), told), (flaw, told)
+        expected = TOLD[flaw].format(expert=6)
+        assert re.fullmatch(expected if flaw == "norm" else f"the first: {expected}, on rank 1", told), (flaw, told)
     assert [after for _, after in named] == [after for _, after in silent]
 
 
@@ -78,8 +79,8 @@ def test_stage_3_looks_at_the_forward_pass():
     named, silent = (ranks.run_ranks(train_with_flaws, 2, *what, names, ("weight", "output", "gradient")) for names in (True, False))
     told = named[0][0]
     assert told == named[1][0] and [after for _, after in named] == [after for _, after in silent]
-    assert re.match(r"layers\.1\.attention\S* (in|out)put is not finite", told["weight"])
-    assert told["output"].startswith("layers.1.ffn_norm's output is not finite")
+    assert re.match(r"the first: layers\.1\.attention\S* (in|out)put is not finite", told["weight"])
+    assert told["output"].startswith("the first: layers.1.ffn_norm's output is not finite")
     assert told["gradient"] == FORWARD_ALONE
 
 
@@ -87,7 +88,7 @@ def test_the_reference_names_it_too():
     run = Run(optimizer="adamw")
     named, after = train_with_flaws(None, run, Layout(), True)
     for flaw, told in named.items():
-        assert re.fullmatch(TOLD[flaw].format(expert=2), told), (flaw, told)
+        assert re.fullmatch(("" if flaw == "norm" else "the first: ") + TOLD[flaw].format(expert=2), told), (flaw, told)
     assert after == train_with_flaws(None, run, Layout(), False)[1]
 
 

@@ -38,7 +38,7 @@ from megagate.errors import RunError
 
 TINY = parse(["--config", str(ROOT / "examples" / "configs" / "tiny.yaml")], prog="test")
 SEEDS = (1234, 1235, 1236)
-STEPS = 150
+STEPS = 60
 SMALL = """
 model:
   vocab_size: 256
@@ -46,7 +46,7 @@ model:
   num_layers: 1
   attention: {num_heads: 2, num_kv_heads: 2, head_dim: 16}
   ffn_size: 64
-train: {steps: 150, global_batch_size: 2, seq_len: 32, seed: 7}
+train: {steps: 60, global_batch_size: 2, seq_len: 32, seed: 7}
 data: {path: synthetic}
 schedule: {warmup_steps: 2}
 eval: {batches: 1}

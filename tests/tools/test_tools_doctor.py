@@ -29,6 +29,7 @@ TOOL, CONFIGS = ROOT / "tools" / "doctor.py", ROOT / "examples" / "configs"
 DEEPSPEED = Path(sysconfig.get_path("scripts")) / "deepspeed"
 NANO = ("--config", str(CONFIGS / "nano.yaml"))
 TP2_EP4 = ("--parallel.tp", "2", "--parallel.ep", "4")
+CURRENT = ("--precision.fp8.recipe", "current", "--precision.fp8.emulate", "true")
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MARK = "TEST_TOOLS_DOCTOR"
@@ -95,6 +96,18 @@ def main(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         (["--world", 2, *NANO, "--backend", "apex"], "argument --backend: invalid choice: 'apex'"),
         (["--world", 2, *NANO, "--recipe", "current"], "--recipe (current) is of kernels to compare; add --backend te or emulated"),
         (["--world", 2, *NANO, "--backend", "emulated", "--recipe", "fp4"], "--recipe fp4 is not one of delayed, current, blockwise"),
+        (["--world", 2, *NANO, "--backend", "emulated", "--recipe", " , "], "--recipe ( , ) names no recipe; name some, or leave it out"),
+        (["--world", 2, *NANO, "--recipe", ""], "--recipe () is of kernels to compare"),
+        (["--world", 2, "--backend", "emulated"], "model.vocab_size (0) must be at least 1; give a base config first"),
+        (
+            ["--world", 1, *NANO, "--backend", "emulated", "--model.attention.num_heads", 5, "--model.attention.num_kv_heads", 2],
+            "model.attention.num_heads (5) must be divisible by",
+        ),
+        (["--world", 2, *NANO, "--backend", "emulated", "--model.attention.num_kv_heads", 0], "model.attention.num_kv_heads (0) must be"),
+        (
+            ["--world", 2, *NANO, "--backend", "emulated", *CURRENT, "--model.hidden_size", 200],
+            "model.hidden_size (200) must be a multiple of 16 where precision.fp8.recipe is current",
+        ),
         (["--world", 2, *NANO, "--backend", "emulated", "--fault", "aux-over-dp"], "--fault aux-over-dp is not one of weight-scale-off"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value.split(";")[0][:40],
@@ -164,7 +177,7 @@ def test_a_reduced_layout_that_fails_fails(main: Callable[..., int], capfd: pyte
 
 def test_kernels_are_compared_layer_by_layer(main: Callable[..., int], capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     found = tmp_path / "found.json"
-    how = ("--world", 2, *NANO, "--parallel.tp", 2, "--backend", "emulated", "--recipe", "current", "--json", found)
+    how = ("--world", 2, *NANO, "--parallel.tp", 2, "--backend", "emulated", "--recipe", " current,current ", "--json", found)
     assert main(*how) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "layout: 2 ranks as dp 1 x tp 2, ep 1" and lines[-1] == "PASS"

@@ -1,5 +1,6 @@
 """The doctor of kernels: bands that the formats give hold what they should, and what is wrong with a product falls out of them."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from megagate.config.hardware import Hardware
 from megagate.errors import ConfigError
 from megagate.parallel.spawn import RankContext
 from megagate.verify.bands import E4M3, E5M2, MARGIN, Band
-from megagate.verify.cells import Cell, PrecisionFindings, Sums, rows_of
+from megagate.verify.cells import Cell, PrecisionFindings, RecipeFindings, Row, Sums, rows_of
 from megagate.verify.precision import RECIPES, PrecisionOrder, examine_precision, precision_order
 from megagate.verify.precision_faults import PRECISION_FAULTS
 from megagate.verify.precision_report import precision_verdict, record_precision, render_precision
@@ -41,6 +42,12 @@ def examine(order: PrecisionOrder, *, build: Callable[..., Backend] = build_back
 
 def _examine(context: RankContext, order: PrecisionOrder, build: Callable[..., Backend], seed: int) -> PrecisionFindings | None:
     return examine_precision(order, device=CPU, build=build, seed=seed)
+
+
+def _refused(context: RankContext, orders: list[PrecisionOrder]) -> str:
+    with pytest.raises(ConfigError) as refused:
+        examine_precision(orders[context.rank], device=CPU)
+    return str(refused.value)
 
 
 def cells(found: PrecisionFindings, level: str, *, fp8: bool = True) -> list[Cell]:
@@ -70,7 +77,7 @@ def test_rounding_to_a_format_is_as_far_off_as_its_mantissa_says(form: Any, dtyp
 
 
 WELL = {
-    "one rank": (1, "", "delayed,current,blockwise,mxfp8"),
+    "one rank": (1, "", "current"),
     "bf16, tp2 ep4, documents, recomputed": (
         4,
         f"{TP2_EP4} {BF16} --data.attention document --train.recompute true",
@@ -133,7 +140,12 @@ FAULTS = {
     "wgrad-of-stale-input": (2, f"{TP2} {BF16}", "blockwise", "layers.1.attention.out: weight gradient"),
     "gate-in-fp8": (1, BF16, "mxfp8", "layers.1.attention.project: output"),
     "scale-of-another-expert": (2, "--parallel.ep 2", "current", r"layers.0.moe.experts.project: (output|input gradient) .* \(expert 0 on"),
-    "not-in-fp8": (1, BF16, "blockwise", "layers.1.attention.out: (output|input gradient|weight gradient)"),
+    "not-in-fp8": (
+        1,
+        f"{BF16} {KEEP} [embedding,head,router,gate,last_layers]",  # the last block is no longer that which should be
+        "blockwise",
+        "layers.0.attention.out: (output|input gradient|weight gradient)",
+    ),
 }
 
 
@@ -175,6 +187,10 @@ def test_scales_that_are_never_set_fall_out_of_the_bands() -> None:
         (Cell(1e-9, 0.0, 0.0), False),
         (Cell(math.nan, 0.0, 1.0), False),
         (Cell(math.inf, 0.0, 1.0), False),
+        (Cell(0.03, math.nan, math.nan), False),
+        (Cell(0.03, 0.0, math.nan), False),
+        (Cell(math.inf, math.inf, math.inf), False),
+        (Cell(0.03, 0.0, math.inf), False),
     ],
 )
 def test_a_cell_is_right_inside_of_its_band(cell: Cell, ok: bool) -> None:
@@ -192,6 +208,25 @@ def test_the_rank_and_the_tensor_that_fit_least_decide() -> None:
     assert not row.ok and row.cells["output"].where == "k on rank 1", "less than expected is as wrong as more"
 
 
+@pytest.mark.parametrize("difference", [math.nan, math.inf, 1.0])
+@pytest.mark.parametrize("high", [math.nan, math.inf])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_cell_that_is_no_number_is_not_hidden_by_others(difference: float, high: float, turned: bool) -> None:
+    good = Sums("product", "layers.0.attention.out", True, "output", "q", 2.0, 100.0, Band(1.0, 4.0))
+    bad = replace(good, where="k", difference=difference, band=Band(high if difference != 1.0 else 0.0, high))
+    (row,) = rows_of([[bad, good] if turned else [good, bad]])
+    assert not row.ok and row.cells["output"].where == "k on rank 0"
+
+
+def test_a_kernel_s_nan_is_text_in_json() -> None:
+    order = prepare("", 1, "current")
+    row = Row("product", "layers.0.attention.out", True, {"output": Cell(math.nan, 0.02, math.inf)})
+    found = PrecisionFindings([RecipeFindings("current", [row], (math.nan, 5.0))], ["it"])
+    text = json.dumps(record_precision(order, found), allow_nan=False)
+    (recipe,) = json.loads(text)["recipes"]
+    assert recipe["loss"] == ["nan", 5.0] and recipe["rows"][0]["cells"]["output"]["error"] == "nan"
+
+
 # ---- what is asked
 
 
@@ -200,6 +235,21 @@ H100, ADA, OLD_CUDA, CPU_ONLY = Hardware("12.9", (9, 0)), Hardware("12.9", (8, 9
 
 def te(words: str = BF16, hardware: Hardware | None = None, **options: Any) -> PrecisionOrder:
     return precision_order(config(f"nano {words}"), world_size=1, gpu=True, examined="te", hardware=hardware, **options)
+
+
+def test_a_run_for_gpus_is_compared_in_emulation_on_a_cpu() -> None:
+    """Its own kernels and recipe are checked for some hardware, not for this."""
+    run = "--precision.dtype auto --precision.backend te --precision.fp8.recipe current"
+    assert prepare(run, 1, "mxfp8").config.precision.dtype == "fp32"
+
+
+def test_ranks_that_were_told_different_things_are_refused() -> None:
+    """As on machines with other GPUs; else they would wait for each other."""
+    one, *others = prepare(BF16, 2, "current"), prepare(BF16, 2, "current,mxfp8"), prepare(f"{BF16} --parallel.tp 2", 2, "current")
+    words = ("they are current (ranks 0); current, mxfp8 (ranks 1); name with", "but on ranks 1 it is not")
+    for other, told in zip(others, words, strict=True):
+        texts = ranks.run_ranks(_refused, 2, [one, other])
+        assert all("must be the same on all ranks, " in text and told in text for text in texts), texts
 
 
 def test_by_default_all_is_compared_that_the_hardware_has() -> None:
@@ -226,6 +276,12 @@ def test_by_default_all_is_compared_that_the_hardware_has() -> None:
             lambda: prepare("--model.moe.num_experts 0 --model.ffn_size 48", 1, fault="scale-of-another-expert"),
             "--fault scale-of-another-expert needs a mixture of experts",
         ),
+        (
+            lambda: prepare("--model.moe.num_experts 2 --model.moe.top_k 1 --parallel.ep 2", 2, fault="scale-of-another-expert"),
+            "--fault scale-of-another-expert needs a mixture of experts, at least 2 of them on a rank; choose another",
+        ),
+        (lambda: prepare("--model.hidden_size 200 --precision.fp8.recipe current --precision.fp8.emulate true", 1), "hidden_size (200)"),
+        (lambda: te("--precision.dtype fp32 --precision.backend te --precision.fp8.recipe current"), "precision.dtype (fp32) must be bf16"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(ask: Callable[[], PrecisionOrder], told: str) -> None:
@@ -234,8 +290,7 @@ def test_what_cannot_be_compared_is_refused(ask: Callable[[], PrecisionOrder], t
     assert told in str(refused.value)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("run", ["nano", "moe_15a2b", "tiny", "dense_1p7b_28l"])
+@pytest.mark.parametrize(("run", "tp"), [(run, tp) for run in ("nano", "moe_15a2b", "dense_1p7b_28l") for tp in (1, 2, 4)] + [("tiny", 2)])
 def test_a_shrunken_run_has_sizes_that_every_recipe_takes(run: str, tp: int) -> None:
     base = config(run)
     small = replace(base, parallel=replace(base.parallel, tp=tp, ep=1), precision=replace(base.precision, dtype="auto"))

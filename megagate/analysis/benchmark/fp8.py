@@ -141,7 +141,6 @@ def run_config(base: RunConfig, key: Key, *, steps: int, valid_tokens: int, fold
         fp8 = Fp8Config(recipe=key.row, emulate=True, keep_high_precision=given.keep_high_precision, amax_history=history)
     dtype = "fp32" if key.row == EXACT else "bf16"
     share = steps / base.train.steps
-    whole = math.ceil(valid_tokens / (base.train.global_batch_size * base.train.seq_len))
     schedule = base.schedule
     return replace(
         base,
@@ -151,9 +150,15 @@ def run_config(base: RunConfig, key: Key, *, steps: int, valid_tokens: int, fold
         schedule=replace(schedule, warmup_steps=int(schedule.warmup_steps * share), decay_steps=int(schedule.decay_steps * share)),
         parallel=type(base.parallel)(),
         precision=PrecisionConfig(dtype=dtype, grad_dtype=base.precision.grad_dtype, fp8=fp8),
-        eval=replace(base.eval, every=0, batches=min(whole, LONGER * base.eval.batches), min_gain_nats=0.0, prompt=""),
+        eval=replace(base.eval, every=0, batches=valid_batches(base, valid_tokens), min_gain_nats=0.0, prompt=""),
         wandb=replace(base.wandb, mode="disabled"),
     )
+
+
+def valid_batches(base: RunConfig, valid_tokens: int) -> int:
+    """The whole split, or `LONGER` than the config's validation."""
+    whole = math.ceil(valid_tokens / (base.train.global_batch_size * base.train.seq_len))
+    return min(whole, LONGER * base.eval.batches)
 
 
 def run_folder(folder: Path, key: Key) -> Path:

@@ -40,15 +40,13 @@ class EmulatedBackend:
 
     def of_layer(self, index: int, num_layers: int) -> Backend:
         """The base itself for a first or last block that stays in high precision."""
-        kept = self.config.keep_high_precision
-        is_high = ("first_layers" in kept and index == 0) or ("last_layers" in kept and index == num_layers - 1)
-        return self.base.of_layer(index, num_layers) if is_high else self
+        return self.base.of_layer(index, num_layers) if self.config.keeps_block(index, num_layers) else self
 
     def column_linears(
         self, width: int, parts: Sequence[Part], *, tp: Axis, eps: float | None = None, gives_normed: bool = True
     ) -> ColumnLinears:
         """Two GEMMs, where some parts stay in high precision."""
-        rounded = [self._is_rounded(part) for part in parts]
+        rounded = [self.config.rounds(part.role) for part in parts]
         if not any(rounded):
             return self.base.column_linears(width, parts, tp=tp, eps=eps, gives_normed=gives_normed)
         return Fp8Columns(self._operands(), rounded, tp=tp, world=self.mesh.world)
@@ -111,9 +109,6 @@ class EmulatedBackend:
         finally:
             for state, amax in zip(states, before, strict=True):
                 state.amax = amax
-
-    def _is_rounded(self, part: Part) -> bool:
-        return part.role == "projection" or (part.role == "gate" and "gate" not in self.config.keep_high_precision)
 
     def _operands(self, count: int = 1) -> dict[str, Operand]:
         length, unit = self.config.amax_history, self.mesh.dp.size
