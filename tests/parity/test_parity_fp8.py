@@ -56,7 +56,6 @@ EXACT = [
     case("delayed", "moe", 4, 2, 2, stage=2),
     case("delayed", "moe", 4, 2, 4),
     case("delayed", "moe", 4, 4, 1, stage=2),
-    case("blockwise", "dense", 2, 1, 1, accumulation=1),
     case("blockwise", "dense", 4, 2, 1, stage=2, recompute=True, accumulation=1),
     case("blockwise", "moe", 2, 1, 2, accumulation=1),
     case("mxfp8", "dense", 4, 2, 1, recompute=True),
@@ -66,7 +65,6 @@ EXACT = [
 FEW_KV_HEADS = [
     case("delayed", "dense", 4, 4, 1, few=True, stage=2),
     case("delayed", "moe", 4, 4, 2, few=True, recompute=True),
-    case("blockwise", "dense", 2, 2, 1, few=True, accumulation=1),
 ]
 PARTITIONED = [
     case("current", "dense", 2, 1, 1),

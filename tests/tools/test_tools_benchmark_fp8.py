@@ -31,6 +31,7 @@ from megagate.analysis.benchmark.fp8 import (
     run_config,
     table,
 )
+from megagate.analysis.benchmark.fp8_runs import study
 from megagate.config.cli import parse
 from megagate.config.rules import changed_keys, check
 from megagate.config.run import RunConfig
@@ -38,7 +39,7 @@ from megagate.errors import RunError
 
 TINY = parse(["--config", str(ROOT / "examples" / "configs" / "tiny.yaml")], prog="test")
 SEEDS = (1234, 1235, 1236)
-STEPS = 60
+STEPS = 100
 SMALL = """
 model:
   vocab_size: 256
@@ -46,7 +47,7 @@ model:
   num_layers: 1
   attention: {num_heads: 2, num_kv_heads: 2, head_dim: 16}
   ffn_size: 64
-train: {steps: 60, global_batch_size: 2, seq_len: 32, seed: 7}
+train: {steps: 100, global_batch_size: 2, seq_len: 32, seed: 7}
 data: {path: synthetic}
 schedule: {warmup_steps: 2}
 eval: {batches: 1}
@@ -211,7 +212,7 @@ def test_a_study_of_the_real_job_is_stopped_and_goes_on_with_what_there_is(tmp_p
     assert all(4.0 < numbers["val_loss"] < 6.0 for numbers in held.values()), "ln 256 is 5.5"
     assert "recipe: current" in (runs / "current-7" / "config.yaml").read_text() and not (runs / "current-7" / "checkpoints").exists()
     out = result.stdout.splitlines()
-    assert f"small.yaml, {STEPS} steps of 64 tokens, 1 seeds" in out[0] and "torch" in out[0]
+    assert f"small.yaml, {STEPS} steps of 64 tokens, 1 seeds; 640 tokens to validate on; " in out[0] and "torch" in out[0]
     assert [line.split("(`")[1].split("`")[0] for line in out if "(`" in line] == ["bf16", "current"]
     assert out[-1].strip() == f"python tools/benchmark.py {' '.join(command)}"
     logs = {path: path.stat().st_mtime_ns for path in runs.glob("*.log")}
@@ -244,8 +245,12 @@ def test_bad_options_are_told_before_anything_is_written(tmp_path: Path, small: 
     assert there.read_text() == "{}" and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_failing_job_is_told_with_its_log(tmp_path: Path, small: Path) -> None:
-    small.write_text(SMALL.replace("schedule: {", "optim: {lr: 1.0e+30, grad_clip: 0.0}\nschedule: {"))
-    result = run("fp8", "--config", str(small), "--threads", "1", "--rows", "bf16", "--seeds", "1")
-    assert (result.returncode, result.stdout) == (2, "") and "Traceback" not in result.stderr
-    assert "the run bf16-7 ended with exit code" in result.stderr and "training stops" in result.stderr
+def test_a_failing_job_is_told_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho training stops\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    record, how = Record.empty(TINY, steps=2), {"folder": tmp_path, "valid_tokens": 100, "jobs": 1, "threads": 1}
+    with pytest.raises(RunError, match=r"the run bf16-7 ended with exit code 3; the end of \S+bf16-7\.log:\ntraining stops"):
+        study(record, TINY, rows=[BASE], seeds=[7], **how)
+    assert not record.runs

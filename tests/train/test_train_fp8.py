@@ -21,21 +21,21 @@ from megagate.checkpoint.store import Checkpoint, Piece
 
 DP2_EP2 = ("--parallel.ep", 2)
 SETTINGS = (
-    *("--train.steps", 20, "--checkpoint.every", 10, "--checkpoint.keep", 0, "--schedule.kind", "constant"),
+    *("--train.steps", 8, "--checkpoint.every", 4, "--checkpoint.keep", 0, "--schedule.kind", "constant"),
     *("--model.attention.gate.position", "none", *DP2_EP2),
 )
-SHORT = (*SETTINGS, "--train.steps", 12)
+SHORT = (*SETTINGS, "--train.steps", 6)
 DELAYED = ("--precision.fp8.recipe", "delayed", "--precision.fp8.emulate", "true", "--precision.fp8.amax_history", 16)
-NEWEST = "step-00000020"
+NEWEST = "step-00000008"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Twenty steps without a break; its checkpoint of step 10."""
+    """Eight steps without a break; its checkpoint of step 4."""
     folder = tmp_path_factory.mktemp("fp8")
     started = Jobs(folder)
     started.run("--train.output_dir", folder / "whole", *SETTINGS, *DELAYED, world=2)
-    yield folder / "whole" / "checkpoints" / "step-00000010"
+    yield folder / "whole" / "checkpoints" / "step-00000004"
     started.close()
 
 
@@ -71,11 +71,11 @@ def tensors(run: Path) -> dict[str, str]:
     return {name: digest for name, digest in contents(run / "checkpoints" / NEWEST).items() if name.endswith(".safetensors")}
 
 
-def test_ten_steps_and_ten_are_twenty_bit_for_bit(jobs: Jobs, tmp_path: Path, whole: Path) -> None:
+def test_four_steps_and_four_are_eight_bit_for_bit(jobs: Jobs, tmp_path: Path, whole: Path) -> None:
     job = jobs.run("--train.output_dir", tmp_path / "run", "--train.resume", whole, *SETTINGS, *DELAYED, world=2)
-    assert "step 11, done again, is the one that followed step-00000010 when it was saved\n" in job.text
+    assert "step 5, done again, is the one that followed step-00000004 when it was saved\n" in job.text
     assert "the loaded state is the one that was saved" in job.text and "FP8" not in job.text
-    assert numbers(metrics(tmp_path / "run")) == numbers(metrics(whole.parents[1]))[10:]
+    assert numbers(metrics(tmp_path / "run")) == numbers(metrics(whole.parents[1]))[4:]
     assert tensors(tmp_path / "run") == tensors(whole.parents[1])
     assert len(kept(whole)) == 2 * 4 * 3 * 2, "layers, products, operands, history and scale"
 
@@ -89,19 +89,19 @@ def test_without_its_histories_it_is_another_run(jobs: Jobs, tmp_path: Path, who
     job = jobs.run(*command, bare, world=2)
     assert job.text.count("48 tensors of FP8's delayed scaling begin fresh, such as state/fp8/layers.0.attention.project.input.") == 1
     assert "but 48 of FP8 are not compared" in job.text and "NOT CHECKED by doing the next step again" in job.text
-    assert [one["loss"] for one in metrics(tmp_path / "run")] != [one["loss"] for one in metrics(whole.parents[1])[10:12]]
+    assert [one["loss"] for one in metrics(tmp_path / "run")] != [one["loss"] for one in metrics(whole.parents[1])[4:6]]
     shutil.rmtree(tmp_path / "run")
     shutil.copy(whole / NEXT_STEP_NAME, bare)
     job = jobs.run(*command, bare, world=2, expect=2)
-    assert "step 11, done again from" in job.text and "began with the very state" not in job.text
+    assert "step 5, done again from" in job.text and "began with the very state" not in job.text
 
 
 def test_another_layout_goes_on_with_its_histories(jobs: Jobs, tmp_path: Path, whole: Path) -> None:
     layout = ("--parallel.tp", 2, "--parallel.ep", 4, "--train.micro_batch_size", 1)
     job = jobs.run("--train.output_dir", tmp_path / "run", "--train.resume", whole, *SHORT, *DELAYED, *layout, world=4)
-    assert "step 11, done again, is the one that followed step-00000010 when it was saved, to rounding" in job.text
+    assert "step 5, done again, is the one that followed step-00000004 when it was saved, to rounding" in job.text
     assert "the loaded state is the one that was saved" in job.text and "FP8" not in job.text
-    for record, other in zip(metrics(tmp_path / "run"), metrics(whole.parents[1])[10:12], strict=True):
+    for record, other in zip(metrics(tmp_path / "run"), metrics(whole.parents[1])[4:6], strict=True):
         assert record["loss"] == pytest.approx(other["loss"], rel=2e-3)
 
 
@@ -118,10 +118,10 @@ def test_another_precision_takes_it_and_says_what_it_left(jobs: Jobs, tmp_path: 
     job = jobs.run("--train.output_dir", tmp_path / "run", "--train.resume", whole, *SHORT, *precision, world=2)
     begun, left = {"none": (0, 48), 16: (48, 0), 8: (24, 24)}[history]
     assert (f"{begun} tensors of FP8's delayed scaling begin fresh" in job.text) == bool(begun)
-    assert (f"{left} tensors of FP8's delayed scaling in step-00000010 are left there" in job.text) == bool(left)
+    assert (f"{left} tensors of FP8's delayed scaling in step-00000004 are left there" in job.text) == bool(left)
     assert f"tensors have the same fingerprints, but {begun + left} of FP8 are not compared" in job.text
-    assert "NOT CHECKED against next_step.json of step-00000010: the loss and the gradient norm and the updates: the config" in job.text
-    losses, others = ([one["loss"] for one in records] for records in (metrics(tmp_path / "run"), metrics(whole.parents[1])[10:12]))
+    assert "NOT CHECKED against next_step.json of step-00000004: the loss and the gradient norm and the updates: the config" in job.text
+    losses, others = ([one["loss"] for one in records] for records in (metrics(tmp_path / "run"), metrics(whole.parents[1])[4:6]))
     assert losses == pytest.approx(others, rel=0.02) and losses != others
 
 
@@ -161,8 +161,8 @@ def test_an_infinity_that_delayed_scaling_saturates_is_named(jobs: Jobs, tmp_pat
     told = r"step (\d+): layers\.1\.attention\.project's weight held an infinity, which FP8's delayed scaling made its largest number: the "
     told += r"loss is \d\.\d+ and the step was applied with that; training "
     job = jobs.run("--train.output_dir", tmp_path / "a", *command, world=2, expect=2)
-    assert re.findall(told + r"stops \(train.on_nonfinite: stop\) and the checkpoints in \S+ stay", job.text) == ["11"], job.text
+    assert re.findall(told + r"stops \(train.on_nonfinite: stop\) and the checkpoints in \S+ stay", job.text) == ["5"], job.text
     assert "Traceback" not in job.text and not list((tmp_path / "a").glob("checkpoints/*"))
     job = jobs.run("--train.output_dir", tmp_path / "b", *command, "--train.on_nonfinite", "skip", world=2)
-    assert re.findall(told + r"goes on \(train.on_nonfinite: skip\)\n", job.text) == ["11", "12"], job.text
-    assert [record["step"] for record in metrics(tmp_path / "b") if "skipped" not in record] == [11, 12]
+    assert re.findall(told + r"goes on \(train.on_nonfinite: skip\)\n", job.text) == ["5", "6"], job.text
+    assert [record["step"] for record in metrics(tmp_path / "b") if "skipped" not in record] == [5, 6]
