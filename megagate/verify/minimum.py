@@ -109,8 +109,7 @@ def step_terms(model: ModelConfig, step: StepShape) -> list[Term]:
     delayed scaling, fp32 amaxes, P dense products in FP8 and P' of this rank's experts:
         dense amaxes       all_reduce  M AR(4 * 3 P) over the world    (emulated: of input, weight and gradient of each product)
         experts' amaxes    all_reduce  M AR(4 * 3 P') over edp
-        dense amaxes       all_reduce  M (AR(4 * 3 P) + AR(4 * 2 P)) over the world    (TE: a forward pass has a place for the output, a
-                           backward pass one for the input's gradient; where ep is 1 experts count as dense)
+        dense amaxes       all_reduce  M (AR(4 * 3 P) + AR(4 * 2 P)) over the world  (TE: outputs too; where ep is 1 experts count as dense)
         experts' amaxes    all_reduce  M (AR(4 * 3 P') + AR(4 * 2 P')) over edp
         infinities         all_reduce  AR(4) over the world            (whether the histories have one; emulated and TE)
     step:
