@@ -4,6 +4,7 @@ DeepSpeed's class is the real one, which is installed. apex and Transformer Engi
 as their sources do, and are held to them where they are (`tests/backend/test_backend_apex.py`, `tests/te/test_te_optimizer.py`).
 """
 
+import importlib.metadata
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megagate.config.hardware import TE_VERSION
 from megagate.config.run import OptimizerImplementation
 
 
@@ -79,7 +81,8 @@ def on_cpu(implementation: OptimizerImplementation) -> Iterator[None]:
             yield
     elif implementation == "te":
         above = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.router")
-        with packages({name: {} for name in above} | {"transformer_engine.pytorch.optimizers": {"FusedAdam": EmptyToo}}):
+        modules = {name: {} for name in above} | {"transformer_engine.pytorch.optimizers": {"FusedAdam": EmptyToo}}
+        with packages(modules), replaced(vars(importlib.metadata), "version", lambda name: TE_VERSION):
             yield
     elif implementation == "deepspeed":
         from deepspeed.ops.adam import fused_adam

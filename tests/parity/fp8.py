@@ -142,7 +142,7 @@ class PartitionedBackend(EmulatedBackend):
     def column_linears(
         self, width: int, parts: Sequence[Part], *, tp: Axis, eps: float | None = None, gives_normed: bool = True
     ) -> ColumnLinears:
-        return _Columns(self._operands(), [self._is_rounded(part) for part in parts], self.partition)
+        return _Columns(self._operands(), [self.config.rounds(part.role) for part in parts], self.partition)
 
     def row_linear(self, width: int, rows: int, *, tp: Axis) -> RowLinear:
         return _Row(self._operands(), self.partition)
