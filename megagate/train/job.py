@@ -259,4 +259,6 @@ def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
     """The config with `precision.dtype: auto` decided, so that a run keeps its numbers where a resume finds other devices."""
     if config.precision.dtype != "auto":
         return config
-    return replace(config, precision=replace(config.precision, dtype="bf16" if device.type == "cuda" else "fp32"))
+    # Where Transformer Engine is asked for on a CPU, the CPU is what is wrong, and no dtype is.
+    bf16 = device.type == "cuda" or config.precision.backend == "te"
+    return replace(config, precision=replace(config.precision, dtype="bf16" if bf16 else "fp32"))
