@@ -116,9 +116,10 @@ class Engine(ABC):
         targets, context = self._measure(tokens, labels)
         balance = self._balance_loss(tokens)
         ce_sum = torch.zeros((), device=tokens.device)
-        scales = {name: kept.tensor for name, kept in self._kept().items() if name.endswith(SCALE)}
+        kept = self._kept()
+        scales = {name: one.tensor for name, one in kept.items() if name.endswith(SCALE)}
         self._scales = [{name: scale.clone() for name, scale in scales.items()}]
-        last, watch = len(tokens) - 1, self._saturation_watch()
+        last, watch = len(tokens) - 1, SaturationWatch({name.removeprefix(PRECISION_STATE): one for name, one in kept.items()})
         for k, (loss, own) in enumerate(self._losses(self._forward, tokens, labels, targets=targets, balance=balance)):
             ce_sum += own
             self._backward(loss, last=k == last)
@@ -291,9 +292,6 @@ class Engine(ABC):
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(name in checkpoints, tensor) of what the model keeps beside parameters, equal on all ranks: the routers' biases."""
         return ((f"state/{name}", buffer) for name, buffer in self.model.named_buffers())
-
-    def _saturation_watch(self) -> SaturationWatch:
-        return SaturationWatch({name.removeprefix(PRECISION_STATE): kept for name, kept in self._kept().items()})
 
     def _kept(self) -> dict[str, Kept]:
         """What the model's products keep for their precision, by its name in checkpoints."""

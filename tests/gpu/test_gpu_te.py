@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from parity.sharded import assert_close, random
-from te.te_ranks import needs_te
 from torch import Tensor
 
 from megagate.backend.base import Backend, KeepsState
@@ -18,7 +17,7 @@ from megagate.parallel.init import read_hardware
 from megagate.parallel.mesh import ParallelMesh
 from megagate.verify.routes import pin_routes
 
-pytestmark = [pytest.mark.gpu, needs_te]
+pytestmark = pytest.mark.gpu
 MODEL = ModelConfig(
     vocab_size=500,
     hidden_size=256,
@@ -43,7 +42,7 @@ def backend(name: str, **fp8) -> Backend:
     """Skipped where the GPU, its CUDA or the package do not do."""
     precision = PrecisionConfig(dtype="bf16", backend=name, fp8=Fp8Config(**fp8))
     if lacks := list(hardware_rules(RunConfig(model=MODEL, precision=precision), read_hardware(gpu()))):
-        pytest.skip(lacks[0])
+        pytest.skip(f"needs what is not here: {lacks[0]}")
     return build_backend(precision, device=gpu(), mesh=ParallelMesh.single())
 
 

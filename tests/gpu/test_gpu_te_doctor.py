@@ -44,7 +44,7 @@ def with_recipe(config: RunConfig, recipe: str, *, emulated: bool = False) -> Ru
     wanted = replace(config, precision=precision_of(config.precision, "te", recipe))
     lacks = list(hardware_rules(wanted, read_hardware(gpu())))
     if lacks:
-        pytest.skip(lacks[0])
+        pytest.skip(f"needs what is not here: {lacks[0]}")
     return replace(config, precision=precision_of(config.precision, "emulated", recipe)) if emulated else wanted
 
 
