@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megagate.backend.base import Backend, Norm, Part, Role
+from megagate.backend.base import AttentionCore, Backend, Norm, Part, Role
 from megagate.backend.documents import Documents
 from megagate.config.model import GatePosition, ModelConfig
 from megagate.nn.base import Layer, Weight
@@ -23,6 +23,21 @@ class _Rider(NamedTuple):
     name: str
     weight: Tensor
     role: Role = "projection"
+
+
+class Attend(nn.Module):
+    """The backend's attention as a module, so that hooks see what goes in and what comes out (`probe/taps.py`).
+
+    Shapes: q [b, s, n/tp, d], k and v [b, s, g/tp, d] -> [b, s, n/tp, d].
+    """
+
+    def __init__(self, site: AttentionCore):
+        super().__init__()
+        self.site = site
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v."""
+        return self.site(q, k, v, documents)
 
 
 class GatedAttention(Layer):
@@ -63,7 +78,7 @@ class GatedAttention(Layer):
         parts = [Part(rider.name, len(rider.weight), rider.role) for group in self._riders() for rider in group]
         reads = config.gate.position == "G5"
         self.project = backend.column_linears(model.hidden_size, parts, tp=tp, eps=norm_eps, gives_normed=reads)
-        self.attend = backend.attention_core(heads, kv_heads, config.head_dim)
+        self.attend = Attend(backend.attention_core(heads, kv_heads, config.head_dim))
         self.out = backend.row_linear(heads * config.head_dim, model.hidden_size, tp=tp)
 
     def forward(self, x: Tensor, rope: Tensor, documents: Documents | None = None, norm: Norm | None = None) -> Tensor:

@@ -65,20 +65,28 @@ class AttentionGate(Layer):
             return y * config.constant
         if config.score == "self":
             return self._of_itself(y.float()).to(y.dtype)
-        if config.score == "parameter":
-            logits = self.local_weight()  # [heads/tp, d or 1]
-        elif config.position != "G5":
-            logits = logits.view(*y.shape[:-1], -1)
         if config.activation == "sigmoid" and config.combine == "multiply" and config.score == "input" and not config.head_shared:
-            return sigmoid_gate(y, logits)
-        scores = ACTIVATIONS[config.activation](logits.float())
-        if config.head_shared:
-            scores = self._over_heads(scores)
-        return COMBINES[config.combine](y, scores).to(y.dtype)
+            return sigmoid_gate(y, self._shaped(y, logits))
+        return COMBINES[config.combine](y, self.scores(y, logits)).to(y.dtype)
+
+    def scores(self, y: Tensor, logits: Tensor | None = None) -> Tensor:
+        """act(S) in fp32, what y is multiplied with or what is added to it; not of a gate that scores nothing (`constant`, `self`).
+
+        Shapes: as forward -> [b, s, heads/tp, d or 1]; heads is 1 where they are shared; a parameter's are [heads/tp, d or 1]; at G5
+            [b, s/tp, h].
+        """
+        scores = ACTIVATIONS[self.config.activation](self._shaped(y, logits).float())
+        return self._over_heads(scores) if self.config.head_shared else scores
 
     def gate_output(self, y: Tensor, x: Tensor) -> Tensor:
         """G5: gate the output projection's result by the block's normed input, both [b, s/tp, h]."""
         return self(y, F.linear(x, self.local_weight()) if self.config.score == "input" else None)
+
+    def _shaped(self, y: Tensor, logits: Tensor | None) -> Tensor:
+        """The logits as they meet y."""
+        if self.config.score == "parameter":
+            return self.local_weight()  # [heads/tp, d or 1]
+        return logits if self.config.position == "G5" else logits.view(*y.shape[:-1], -1)
 
     def _of_itself(self, y: Tensor) -> Tensor:
         if self.config.activation == "rmsnorm":

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megagate.backend.base import Backend
+from megagate.backend.base import Backend, Chosen
 from megagate.backend.routing import SCORES
 from megagate.config.model import MoEConfig
 from megagate.nn.base import Layer
@@ -67,10 +67,14 @@ class Router(Layer):
     def forward(self, x: Tensor) -> tuple[Route, RouterStats]:
         """Route tokens."""
         logits = self.logits(x)
-        ids, probs, shares = self.backend.choose(logits, self.config, bias=None if self.bias_steps is None else self._bias())
+        ids, probs, shares = self._choose(logits)
         counts = count_rows(ids, self.config.num_experts)
         stats = RouterStats(counts.float(), shares.sum(1), logits.logsumexp(-1).square().sum())
         return Route(ids.flatten(0, 1), probs.flatten(0, 1), counts.sum(0)), stats
+
+    def shares(self, x: Tensor) -> Tensor:
+        """The scores of all experts as shares of 1, [b, s/tp, E] fp32."""
+        return self._choose(self.logits(x)).shares
 
     def ranking(self, x: Tensor) -> Tensor:
         """What experts are chosen by, up to a function that grows, [b, s/tp, E] fp32."""
@@ -83,6 +87,9 @@ class Router(Layer):
         if self.bias_steps is not None:
             load = counts.double()
             self.bias_steps += torch.sign(load.mean() - load).int()
+
+    def _choose(self, logits: Tensor) -> Chosen:
+        return self.backend.choose(logits, self.config, bias=None if self.bias_steps is None else self._bias())
 
     def _bias(self) -> Tensor:
         return self.config.bias_update_rate * self.bias_steps.float()
