@@ -1,0 +1,1 @@
+"""What the gate of a trained model does: `tools/analyze.py`."""
