@@ -35,8 +35,8 @@ class GateFigures:
 class AttentionFigures:
     """Of the rows of softmax(q k^T / sqrt(d)) that were looked at, over heads and sequences.
 
-    The first token is that of the row or, where attention stays within documents, of the query's document; query 0 is that token itself, which
-    sees nothing else, so that its share is 1 in any model.
+    The first token is that of the row or, where attention stays within documents, of the query's document; query 0 is that token itself,
+    which sees nothing else, so that its share is 1 in any model.
 
     Args:
         first_token: Mean share of attention on the first token, without queries 0; nan where only those were looked at.
