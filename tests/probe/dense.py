@@ -1,4 +1,4 @@
-"""What a probe must find, from the definitions alone: plain products of the weights in fp64, every attention matrix kept, no layer of ours."""
+"""What a probe must find, from the definitions alone: plain products of weights in fp64, every attention matrix kept, no layer of ours."""
 
 import cmath
 from collections.abc import Mapping, Sequence
@@ -247,7 +247,6 @@ def _check_attention(found: LayerFigures, dense: Dense, queries: Sequence[int], 
     later = [(row, query) for row, query in looked_at if dense.firsts[row][query] < query]
     attention, heads = found.attention, shares.shape[1]
     assert attention.rows == heads * len(looked_at), what
-    assert attention.max_logit == attention.max_logit
     for of_first, uniform, rows in (
         (attention.first_token_with_0, attention.uniform_with_0, looked_at),
         (attention.first_token, attention.uniform, later),

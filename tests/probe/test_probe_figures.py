@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity.sharded import BACKEND, CPU, clear_routes, fill
+from parity.sharded import BACKEND, clear_routes, fill
 from parity.variants import VARIANTS
 from probe.dense import DenseModel, assert_figures
 from torch import Tensor
