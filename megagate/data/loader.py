@@ -32,6 +32,19 @@ class Batch:
     labels: IntArray
 
 
+@dataclass(frozen=True)
+class Origins:
+    """Where the whole step, of all ranks, comes from.
+
+    Args:
+        samples: Its first and its last sample, counted from the run's first.
+        sets: How many of them each data set gave, by its name in a blend.
+    """
+
+    samples: tuple[int, int]
+    sets: dict[str, int]
+
+
 class TrainLoader:
     """The training batches of one data-parallel rank, by step.
 
@@ -118,6 +131,14 @@ class TrainLoader:
     def samples(self, index: int) -> IntArray:
         """[accumulation, micro_batch_size] the numbers, counted from the run's first, of this rank's samples of step `index`."""
         return index * self._global_batch_size + self._offsets
+
+    def origins(self, index: int) -> Origins:
+        """Of step `index`, counted from 0."""
+        first = index * self._global_batch_size
+        owners, _ = self._blend.schedule.lookup(np.arange(first, first + self._global_batch_size))
+        counts = np.bincount(owners, minlength=len(self._members)).tolist()
+        sets = {name: count for name, count in zip(self._blend.names, counts, strict=True) if count}
+        return Origins((first, first + self._global_batch_size - 1), sets)
 
     def step(self, index: int) -> Batch:
         """The batch of step `index`, counted from 0. Shapes: [accumulation, micro_batch_size, s]."""

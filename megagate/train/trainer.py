@@ -23,6 +23,7 @@ from megagate.train.metrics import Record, Sink, Speed, step_fields
 from megagate.train.progress import Progress
 from megagate.train.saver import Saver
 from megagate.train.schedule import learning_rate
+from megagate.train.spike_watch import SpikeWatch
 from megagate.train.stop import StopSignal
 
 
@@ -104,6 +105,7 @@ class Trainer:
     def _loop(self, position: Position, *, stop: StopSignal, progress: Progress, profiler: Callable[[], None]) -> tuple[Position, int]:
         """The launcher kills its ranks 30 s after its signal, which is therefore asked for after all that may take long."""
         steps, asked = self.config.train.steps, 0
+        watch = SpikeWatch(self.folder.metrics, step=position.step, loader=self.train) if self.world.rank == 0 else None
 
         def ask() -> int:
             nonlocal asked
@@ -115,7 +117,7 @@ class Trainer:
             position, record = self._step(position)
             if not ask():
                 position, record = self._validate(position, record, ask)
-            record |= self.saver.stall()
+            record |= self.saver.stall() | (watch.look(position.step, record["loss"]) if watch is not None else {})
             # The record first: a run killed between the two resumes from an older checkpoint and drops the record again.
             everywhere(self.world, lambda record=record: [sink.write(record) for sink in self.sinks])
             progress.step(record)

@@ -16,10 +16,13 @@ def make_data(
     splits: tuple[SplitName, ...] = ("train", "valid"),
     seed: int = 0,
     eod_id: int = -1,
+    constant: int | None = None,
 ) -> Path:
-    """A data set of arbitrary ids below `vocab_size`, by the library's own writer. Every tenth or so is `eod_id`, where one is given."""
+    """A data set of arbitrary ids below `vocab_size`, by the library's own writer. Every tenth or so is `eod_id`, or all are `constant`, if given."""
     folder.mkdir()
     ids = np.random.default_rng(seed).integers(0, vocab_size, tokens)
+    if constant is not None:
+        ids[:] = constant
     if eod_id >= 0:
         ids[np.random.default_rng(seed + 1).random(tokens) < 0.1] = eod_id
         ids[[999, -1]] = eod_id  # both splits end with a document
