@@ -76,16 +76,16 @@ def test_the_rule_tells_its_constants() -> None:
 
 
 def test_planted_spikes_are_found_and_noise_is_rarely_called_one() -> None:
-    noise = np.random.default_rng(0).standard_normal(120_000)
-    assert 10 <= len(events(noise)) <= 45, "one in 4,900 gives 24"
-    noise = noise[:60_000]
+    noise = np.random.default_rng(0).standard_normal(80_000)
+    assert 6 <= len(events(noise)) <= 35, "one in 4,900 gives 16"
+    noise = noise[:30_000]
     places = np.arange(200, noise.size, 150)
     shares = {}
     for name, planted in {"at 5": 5 - noise[places], "5": 5, "6": 6, "8": 8}.items():
         losses = noise.copy()
         losses[places] += planted
         shares[name] = np.isin(places, events(losses)).mean()
-    assert shares == pytest.approx({"at 5": 0.96, "5": 0.80, "6": 0.957, "8": 0.9997}, abs=0.05)
+    assert shares == pytest.approx({"at 5": 0.96, "5": 0.80, "6": 0.957, "8": 0.9997}, abs=0.06)
 
 
 def test_spikes_on_a_decay_are_found() -> None:

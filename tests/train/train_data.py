@@ -18,7 +18,7 @@ def make_data(
     eod_id: int = -1,
     constant: int | None = None,
 ) -> Path:
-    """A data set of arbitrary ids below `vocab_size`, by the library's own writer. Every tenth or so is `eod_id`, or all are `constant`, if given."""
+    """A data set of arbitrary ids below `vocab_size`, by the library's own writer. Every tenth or so is `eod_id`, or each `constant`."""
     folder.mkdir()
     ids = np.random.default_rng(seed).integers(0, vocab_size, tokens)
     if constant is not None:
