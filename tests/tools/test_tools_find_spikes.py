@@ -138,6 +138,11 @@ def test_damage_is_refused_by_its_line(file: Path, line: str, complaint: str) ->
     assert out == "" and err.startswith(f"DataError: {file}: {complaint}") and err.count("\n") == 1, err
 
 
+def test_a_whole_last_line_that_is_damaged_is_refused(file: Path) -> None:
+    _, err = run("--input", write(file, [*records(), '{"step": 301, "lo']), expect=2)
+    assert err.startswith(f"DataError: {file}: line 301 is no JSON") and err.count("\n") == 1
+
+
 def test_files_without_a_curve(file: Path, tmp_path: Path) -> None:
     for lines in ([], [{"step": 1}], [{"loss": 1.0}], ['{"step": 1, "lo']):
         _, err = run("--input", write(file, lines), expect=2)
