@@ -1,6 +1,7 @@
 """Rows of attention, computed again from rotated q and k: the kernels of the forward pass keep none."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def attention_rows(q: Tensor, k: Tensor, rows: Tensor, documents: Documents | No
         rows: Places of queries in the sequence.
         documents: Within which attention stays; None for whole rows.
     """
-    logits = _logits(q.index_select(1, rows), k, rows, None if documents is None else documents.starts)
+    logits = _logits(q.index_select(1, rows), _by_head(k), rows, None if documents is None else documents.starts)
     return logits.softmax(-1).flatten(1, 2)
 
 
@@ -72,11 +73,11 @@ def looked_at(queries: int, length: int, device: torch.device) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """Some queries of some sequences, and all keys that any of them sees.
+    """Some queries of some sequences and heads, and all keys that any of them sees.
 
     Args:
         q: [b, R, n, d].
-        k: [b, keys, g, d].
+        k: [b, g, keys, d], wide.
         rows: [R], the queries' places.
         starts: [b, s], the places of their documents' first tokens; None for whole rows.
     """
@@ -88,18 +89,21 @@ class _Block(NamedTuple):
 
 
 def _blocks(q: Tensor, k: Tensor, queries: int, starts: Tensor | None) -> Iterator[_Block]:
-    batch, length, heads, _ = q.shape
-    rows = looked_at(queries, length, q.device)
-    sequences = max(1, BLOCK_ELEMENTS // (length * max(heads, k.shape[2] * k.shape[3])))
-    for first in range(0, batch, sequences):
-        some = slice(first, min(first + sequences, batch))
-        wide_k = _wide(k[some])
-        step = max(1, BLOCK_ELEMENTS // ((some.stop - some.start) * heads * length))
-        for start in range(0, len(rows), step):
-            end = min(start + step, len(rows))
-            of_block = rows[start:end]
-            keys = end * length // len(rows)  # the last of these queries sees this many
-            yield _Block(q[some].index_select(1, of_block), wide_k[:, :keys], of_block, None if starts is None else starts[some])
+    """Blocks of as many sequences, heads and queries as fit, in this order: keys are made wide once."""
+    batch, length, groups, width = k.shape
+    of_group = q.shape[2] // groups
+    rows, fit = looked_at(queries, length, q.device), BLOCK_ELEMENTS // length
+    some_groups = min(groups, max(1, fit // max(of_group, width)))
+    sequences = min(batch, max(1, fit // (groups * max(of_group, width))))
+    count = max(1, fit // (sequences * some_groups * of_group))
+    for sequence, group in product(range(0, batch, sequences), range(0, groups, some_groups)):
+        some = slice(sequence, sequence + sequences)
+        wide_k = _by_head(k[some, :, group : group + some_groups])
+        some_q = q[some, :, group * of_group : (group + some_groups) * of_group]
+        for start in range(0, len(rows), count):
+            of_block = rows[start : start + count]
+            keys = (start + len(of_block)) * length // len(rows)  # the last of these queries sees this many
+            yield _Block(some_q.index_select(1, of_block), wide_k[:, :, :keys], of_block, None if starts is None else starts[some])
 
 
 def _block_sums(q: Tensor, k: Tensor, rows: Tensor, starts: Tensor | None) -> RowSums:
@@ -117,17 +121,20 @@ def _block_sums(q: Tensor, k: Tensor, rows: Tensor, starts: Tensor | None) -> Ro
 
 
 def _logits(q: Tensor, k: Tensor, rows: Tensor, starts: Tensor | None) -> Tensor:
-    """q k / sqrt(d), -inf at keys that a query does not see: q [b, R, n, d], k [b, keys, g, d] -> [b, g, n/g, R, keys]."""
-    by_group = _wide(q).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [b, g, n/g, R, d]
-    batch, groups, heads, count, width = by_group.shape
-    left = (by_group * width**-0.5).reshape(batch * groups, heads * count, width)
-    right = _wide(k).permute(0, 2, 3, 1).flatten(0, 1)
-    logits = torch.bmm(left, right).view(batch, groups, heads, count, -1)
-    keys = torch.arange(k.shape[1], device=k.device)
+    """q k / sqrt(d), -inf at keys that a query does not see: q [b, R, n, d], k [b, g, keys, d] -> [b, g, n/g, R, keys]."""
+    by_group = _wide(q).unflatten(2, (k.shape[1], -1)).permute(0, 2, 3, 1, 4)  # [b, g, n/g, R, d]
+    left = (by_group * q.shape[-1] ** -0.5).flatten(2, 3).flatten(0, 1)
+    logits = torch.bmm(left, k.flatten(0, 1).transpose(1, 2)).view(*by_group.shape[:-1], -1)
+    keys = torch.arange(k.shape[2], device=k.device)
     hidden = keys > rows[:, None]  # [R, keys]
     if starts is not None:
         hidden = hidden | (keys < starts.index_select(1, rows)[..., None])[:, None, None]
     return logits.masked_fill_(hidden, -torch.inf)
+
+
+def _by_head(k: Tensor) -> Tensor:
+    """[b, s, g, d] -> [b, g, s, d], wide, each head's keys together."""
+    return _wide(k).transpose(1, 2).contiguous()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megagate.backend.documents import Documents
@@ -42,7 +43,10 @@ Look = Callable[[int, Seen], None]
 
 @contextmanager
 def taps(blocks: Mapping[int, Block], look: Look) -> Iterator[None]:
-    """Inside the context `look` is called after each forward pass of a block. Passes should keep no gradients.
+    """Inside the context `look` is called after each forward pass of a block, without gradients.
+
+    Until then the block's q, k, scores and outputs of its heads stay in memory. A block that a backward pass computes again is looked at
+    again, so passes should keep no gradients.
 
     Args:
         blocks: By their number in the model.
@@ -63,15 +67,18 @@ def _tapped(layer: int, block: Block, look: Look) -> Iterator[Any]:
         q, k, _, documents = args
         caught.update(q=q, k=k, documents=documents, attended=out, projected=out)
 
+    @torch.no_grad()
     def before_gate(gate: nn.Module, args: tuple[Any, ...]) -> None:
         caught["scores"] = _by_head(gate.scores(*args), args[0])
 
     def gated(_: nn.Module, __: object, out: Tensor) -> None:
         caught["projected"] = out
 
+    @torch.no_grad()
     def before_router(router: nn.Module, args: tuple[Any, ...]) -> None:
         caught["shares"] = router.shares(*args)
 
+    @torch.no_grad()
     def done(_: nn.Module, __: object, out: tuple[Tensor, Any]) -> None:
         look(layer, Seen(**caught, hidden=out[0]))
         caught.clear()
