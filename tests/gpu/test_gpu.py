@@ -169,3 +169,33 @@ def test_the_planned_peak_is_near_the_allocators(vocab_size: int, recompute: boo
     gradients(model, tokens)
     real = torch.cuda.max_memory_allocated() - before
     assert 0.9 * real < peak(config, Micro(2, 2048), recompute=recompute) < 1.25 * real
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_look_never_waits_for_the_gpu_and_finds_what_a_cpu_finds(dtype: torch.dtype) -> None:
+    from megagate.probe.probe import Probe
+    from megagate.probe.taps import Seen, taps
+
+    model = build("cuda", dtype, eod_id=3)
+    tokens = torch.randint(0, 20, (4, 128), generator=torch.Generator().manual_seed(1))
+    probe, on_cpu = (Probe(MODEL, ParallelMesh.single(), queries=9) for _ in range(2))
+    shown: list[tuple[int, Seen]] = []
+    with torch.no_grad(), taps(dict(enumerate(model.layers)), lambda layer, seen: shown.append((layer, seen))):
+        model(tokens.cuda(), None)
+    probe.look(*shown[0])  # what is compiled or allocated once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for layer, seen in [*shown, *shown[1:]]:
+            probe.look(layer, seen)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for layer, seen in [*shown, *shown]:
+        documents = replace(seen.documents, starts=seen.documents.starts.cpu())
+        there = {name: value.cpu() for name, value in seen._asdict().items() if isinstance(value, torch.Tensor)}
+        on_cpu.look(layer, seen._replace(**there, documents=documents))
+    found, wanted = probe.close(), on_cpu.close()
+    for layer in found:
+        assert found[layer].gate.mean == pytest.approx(wanted[layer].gate.mean, rel=1e-6)
+        assert found[layer].attention.first_token == pytest.approx(wanted[layer].attention.first_token, rel=1e-5)
+        assert found[layer].hidden == wanted[layer].hidden
+        assert found[layer].router.entropy == pytest.approx(wanted[layer].router.entropy, rel=1e-5)
