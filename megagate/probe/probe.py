@@ -126,12 +126,10 @@ class Probe:
         joined = {layer: torch.cat(maxima) for layer, maxima in self._sequences.items()}
         over_tp = maximum(torch.cat([joined[layer] for layer in self.layers]), self.mesh.tp)
         parts = over_tp.split([len(joined[layer]) for layer in self.layers])
-        counted = 1.0 if self.mesh.tp.rank == 0 else 0.0
+        counted = [part if self.mesh.tp.rank == 0 else part[:0] for part in parts]  # all tp ranks have the same
         return {
-            layer: self.fields.join(
-                {"sequence_maxima": part.sum() * counted, "sequences": part.new_full((), len(part) * counted)}, part.device
-            )
-            for layer, part in zip(self.layers, parts, strict=True)
+            layer: self.fields.join({"sequence_maxima": part.sum(), "sequences": part.new_full((), len(part))}, part.device)
+            for layer, part in zip(self.layers, counted, strict=True)
         }
 
     def _figures(self, sums: dict[str, list[float]], maxima: Tensor) -> LayerFigures:

@@ -129,3 +129,31 @@ def test_weights_that_zero_gives_away_are_looked_at_in_time(variant, stage):
     case = Case(4, tp=2, ep=4 if VARIANTS[variant].is_moe else 1, stage=stage, model=variant, recompute=True, seq_len=LENGTH)
     for found in ranks.run_ranks(under_zero, 4, case):
         assert_same(found, variant, what=str(case))
+
+
+def with_a_number(context: RankContext, number: float) -> Figures:
+    """One number that the last block gives on is another on the last rank."""
+    model = build("gate position G1", ParallelMesh.build(tp=2, ep=1))
+    probe = Probe(model.config, model.mesh)
+
+    def look(layer: int, seen: Seen) -> None:
+        if layer == 1 and context.rank == context.world_size - 1:
+            seen.hidden[-1, 2, 7] = number
+        probe.look(layer, seen)
+
+    with torch.no_grad(), taps(dict(enumerate(model.layers)), look):
+        model(some_tokens(), None)
+    return probe.close()
+
+
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf, 1e9])
+def test_a_number_on_one_rank_is_told_on_all(number):
+    for figures in ranks.run_ranks(with_a_number, 4, number):
+        assert 0 < figures[0].hidden.max_abs < 100
+        hidden = figures[1].hidden
+        assert hidden.channel == 7
+        if number != number:
+            assert hidden.max_abs != hidden.max_abs and hidden.mean_max_abs != hidden.mean_max_abs
+        else:
+            assert hidden.max_abs == abs(number)
+            assert hidden.mean_max_abs == pytest.approx(abs(number) / 8, rel=1e-6)  # of two data-parallel ranks' four sequences each
