@@ -18,7 +18,7 @@ class GateFigures:
         head_means: The mean of each head's scores; one number where heads share them.
         dead_heads: Heads whose mean is below 0.01.
         saturated_heads: Heads whose mean is above 0.99.
-        histogram: Counts in `GATE_BINS` bins of equal width over [0, 1].
+        histogram: Counts in `GATE_BINS` bins of equal width over [0, 1]; of scores that are nan none.
     """
 
     mean: float
@@ -57,7 +57,7 @@ class AttentionFigures:
 
 @dataclass(frozen=True)
 class HiddenFigures:
-    """Of the hidden states that a block gives on.
+    """Of the hidden states that a block gives on; maxima are nan where one of the numbers is, and the channel is then the first of such.
 
     Args:
         max_abs: The largest absolute value over all tokens and channels.
