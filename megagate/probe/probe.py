@@ -59,15 +59,14 @@ class Probe:
                 "sequence_maxima": 1,
                 "tokens": 1,
                 "entropy": 1,
-                "no_hidden": 1,
-                "no_logit": 1,
+                "hidden_is_nan": 1,
+                "logit_is_nan": 1,
             }
         )
         self._sums: dict[int, Tensor] = {}
         self._maxima: dict[int, Tensor] = {}  # of each channel, then of the logits
         self._sequences: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
-    @torch.no_grad()
     def look(self, layer: int, seen: Seen) -> None:
         """Add what a block's forward pass showed.
 
@@ -83,7 +82,7 @@ class Probe:
         max_logit = values.pop("max_logit").double()
         values |= output_sums(seen.attended, seen.projected)
         values |= self._gate_values(seen.scores)
-        values |= {"no_hidden": of_channels.isnan().any(), "no_logit": max_logit.isnan()}
+        values |= {"hidden_is_nan": of_channels.isnan().any(), "logit_is_nan": max_logit.isnan()}
         counts = {"output_count": seen.attended.numel()}
         if seen.shares is not None:
             values["entropy"] = entropy_sum(seen.shares)
@@ -94,7 +93,7 @@ class Probe:
         sums = self.fields.join(values, device)
         self._sums[layer] = self._sums[layer] + sums if layer in self._sums else sums
         self._maxima[layer] = torch.maximum(self._maxima[layer], maxima) if layer in self._maxima else maxima
-        self._sequences[layer].append(of_sequences.nan_to_num(nan=torch.inf, posinf=torch.inf))
+        self._sequences[layer].append(of_sequences)
 
     def close(self) -> dict[int, LayerFigures]:
         """The figures of every layer, over all ranks' sequences. Collective, and it waits for the device: three messages for all layers.
@@ -144,13 +143,13 @@ class Probe:
                 first_token_with_0=_share(one["first_with_0"], one["rows_with_0"]),
                 uniform=_share(one["uniform"], one["rows"]),
                 uniform_with_0=_share(one["uniform_with_0"], one["rows_with_0"]),
-                max_logit=nan if one["no_logit"] else float(maxima[-1]),
+                max_logit=nan if one["logit_is_nan"] else float(maxima[-1]),
                 rows=round(one["rows_with_0"]),
             ),
             hidden=HiddenFigures(
-                max_abs=nan if one["no_hidden"] else float(channels[channel]),
+                max_abs=nan if one["hidden_is_nan"] else float(channels[channel]),
                 channel=channel,
-                mean_max_abs=nan if one["no_hidden"] else _share(one["sequence_maxima"], one["sequences"]),
+                mean_max_abs=nan if one["hidden_is_nan"] else _share(one["sequence_maxima"], one["sequences"]),
             ),
             output=OutputFigures(*(tuple(_share(value, one["output_count"]) for value in pair) for pair in outputs)),
             router=RouterFigures(_share(one["entropy"], one["tokens"])) if one["tokens"] else None,
