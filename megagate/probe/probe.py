@@ -121,14 +121,13 @@ class Probe:
         return values | {"gate_heads": of_all, "gate_count": of_all.new_full((), scores.numel())}
 
     def _of_sequences(self) -> dict[int, Tensor]:
-        """The sums of the sequences' maxima and their numbers, of each layer; the tokens of a sequence lie on all tp ranks."""
+        """The sum of each layer's maxima of sequences and their number, the same on all tp ranks, where the tokens of a sequence lie."""
         joined = {layer: torch.cat(maxima) for layer, maxima in self._sequences.items()}
         over_tp = maximum(torch.cat([joined[layer] for layer in self.layers]), self.mesh.tp)
         parts = over_tp.split([len(joined[layer]) for layer in self.layers])
-        counted = [part if self.mesh.tp.rank == 0 else part[:0] for part in parts]  # all tp ranks have the same
         return {
             layer: self.fields.join({"sequence_maxima": part.sum(), "sequences": part.new_full((), len(part))}, part.device)
-            for layer, part in zip(self.layers, counted, strict=True)
+            for layer, part in zip(self.layers, parts, strict=True)
         }
 
     def _figures(self, sums: dict[str, list[float]], maxima: Tensor) -> LayerFigures:
