@@ -1,9 +1,9 @@
 """One optimizer step, whatever does the sharding: the loss is formed here, once, for every engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,11 @@ from megagate.backend.kept import put_back
 from megagate.checkpoint.reshard import flat_pieces, read_flat
 from megagate.checkpoint.saved_model import PRECISION_STATE
 from megagate.checkpoint.store import Checkpoint, Piece
+from megagate.config.count import Part
 from megagate.config.run import RunConfig
 from megagate.data.loader import IGNORE_INDEX
+from megagate.engine.fragment import Fragment
+from megagate.engine.norms import PartNorms
 from megagate.engine.optim import MOMENTS, fresh_state
 from megagate.engine.saturated import SaturationWatch
 from megagate.model.lm import LanguageModel, LossParts
@@ -27,6 +30,19 @@ from megagate.parallel.mesh import ParallelMesh
 
 SCALE = ".scale"
 """How the names of delayed scaling's scales end among what products keep."""
+
+
+class StepDetail(NamedTuple):
+    """What a step tells on request, equal on all ranks.
+
+    Args:
+        norms: The gradient's norm, before clipping, of each part that the model has: the root of their summed squares is
+            `StepResult.grad_norm`. nan where the step was not applied.
+        counts: [MoE layers][E] rows that went to each expert in the step, over all ranks; empty for a dense model.
+    """
+
+    norms: Mapping[Part, float]
+    counts: tuple[tuple[float, ...], ...]
 
 
 class StepResult(NamedTuple):
@@ -40,6 +56,7 @@ class StepResult(NamedTuple):
         applied: Whether the parameters were changed.
         aux: The router's losses; None for a dense model.
         saturated: The first tensor with an infinity that delayed scaling's cast made finite, as a sentence; empty where there was none.
+        detail: Where it was asked for.
     """
 
     loss: float
@@ -49,6 +66,7 @@ class StepResult(NamedTuple):
     applied: bool
     aux: AuxLosses | None
     saturated: str = ""
+    detail: StepDetail | None = None
 
 
 class Unmatched(NamedTuple):
@@ -61,31 +79,6 @@ class Unmatched(NamedTuple):
 
     begun: list[str]
     left: list[str]
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """What this rank's optimizer holds of one parameter: a run of elements of the flattened local shard.
-
-    Args:
-        name: The parameter.
-        start: First element in the flattened shard.
-        flat: The optimizer's tensor that holds the fp32 master; its gradient and moments lie at the same place of like tensors.
-        offset: First element in the flattened `flat`.
-        size: Elements.
-        owned: This rank writes the fragment to checkpoints; other ranks hold copies.
-    """
-
-    name: str
-    start: int
-    flat: Tensor
-    offset: int
-    size: int
-    owned: bool
-
-    def of(self, like: Tensor) -> Tensor:
-        """The fragment's part of `flat`, or of its gradient or a moment, as a view [size]."""
-        return like.detach().view(-1)[self.offset : self.offset + self.size]
 
 
 class Engine(ABC):
@@ -105,8 +98,8 @@ class Engine(ABC):
         self.applied_steps = 0  # skipped steps do not count: Adam's bias correction depends on it
         self._scales: list[dict[str, Tensor]] = []  # of delayed scaling, before each micro-step of the last step and after it
 
-    def train_step(self, tokens: Tensor, labels: Tensor, *, lr: float) -> StepResult:
-        """Accumulate over micro-steps, clip, update.
+    def train_step(self, tokens: Tensor, labels: Tensor, *, lr: float, detailed: bool = False) -> StepResult:
+        """Accumulate over micro-steps, clip, update; `detailed` tells more of it, and does nothing else.
 
         Shapes: tokens and labels [accumulation, b, s] int64, the samples of this data-parallel rank.
 
@@ -126,14 +119,20 @@ class Engine(ABC):
             self.model.backend.after_backward(self.model)
             watch.look()
             self._scales.append({name: scale.clone() for name, scale in scales.items()})
-        grad_norm, applied = self._update(lr)
+        norms = PartNorms(self.config) if detailed else None
+        with self._before_steps(norms.add) if norms is not None else nullcontext():
+            grad_norm, applied = self._update(lr)
         self.applied_steps += applied
-        loss, aux = total(ce_sum, self.mesh.dp).item() / max(1, targets), None
+        loss, aux, counts = total(ce_sum, self.mesh.dp).item() / max(1, targets), None, None
         if balance is not None:
             aux, counts = balance.close()
             if applied:
                 self.model.follow_counts(counts)
-        return StepResult(loss, targets, context, grad_norm, applied, aux, watch.close(self.mesh.world))
+        saturated, detail = watch.close(self.mesh.world), None
+        if norms is not None:
+            found = norms.close(self.mesh.world, grad_norm=grad_norm, applied=applied, device=tokens.device)
+            detail = StepDetail(found, tuple(map(tuple, counts.tolist())) if counts is not None else ())
+        return StepResult(loss, targets, context, grad_norm, applied, aux, saturated, detail)
 
     def replay(self, tokens: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """The losses of the last step's micro-steps, one after the other, as their backward passes are given them. Collective.
@@ -271,16 +270,27 @@ class Engine(ABC):
         """
         pieces: list[Piece] = []
 
-        def record(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        def record(fragment: Fragment) -> None:
+            views = self._pieces(f"grad/{fragment.name}", fragment, fragment.flat.grad)
+            pieces.extend(replace(piece, tensor=piece.tensor.clone()) for piece in views)
+
+        with self._before_steps(record):
+            yield pieces
+
+    @contextmanager
+    def _before_steps(self, see: Callable[[Fragment], None]) -> Iterator[None]:
+        """Inside the context `see` gets each fragment whose master the optimizer is about to step, with its clipped gradient."""
+
+        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            # ZeRO calls the optimizer for a part of its parameters at a time.
             given = {id(flat) for group in optimizer.param_groups for flat in group["params"] if flat.grad is not None}
             for fragment in self._fragments():
                 if id(fragment.flat) in given:
-                    views = self._pieces(f"grad/{fragment.name}", fragment, fragment.flat.grad)
-                    pieces.extend(replace(piece, tensor=piece.tensor.clone()) for piece in views)
+                    see(fragment)
 
-        handle = self.optimizer.register_step_pre_hook(record)
+        handle = self.optimizer.register_step_pre_hook(before)
         try:
-            yield pieces
+            yield
         finally:
             handle.remove()
 

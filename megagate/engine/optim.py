@@ -33,6 +33,11 @@ class MakeAdam(Protocol):
     def __call__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer: ...
 
 
+def clipping(norm: float, limit: float) -> float:
+    """What gradients of this global norm are divided by; 0 is no limit. Both DeepSpeed and PyTorch add 1e-6."""
+    return max(1.0, (norm + 1e-6) / limit) if limit else 1.0
+
+
 def parameter_groups(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
     """Matrices with weight decay, vectors (norms, biases) without; empty groups are left out.
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.run import RunConfig
-from megagate.engine.base import Engine, Fragment
+from megagate.engine.base import Engine
+from megagate.engine.fragment import Fragment
 from megagate.engine.optim import build_optimizer, parameter_groups
 from megagate.model.lm import LanguageModel, LossParts
 from megagate.parallel.mesh import ParallelMesh

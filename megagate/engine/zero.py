@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.run import OptimConfig, RunConfig
-from megagate.engine.base import Engine, Fragment
+from megagate.engine.base import Engine
+from megagate.engine.fragment import Fragment
 from megagate.engine.optim import build_implementation, parameter_groups, require_implementation
 from megagate.engine.zero_config import zero_config
 from megagate.errors import RunError

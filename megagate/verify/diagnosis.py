@@ -10,10 +10,11 @@ from megagate.checkpoint.store import Piece
 from megagate.config.count import Part, parameter_parts
 from megagate.config.run import RunConfig
 from megagate.engine.base import StepResult
+from megagate.engine.optim import clipping
 from megagate.parallel.mesh import ParallelMesh
 from megagate.verify.account import SentRow
 from megagate.verify.compare import Agreement, compare, whole_tensors
-from megagate.verify.trial import DTYPES, Outcome, clipping
+from megagate.verify.trial import DTYPES, Outcome
 
 FP32_LIMIT = 5e-6
 """Of a number relative, of a tensor's element relative to the largest of its tensor: several times what rounding does in a small model."""

@@ -12,6 +12,7 @@ from megagate.checkpoint.store import Piece
 from megagate.config.run import ParallelConfig, RunConfig
 from megagate.data.loader import IGNORE_INDEX
 from megagate.engine.base import Engine, StepResult
+from megagate.engine.optim import clipping
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import ParallelMesh
 
@@ -126,11 +127,6 @@ def _step(engine: Engine, tokens: Tensor, labels: Tensor, *, lr: float) -> tuple
         result = engine.train_step(tokens, labels, lr=lr)
     divisor = clipping(result.grad_norm, engine.config.optim.grad_clip)
     return result, [replace(piece, tensor=piece.tensor.cpu() * divisor) for piece in pieces]
-
-
-def clipping(norm: float, limit: float) -> float:
-    """What gradients of this global norm are divided by; 0 is no limit. Both DeepSpeed and PyTorch add 1e-6."""
-    return max(1.0, (norm + 1e-6) / limit) if limit else 1.0
 
 
 def _weights(engine: Engine) -> list[Piece]:

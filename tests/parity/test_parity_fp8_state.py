@@ -13,10 +13,10 @@ from megagate.checkpoint import store
 from megagate.checkpoint.saved_model import PRECISION_STATE
 from megagate.checkpoint.store import Checkpoint, Piece
 from megagate.engine.base import Engine
+from megagate.engine.optim import clipping
 from megagate.parallel.comm import total
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
-from megagate.verify.trial import clipping
 
 RECIPES = ("delayed", "current", "blockwise", "mxfp8")
 DELAYED = Run(optimizer="adamw", fp8="delayed")
