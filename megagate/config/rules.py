@@ -31,6 +31,7 @@ SAME_RUN_KEYS = (
     "checkpoint.",
     "eval.",
     "log.",
+    "observe.",
     "wandb.",
     "profile.",
 )
@@ -114,6 +115,8 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "eval.min_gain_nats": _AT_LEAST_0,
         "eval.sample_tokens": _AT_LEAST_0,
         "log.every": _AT_LEAST_1,
+        "observe.every": _AT_LEAST_0,
+        "observe.queries": _AT_LEAST_0,
         "profile.start_step": _AT_LEAST_1,
         "profile.steps": _AT_LEAST_0,
     }

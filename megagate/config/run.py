@@ -244,6 +244,20 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class ObserveConfig:
+    """What the metrics say of the gate, attention, hidden states, experts and gradients.
+
+    Args:
+        every: Steps between looks; 0 switches them off. A look is one more forward pass of the step's first micro-batch, and changes
+            nothing of the training.
+        queries: Of each sequence, evenly spaced, whose attention is looked at; 0 (or at least train.seq_len) looks at all of them.
+    """
+
+    every: int = 50
+    queries: int = 32
+
+
+@dataclass(frozen=True)
 class ProfileConfig:
     """A torch profiler trace, written to RUN/profile.
 
@@ -270,6 +284,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 

@@ -20,6 +20,7 @@ from megagate.train.agree import everywhere
 from megagate.train.certify import Followed
 from megagate.train.folder import RunFolder
 from megagate.train.metrics import Record, Sink, Speed, step_fields
+from megagate.train.observe import Observer
 from megagate.train.progress import Progress
 from megagate.train.saver import Saver
 from megagate.train.schedule import learning_rate
@@ -75,6 +76,7 @@ class Trainer:
         self.saver, self.folder, self.sinks = saver, folder, sinks
         self.world = engine.mesh.world
         self.device = engine.model.embedding.weight.device
+        self.observer = Observer(config, engine)
         self.speed = Speed(config, world_size=self.world.size, device=self.device)
 
     def run(self, position: Position) -> tuple[Position, int]:
@@ -171,8 +173,10 @@ class Trainer:
         # Damage, or a disk that fails, is met by one rank alone; the others would wait for it in the step's first collective.
         batch = everywhere(self.world, lambda: self.train.step(position.step))
         lr = learning_rate(self.config, step)
-        result = self.engine.train_step(self._tensor(batch.tokens), self._tensor(batch.labels), lr=lr)
-        seconds = time.perf_counter() - began
+        tokens, labels = self._tensor(batch.tokens), self._tensor(batch.labels)
+        seen = self.observer.look(tokens[0], labels[0]) if self.observer.due(step) else {}
+        result = self.engine.train_step(tokens, labels, lr=lr, detailed=bool(seen))
+        seconds = time.perf_counter() - began - seen.get("observe_seconds", 0.0)
         # Before it counts as a step of this run: a resumed run whose first step is another one than it was must not record or save it.
         samples = self.train.samples(position.step)
         self.saver.follow(self.engine, Followed(step, lr=lr, result=result, samples=samples, batch=batch))
@@ -180,8 +184,10 @@ class Trainer:
             self._not_finite(step, result, batch)
         elif result.saturated:
             self._saturated(step, result)
-        tokens = step * self.config.train.global_batch_size * self.config.train.seq_len
-        record = step_fields(step, result, lr=lr, tokens=tokens) | self.speed.fields(seconds, context=result.context)
+        done = step * self.config.train.global_batch_size * self.config.train.seq_len
+        record = step_fields(step, result, lr=lr, tokens=done) | self.speed.fields(seconds, context=result.context) | seen
+        if result.detail is not None:
+            record |= self.observer.detail_fields(result.detail)
         return replace(position, step=step, val_loss=None), record
 
     def _not_finite(self, step: int, result: StepResult, batch: Batch) -> None:
