@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 from megagate.config.command import above_zero, exit_code, positive, stoppable
 
 if TYPE_CHECKING:
-    from megagate.analysis.benchmark.rows import Limits, Result, Row
-    from megagate.analysis.benchmark.step import Table
+    from megagate.analysis.benchmark.rows import Limits, Row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_step(commands)
     _add_gate(commands)
+    _add_observe(commands)
     _add_fp8(commands)
     _add_data(commands)
     _add_checkpoint(commands)
@@ -63,18 +63,32 @@ def _add_gate(commands: argparse._SubParsersAction) -> None:
     gate.add_argument(
         "--rows", default="headwise,elementwise", metavar="A,B", help="gates; 'none' measures the method against itself alone"
     )
-    gate.add_argument("--shape", default="S", choices=["S", "L", "tiny"], help="sizes of the model and of a step")
-    gate.add_argument(
-        "--half-width", type=above_zero, default=0.7, metavar="PERCENT", help="stop when no row's 95%% interval is wider than twice this"
+    _add_study(gate, half_width=0.7)
+    gate.set_defaults(run=_gate)
+
+
+def _add_observe(commands: argparse._SubParsersAction) -> None:
+    observe = commands.add_parser(
+        "observe",
+        help="what a look at the model (observe.every) adds to a training step",
+        description="Steps of one run under ZeRO-1, with and without a look by turns, until the interval is narrow or a limit is reached.",
     )
-    gate.add_argument("--pairs", type=positive, default=400, metavar="N", help="stop at this many pairs")
-    gate.add_argument("--seconds", type=above_zero, default=1800.0, metavar="LIMIT", help="stop after this time with what there is")
-    gate.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="of the process")
-    gate.add_argument("--json", type=Path, metavar="FILE", help="write every pair's numbers here, after each pair")
-    gate.add_argument(
+    observe.add_argument("--config", type=Path, metavar="FILE", help="of the run, on one process and random tokens, instead of --shape")
+    _add_study(observe, half_width=2.0)
+    observe.set_defaults(run=_observe)
+
+
+def _add_study(command: argparse.ArgumentParser, *, half_width: float) -> None:
+    command.add_argument("--shape", default="S", choices=["S", "L", "tiny"], help="sizes of the model and of a step")
+    stop = "stop when no row's 95%% interval is wider than twice this"
+    command.add_argument("--half-width", type=above_zero, default=half_width, metavar="PERCENT", help=stop)
+    command.add_argument("--pairs", type=positive, default=400, metavar="N", help="stop at this many pairs")
+    command.add_argument("--seconds", type=above_zero, default=1800.0, metavar="LIMIT", help="stop after this time with what there is")
+    command.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="of the process")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every pair's numbers here, after each pair")
+    command.add_argument(
         "--resume", action="store_true", help="go on with FILE where it exists; refused where machine, versions or code differ"
     )
-    gate.set_defaults(run=_gate)
 
 
 def _add_fp8(commands: argparse._SubParsersAction) -> None:
@@ -173,27 +187,47 @@ def _step(options: argparse.Namespace) -> int:
     print(markdown(table))
     print(_command())
     if options.json:
-        options.json.write_text(json.dumps(_record(table, options), indent=1) + "\n")
+        conditions = {"shape": options.shape, "threads": options.threads, "machine": _machine(options.threads)}
+        options.json.write_text(json.dumps(conditions | table.record(), indent=1) + "\n")
     return 0
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from megagate.analysis.benchmark.gate import GATES, Record, study, table
-    from megagate.errors import MegagateError
+    from megagate.analysis.benchmark.gate import GATES, WORK, table
 
-    deadline = time.monotonic() + options.seconds
     rows = [] if options.rows == "none" else options.rows.split(",")
     if unknown := [row for row in rows if row not in GATES]:
         return _refuse(f"--rows: no row {', '.join(unknown)}; there are {', '.join(GATES)}, or 'none'")
-    if problem := _problem_of_record(options):
+    return _study(options, options.shape, [gate for gate in GATES if gate in rows], work=WORK, table=table)
+
+
+def _observe(options: argparse.Namespace) -> int:
+    from megagate.analysis.benchmark.observe import OBSERVED, WORK, table
+    from megagate.config.cli import parse
+    from megagate.errors import ConfigError
+
+    try:
+        _ = options.config and parse(["--config", str(options.config)], prog="benchmark.py")
+    except ConfigError as error:
+        return _refuse(str(error))
+    return _study(options, str(options.config or options.shape), [OBSERVED], work=WORK, table=table)
+
+
+def _study(options: argparse.Namespace, shape: str, models: Sequence[str], *, work: str, table: "Callable[..., list[str]]") -> int:
+    """Measure by `gate.study`, and print its table."""
+    from megagate.analysis.benchmark.gate import Record, study
+    from megagate.analysis.benchmark.record import problem_of
+    from megagate.errors import MegagateError
+
+    deadline = time.monotonic() + options.seconds
+    if problem := problem_of(options.json, resume=options.resume):
         return _refuse(problem)
-    conditions = {"shape": options.shape, "threads": options.threads, "machine": _machine(options.threads)}
-    record = Record.empty(conditions, [gate for gate in GATES if gate in rows])
+    record = Record.empty({"shape": shape, "threads": options.threads, "machine": _machine(options.threads)}, models)
     try:
         if options.resume and options.json.exists():
             record.resume(options.json)
         save = (lambda record: record.write(options.json)) if options.json else (lambda record: None)
-        study(record, pairs=options.pairs, half_width=options.half_width, deadline=deadline, save=save, tell=_tell)
+        study(record, pairs=options.pairs, half_width=options.half_width, deadline=deadline, save=save, tell=_tell, target=work)
     except MegagateError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -209,12 +243,13 @@ def _gate(options: argparse.Namespace) -> int:
 
 def _fp8(options: argparse.Namespace) -> int:
     from megagate.analysis.benchmark.fp8 import BASE, ROWS
+    from megagate.analysis.benchmark.record import problem_of
     from megagate.errors import MegagateError
 
     wanted = options.rows.split(",") if options.rows else list(ROWS)
     if unknown := [row for row in wanted if row not in ROWS]:
         return _refuse(f"--rows: no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    if problem := _problem_of_record(options):
+    if problem := problem_of(options.json, resume=options.resume):
         return _refuse(problem)
     try:
         with ExitStack() as stack:
@@ -255,17 +290,6 @@ def _fp8_study(options: argparse.Namespace, rows: Sequence[str], folder: Path) -
     head = f"{path.name}, {record.conditions['steps']} steps of {batch} tokens, "
     head += f"{len(seeds)} seeds; {validated} tokens to validate on; {machine}."
     return [f"{head}\n", *table(record, rows, seeds), remark(base, rows, steps=record.conditions["steps"])]
-
-
-def _problem_of_record(options: argparse.Namespace) -> str:
-    """Of `--json` and `--resume`; nothing where there is none."""
-    if options.resume and not options.json:
-        return "--resume needs --json FILE, the record to go on with"
-    if options.json and options.json.exists() and not options.resume:
-        return f"--json {options.json}: exists; give --resume to go on with it, or another name"
-    if options.json and not options.json.parent.is_dir():
-        return f"--json {options.json}: no folder {options.json.parent}; make it, or give another name"
-    return ""
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -312,7 +336,7 @@ def _with_files(
     options: argparse.Namespace, rows: "Mapping[str, Row]", wanted: "Callable[[Path], Limits]", *, packages: Sequence[str], note: str
 ) -> int:
     """Measure rows that need a temporary folder, and print their table."""
-    from megagate.analysis.benchmark.rows import measure
+    from megagate.analysis.benchmark.rows import measure, report
     from megagate.errors import MegagateError
 
     keys = options.rows.split(",") if options.rows else list(rows)
@@ -332,7 +356,8 @@ def _with_files(
     if options.json:
         series = {key: {name: vars(one) for name, one in series.items()} for key, series in result.series.items()}
         options.json.write_text(json.dumps({"machine": _machine(1), "rows": series}, indent=1) + "\n")
-    print(_report(result, f"{_machine(1, packages)}{note}."))
+    print("\n".join(report(result, f"{_machine(1, packages)}{note}.")))
+    print(_command())
     return 0 if result.lines else 1
 
 
@@ -344,20 +369,6 @@ def _without_gigatoken() -> str:
     return "" if find_spec("gigatoken") else "the package is not installed: pip install 'megagate[fast]'"
 
 
-def _report(result: "Result", head: str) -> str:
-    rows = [
-        f"{head}\n",
-        "| row | ours | peer | peer / ours [95 %] | wall, ours / peer | target | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for line in result.lines:
-        cells = [f"{line.title} (`{line.key}`)", line.ours, line.peer, str(line.times or "-"), line.wall, line.target]
-        verdict = {True: "met", False: "missed", None: "-" if line.target == "-" else "open"}[line.met]
-        rows.append(f"| {' | '.join([*cells, verdict])} |")
-    remarks = [f"- {remark}" for remark in result.remarks]
-    return "\n".join([*rows, "", *remarks, _command()])
-
-
 def _command() -> str:
     return f"\n    python {shlex.join(['tools/benchmark.py', *sys.argv[1:]])}"
 
@@ -365,17 +376,6 @@ def _command() -> str:
 def _refuse(message: str) -> int:
     print(message, file=sys.stderr)
     return 2
-
-
-def _record(table: "Table", options: argparse.Namespace) -> dict[str, object]:
-    return {
-        "shape": options.shape,
-        "threads": options.threads,
-        "machine": _machine(options.threads),
-        "rounds": table.rounds,
-        "peak_flops": table.peak_flops,
-        "rows": {key: vars(series) for key, series in table.series.items()},
-    }
 
 
 def _machine(threads: int, packages: Sequence[str] = ("torch", "transformers", "deepspeed")) -> str:

@@ -47,6 +47,7 @@ SAME_STEP_KEYS = (
     "checkpoint.",
     "eval.",
     "log.",
+    "observe.",
     "wandb.",
     "profile.",
 )

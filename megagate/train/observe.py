@@ -11,8 +11,7 @@ from torch import Tensor
 from megagate.config.run import RunConfig
 from megagate.engine.base import Engine, StepDetail
 from megagate.probe.figures import LayerFigures
-from megagate.probe.probe import Probe
-from megagate.probe.taps import taps
+from megagate.probe.look import look
 from megagate.train.metrics import Record
 
 
@@ -40,12 +39,9 @@ class Observer:
 
         Shapes: tokens and labels [b, s], a micro-batch of this data-parallel rank.
         """
-        began, model = time.perf_counter(), self.engine.model
-        probe = Probe(self.config.model, self.engine.mesh, queries=self.config.observe.queries)
-        with taps(dict(enumerate(model.layers)), probe.look):
-            self.engine.evaluate([(tokens, labels)])
-        record = figure_fields(probe.close())
-        return record | {"observe_seconds": time.perf_counter() - began}
+        began, engine = time.perf_counter(), self.engine
+        found = look(engine.model, lambda: engine.evaluate([(tokens, labels)]), queries=self.config.observe.queries)
+        return figure_fields(found) | {"observe_seconds": time.perf_counter() - began}
 
     def detail_fields(self, detail: StepDetail) -> Record:
         """The fields of what the step itself told."""

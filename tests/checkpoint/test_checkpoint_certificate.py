@@ -168,6 +168,7 @@ def scoped(changes: dict[str, object], *, recorded: NextStep = STEP, now: Circum
         ("checkpoint.on_mismatch", "continue"),
         ("eval.every", 5),
         ("log.every", 5),
+        ("observe.every", 7),
         ("wandb.mode", "offline"),
         ("profile.steps", 2),
         ("train.output_dir", "elsewhere"),

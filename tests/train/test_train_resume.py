@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from train_data import make_data
 from train_jobs import Job, Jobs, Record, contents, metrics, numbers, steps_recorded
 
 from megagate.checkpoint.certificate import read_next_step, write_next_step
 from megagate.checkpoint.folders import complete_steps, read_pointer, resolve
+from megagate.checkpoint.index import encode_index, read_index
 from megagate.checkpoint.store import Checkpoint
 
 EXACT_TO = 1e-5  # relative, where the layout changes
-# Validation and checkpoints at different steps, so that a resume begins between two validations.
-LONG = ("--train.steps", 30, "--checkpoint.every", 5, "--eval.every", 3, "--checkpoint.keep", 0)
+# Validation and checkpoints at different steps, so that a resume begins between two validations; the step that it begins with is looked at
+# after the checkpoints of steps 5 and 20.
+LONG = ("--train.steps", 30, "--checkpoint.every", 5, "--eval.every", 3, "--checkpoint.keep", 0, "--observe.every", 3)
 DP2_EP2 = ("--parallel.ep", 2)
 TP2_EP2 = ("--parallel.tp", 2, "--parallel.ep", 2, "--train.micro_batch_size", 2)
 
@@ -51,6 +54,35 @@ def test_killed_in_the_middle_it_goes_on_bit_for_bit(jobs: Jobs, tmp_path: Path,
     assert [record["step"] for record in metrics(killed)] == list(range(1, 31))
     assert tensors(killed) == tensors(whole)
     assert not any(folder.exists() for folder in leftovers)
+
+
+def test_a_run_of_before_looks_goes_on_and_looks_may_change(jobs: Jobs, tmp_path: Path) -> None:
+    """Its config, in the folder and in the checkpoint, does not know them; it resumes at a step that is looked at. Losses do not change."""
+    plain, old = tmp_path / "plain", tmp_path / "old"
+    quiet, command = ("--observe.every", 0), ("--train.output_dir", old)
+    jobs.run("--train.output_dir", plain, *quiet)
+    jobs.run("--train.output_dir", old, *quiet)
+    shutil.rmtree(old / "checkpoints" / "step-00000010")
+    (old / "checkpoints" / "latest").unlink()
+    forget(old)
+    job = jobs.run(*command, "--observe.every", 2, "--observe.queries", 3)
+    assert job.text.count("step 6, done again, is the one that followed step-00000005 when it was saved\n") == 1, job.text
+    assert [record["step"] for record in metrics(old) if "gate_mean/1" in record] == [6, 8, 10]
+    common = set(metrics(plain)[-1])
+    assert [{key: record[key] for key in record if key in common} for record in numbers(metrics(old))] == numbers(metrics(plain))
+    assert tensors(old) == tensors(plain)
+
+
+def forget(run: Path) -> None:
+    """Take `observe` out of the configs that a run and its checkpoint hold."""
+    config = run / "config.yaml"
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    del settings["observe"]
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    folder = run / "checkpoints" / "step-00000005"
+    index = read_index(folder)
+    del index.metadata["config"]["observe"]
+    (folder / "index.json").write_bytes(encode_index(index))
 
 
 def tensors(run: Path) -> dict[str, str]:

@@ -39,8 +39,8 @@ MIN_PAIRS = 16
 Verdict = Literal["met", "missed", "not separable"]
 _WARMUP = 3
 _MEASURES = ("seconds", "cpu_seconds", "loss")
-_PACKAGE = __package__
-_STEP_FOLDERS = ("backend", "engine", "model", "nn", "parallel")
+WORK = f"{__package__}.step_plain:alternating"
+_STEP_FOLDERS = ("backend", "engine", "model", "nn", "parallel", "probe")
 
 
 @dataclass
@@ -125,7 +125,7 @@ def study(
     deadline: float,
     save: Callable[[Record], None] = lambda record: None,
     tell: Callable[[str], None] = lambda text: None,
-    target: str = f"{_PACKAGE}.step_plain:alternating",
+    target: str = WORK,
 ) -> None:
     """Measure until every row's interval is narrow enough, there are enough pairs, or the time is over.
 
@@ -238,10 +238,10 @@ def table(record: Record, *, machine: str) -> list[str]:
         target = "holds 0" if line.key == TWIN else f"<= {line.target:.2f}"
         cells = [
             f"{TITLES[line.key]} (`{line.key}`)",
-            _interval(line.wall),
+            interval(line.wall),
             f"{line.wall.half_width:.2f}" if line.wall.half_width < float("inf") else "-",
             str(record.pairs),
-            _interval(line.cpu),
+            interval(line.cpu),
             f"{line.flops:.2f}",
             target,
             line.verdict,
@@ -250,6 +250,7 @@ def table(record: Record, *, machine: str) -> list[str]:
     return rows
 
 
-def _interval(shift: Shift) -> str:
-    interval = f" [{shift.low:+.2f}, {shift.high:+.2f}]" if shift.half_width < float("inf") else ""
-    return f"{shift.centre:+.2f}{interval}"
+def interval(shift: Shift) -> str:
+    """In words, without the interval where that is infinite."""
+    bounds = f" [{shift.low:+.2f}, {shift.high:+.2f}]" if shift.half_width < float("inf") else ""
+    return f"{shift.centre:+.2f}{bounds}"

@@ -12,6 +12,17 @@ from megagate.errors import RunError
 _ROOT = Path(__file__).parents[2]
 
 
+def problem_of(path: Path | None, *, resume: bool) -> str:
+    """What is wrong with `--json` and `--resume`; empty where nothing is."""
+    if resume and not path:
+        return "--resume needs --json FILE, the record to go on with"
+    if path and path.exists() and not resume:
+        return f"--json {path}: exists; give --resume to go on with it, or another name"
+    if path and not path.parent.is_dir():
+        return f"--json {path}: no folder {path.parent}; make it, or give another name"
+    return ""
+
+
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """Replace the file at once: a stop leaves the last complete one."""
     part = path.with_name(f"{path.name}.part")

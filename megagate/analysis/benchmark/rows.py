@@ -132,6 +132,20 @@ def measure(rows: Mapping[str, Row[L]], keys: Sequence[str], options: L, *, tell
     return result
 
 
+def report(result: Result, head: str) -> list[str]:
+    """Lines of markdown: the head, a row for each line, and the remarks."""
+    rows = [
+        f"{head}\n",
+        "| row | ours | peer | peer / ours [95 %] | wall, ours / peer | target | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in result.lines:
+        cells = [f"{line.title} (`{line.key}`)", line.ours, line.peer, str(line.times or "-"), line.wall, line.target]
+        verdict = {True: "met", False: "missed", None: "-" if line.target == "-" else "open"}[line.met]
+        rows.append(f"| {' | '.join([*cells, verdict])} |")
+    return [*rows, "", *(f"- {remark}" for remark in result.remarks)]
+
+
 def require_space(folder: Path, wanted: int) -> None:
     """Refuses to begin what would fill the disk.
 

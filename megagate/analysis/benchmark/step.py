@@ -109,6 +109,11 @@ class Table:
     peak_flops: float | None
     series: dict[str, Series]
 
+    def record(self) -> dict[str, Any]:
+        """Every round's numbers."""
+        rows = {key: vars(series) for key, series in self.series.items()}
+        return {"rounds": self.rounds, "peak_flops": self.peak_flops, "rows": rows}
+
 
 def measure(
     keys: Sequence[str], *, shape: str, rounds: int, deadline: float, threads: int, tell: Callable[[str], None] = lambda text: None
