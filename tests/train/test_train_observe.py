@@ -8,22 +8,29 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import ranks
 import torch
 from parity.engines import Layout, Run, batch, build_engine, run_config
+from test_train_parts import Steps, loop
 from torch import Tensor
 from torch.nn import functional as F
+from train_jobs import NANO
 
 from megagate.checkpoint.saved_model import PRECISION_STATE
+from megagate.config.cli import parse
 from megagate.config.run import ObserveConfig, RunConfig
 from megagate.engine.base import Engine, StepResult
 from megagate.parallel.mesh import ParallelMesh
 from megagate.parallel.spawn import RankContext
+from megagate.train.folder import RunFolder
 from megagate.train.metrics import MetricsFile, Record
 from megagate.train.observe import Observer, load_fields
+from megagate.train.trainer import Position, Trainer
 
 EXACT_TO = 1e-5
 QUERIES, STEPS = 5, 2
@@ -288,3 +295,30 @@ def test_steps_to_look_at() -> None:
     for every, expected in ((0, []), (1, list(range(1, 9))), (3, [3, 6])):
         observer = Observer(replace(config, observe=ObserveConfig(every)), made(Case(), ParallelMesh.single()))
         assert [step for step in range(1, 9) if observer.due(step)] == expected
+
+
+# ---- the loop
+
+
+class Looks(Observer):
+    """Finds the tokens that it is shown, and the steps done by then, and says that it took -1000 s."""
+
+    def look(self, tokens: Tensor, labels: Tensor) -> dict[str, Any]:
+        assert torch.equal(tokens, labels)
+        return {"tokens_seen": tokens.tolist(), "steps_done": self.engine.taken, "observe_seconds": -1000.0}
+
+
+def test_looks_see_the_first_micro_batch_before_their_step_and_are_no_part_of_its_time() -> None:
+    stand_in, found = Steps(), []
+    stand_in.step = lambda index: SimpleNamespace(tokens=np.array([index, -1]), labels=np.array([index, -1]))
+    stand_in.follow, stand_in.write = lambda engine, followed: None, found.append
+    nano = parse(["--config", str(NANO)], prog="test")
+    config = replace(loop(nano, steps=7), observe=ObserveConfig(every=3))
+    parts = {"engine": stand_in, "train": stand_in, "valid": {}, "saver": stand_in, "sinks": [stand_in]}
+    trainer = Trainer(config, folder=RunFolder(Path("nowhere")), **parts)
+    trainer.observer = Looks(config, stand_in)
+    trainer.run(Position())
+    assert stand_in.told == [False, False, True, False, False, True, False]
+    assert [(record.get("tokens_seen"), record.get("steps_done")) for record in found[2::3]] == [(2, 2), (5, 5)]
+    for record in found:
+        assert (record["step_seconds"] > 900) == ("grad_norm/gate" in record) == (record["step"] % 3 == 0) == ("tokens_seen" in record)

@@ -29,7 +29,7 @@ from megagate.config.count import flops_per_token
 from megagate.config.keys import to_dict
 from megagate.config.model import GateConfig
 from megagate.config.run import OptimConfig, RunConfig, ScheduleConfig, TrainConfig
-from megagate.engine.base import StepResult
+from megagate.engine.base import StepDetail, StepResult
 from megagate.engine.optim import parameter_groups
 from megagate.errors import CheckpointError, ConfigError, RunError
 from megagate.model.lm import LanguageModel
@@ -453,18 +453,20 @@ class Steps:
         self.signal_in_batch, self.signal_in_save, self.batches, self.finished, self.abandoned = signal_in_batch, signal_in_save, 0, 0, 0
         self.mesh, self.model = ParallelMesh.single(), SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
         self.taken, self.saved, self.records, self.waited_for = 0, [], [], []
+        self.told: list[bool] = []  # whether each step was to tell more
 
     def step(self, index: int) -> SimpleNamespace:
         return SimpleNamespace(tokens=np.array([index]), labels=np.array([index]))
 
     def train_step(self, tokens: Tensor, labels: Tensor, *, lr: float, detailed: bool) -> StepResult:
-        assert not detailed, "nothing is observed so early"
+        self.told.append(detailed)
         self.taken += 1
         if self.taken == self.bug_at:
             raise ZeroDivisionError
         if self.taken == self.signal_at:
             signal.raise_signal(signal.SIGTERM)
-        return StepResult(loss=float(tokens[0]), targets=1, context=8.0, grad_norm=1.0, applied=True, aux=None)
+        detail = StepDetail({"gate": 0.5}, ((1.0, 3.0),) * 2) if detailed else None
+        return StepResult(loss=float(tokens[0]), targets=1, context=8.0, grad_norm=1.0, applied=True, aux=None, detail=detail)
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self.step(0)] * 3)
