@@ -40,9 +40,9 @@ class PartNorms:
             applied: Whether the step was made; where it was not, nothing is known of its parts, and all are nan.
             device: Of this rank.
         """
-        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=device)
-        if self._norms:
-            squares.index_add_(0, torch.tensor(self._places, device=device), torch.stack(self._norms).square())
-        found = total(squares, world).sqrt().tolist()
+        squares = [0.0] * len(self.parts)  # added up here, in one order: atomic additions on a GPU have none
+        for place, norm in zip(self._places, torch.stack(self._norms).tolist() if self._norms else [], strict=True):
+            squares[place] += norm**2
+        found = total(torch.tensor(squares, dtype=torch.float64, device=device), world).sqrt().tolist()
         divisor = clipping(grad_norm, self.limit) if applied else math.nan
         return {part: norm * divisor for part, norm in zip(self.parts, found, strict=True)}

@@ -15,13 +15,14 @@ from megagate.checkpoint.certificate import read_next_step
 from megagate.checkpoint.fingerprint import digits, piece_sum
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, MoEConfig
-from megagate.config.run import RunConfig, TrainConfig
+from megagate.config.run import ObserveConfig, RunConfig, TrainConfig
 from megagate.data.loader import Batch
 from megagate.engine.reference import ReferenceEngine
 from megagate.model.lm import LanguageModel
 from megagate.parallel.mesh import ParallelMesh
 from megagate.plan.activations import Micro, peak
 from megagate.train.certify import Followed
+from megagate.train.observe import Observer
 from megagate.train.saver import Saver
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +65,26 @@ def test_a_bf16_gpu_rounds_no_more_than_a_bf16_cpu(shape: tuple[int, int]) -> No
         scale = gradient.norm() + 1e-12
         usual = (low_found[name] - gradient).norm() / scale
         assert (found[name] - gradient).norm() / scale <= 3 * usual + 0.05, name
+
+
+def test_a_look_on_a_gpu_says_what_a_cpu_says_and_the_step_does_not_notice() -> None:
+    config = RunConfig(model=MODEL, train=TrainConfig(global_batch_size=2, micro_batch_size=1, seq_len=64), observe=ObserveConfig(1, 5))
+    text = torch.randint(0, 500, (2, 1, 65), generator=torch.Generator().manual_seed(7))
+    records, losses = [], []
+    for device in ("cpu", "cuda", "cuda"):
+        engine = ReferenceEngine(build(device, torch.float32), config, ParallelMesh.single())
+        tokens, labels = text[..., :-1].to(device), text[..., 1:].to(device)
+        observer, losses_here = Observer(config, engine), []
+        for _ in range(2):
+            if len(records) < 2:
+                found = observer.look(tokens[0], labels[0])
+            with full_fp32():
+                result = engine.train_step(tokens, labels, lr=1e-2, detailed=True)
+            losses_here.append(result.loss)
+        records.append({key: value for key, value in found.items() if key != "observe_seconds"})
+        losses.append(losses_here)
+    assert records[1] == pytest.approx(records[0], rel=1e-3, abs=1e-3)
+    assert losses[1] == losses[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
