@@ -98,6 +98,7 @@ def watched(context: RankContext | None, case: Case) -> Watched:
     for number in range(STEPS):
         tokens, labels = text(number, mesh, documents=case.documents)
         record = observer.look(tokens[0], labels[0])
+        observer.look(tokens[-1], labels[-1])  # whose amaxes would not be those that the first micro-step has anyway
         step = seeing.train_step(tokens, labels, lr=case.run.lr, detailed=True)
         records.append(record | observer.detail_fields(step.detail))
         steps.append(step._replace(detail=None))
