@@ -237,6 +237,17 @@ def dense_hooks(engine: Engine) -> Iterator[list[dict[str, Tensor]]]:
         handle.remove()
 
 
+def test_a_look_is_one_pass_of_a_validation() -> None:
+    case, modes = Case(run=Run(recompute=True)), []
+    engine = made(case, ParallelMesh.single())
+    tokens, labels = text(0, engine.mesh, documents=False)
+    handle = engine.model.layers[1].register_forward_hook(lambda block, *_: modes.append((block.training, torch.is_grad_enabled())))
+    Observer(case.config, engine).look(tokens[0], labels[0])
+    handle.remove()
+    assert modes == [(False, False)] and engine.model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in engine.model.modules()), "taps are taken away"
+
+
 def test_a_look_takes_the_first_micro_batch_of_all_ranks() -> None:
     """Not the whole step's tokens, and not those of one rank."""
     case = Case(layout=Layout(2))
