@@ -36,7 +36,8 @@ def maps_figure(model: ModelResult, index: int) -> Figure:
         part.colorbar(image, cax=bar, label="share of attention, mean over heads")
 
     title = f"Attention maps of {labels([model.name])[0]}"
-    gate = f"Gate: {model.gate}. The first {len(model.map_tokens)} tokens of the first sequence. Share on the first token, mean over these queries."
+    what = f"The first {len(model.map_tokens)} tokens of the first sequence. Share on the first token, mean over these queries."
+    gate = f"Gate: {model.gate}. {what}"
     return style.sheet([style.heading(title, [gate, about]), (6.9 * rows, draw)])
 
 
@@ -44,7 +45,10 @@ def gate_figure(analysis: Analysis) -> Figure:
     """A row for each model with scores: the histogram of all layers with some layers as lines, and each layer's as a row of colours."""
     names = labels([model.name for model in analysis.models])
     scored = [index for index, model in enumerate(analysis.models) if any(layer.gate is not None for layer in model.layers)]
-    about = "Left: all layers (filled) and some of them (lines). Right: each layer's histogram, dark where many scores lie. Scores beyond 0 to 1 lie in the outer bins."
+    about = (
+        "Left: all layers (filled) and some of them (lines). Right: each layer's histogram, dark where many scores lie. "
+        "Scores beyond 0 to 1 lie in the outer bins."
+    )
     strips = [style.heading("Histograms of gate scores", [subtitle(analysis), about])]
     strips += [(3.1, _scores(analysis.models[index], index, names[index])) for index in scored]
     if not scored:
@@ -55,38 +59,40 @@ def gate_figure(analysis: Analysis) -> Figure:
 def overview(analysis: Analysis) -> style.Strip:
     """For the page: the histograms of all models in one panel, and a map of each model."""
     models = analysis.models
-    names = labels([model.name for model in models], 20)
+    names = labels([model.name for model in models], 20 if len(models) < 5 else 14)
     common = set.intersection(*(set(model.maps) for model in models))
 
     def draw(part: SubFigure) -> None:
         width, height = style.inches(part)
-        low, tall = 0.5 / height, 1 - 0.95 / height
+        low, tall = 0.5 / height, 1 - 1.15 / height
         axes = part.add_axes((0.72 / width, low, 2.9 / width, tall))
         axes.set_title("Histogram of gate scores, all layers")
         for index, model in enumerate(models):
             shares = _shares(model)
             if shares is not None:
                 axes.stairs(shares, np.linspace(0, 1, GATE_BINS + 1), color=style.colour(index), linewidth=1.4, label=model.name)
+        axes.set_xlim(0, 1)
         axes.set_xlabel("gate score", labelpad=1)
         axes.set_ylabel("share of scores in a bin of 0.02", labelpad=2)
         if not any(_shares(model) is not None for model in models):
             style.nothing(axes, "no model here has\na gate with scores")
         room = (width - 4.9) / max(3, len(models))
-        side = min(room - 0.25, height - 0.95)
+        side = min(room - 0.25, height - 1.15)
         image = None
         for index, model in enumerate(models):
             if not model.maps:
                 continue
-            layer = max(common or model.maps, key=lambda one: max(_first(each.maps[one]) for each in models if one in each.maps))
+            layer = max(sorted(common or model.maps), key=lambda one: max(_first(m.maps[one]) for m in models if one in m.maps))
             axes = part.add_axes(((4.2 + room * index) / width, low, side / width, side / height))
-            image = _map(axes, model.maps[layer], f"{style.drawable(names[index])}\nlayer {layer + 1}", color=style.colour(index), short=True)
+            title = f"{style.drawable(names[index])}\nlayer {layer + 1}"
+            image = _map(axes, model.maps[layer], title, color=style.colour(index), short=True)
             axes.set(xticks=[], yticks=[], xlabel="key (token)")
             axes.set_ylabel("query (token)" if index == 0 else "")
         if image is not None:
             bar = part.add_axes((1 - 0.62 / width, low, 0.12 / width, tall))
             part.colorbar(image, cax=bar).set_label("share of attention", labelpad=1)
 
-    return 3.1, draw
+    return 3.3, draw
 
 
 def _first(values: AttentionMap) -> float:
@@ -98,8 +104,8 @@ def _map(axes: Axes, values: AttentionMap, title: str, *, color: str = "black", 
     seen = np.ma.masked_where(np.triu(np.ones_like(square, dtype=bool), 1), square)
     image = axes.imshow(seen, cmap="viridis", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     axes.grid(visible=False)
-    share = f"{_first(values):.3f} on the first" + ("" if short else " token")
-    axes.set_title(f"{title}: {share}", color=color, fontsize=style.SIZE - 1 if short else style.SIZE + 1)
+    share = f"{_first(values):.3f} on first" + ("" if short else " token")
+    axes.set_title(f"{title}: {share}" if not short else f"{title}\n{share}", color=color, fontsize=style.SIZE - 1 if short else style.SIZE + 1)
     return image
 
 
@@ -137,10 +143,11 @@ def _scores(model: ModelResult, index: int, name: str) -> style.Draw:
         for line, number in enumerate(some):
             axes.stairs(table[number], edges, color=_GREYS[line], linestyle=_DASHES[line], linewidth=1.3, label=f"layer {number + 1}")
         axes.set_title(f"{style.drawable(name)}: mean {model.gate_mean:.3f}", color=style.colour(index))
-        axes.set(xlabel="gate score", ylabel="share of scores in a bin of 0.02")
+        axes.set(xlim=(0, 1), xlabel="gate score", ylabel="share of scores in a bin of 0.02")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         heat = part.add_axes((7.7 / width, low, 5.1 / width, tall))
-        image = heat.imshow(table, aspect="auto", cmap="cividis_r", extent=(0, 1, len(table) + 0.5, 0.5), norm=PowerNorm(0.5), interpolation="nearest")
+        extent = (0, 1, len(table) + 0.5, 0.5)
+        image = heat.imshow(table, aspect="auto", cmap="cividis_r", extent=extent, norm=PowerNorm(0.5, 0))
         heat.grid(visible=False)
         heat.set_title("each layer")
         heat.set(xlabel="gate score", ylabel="layer")

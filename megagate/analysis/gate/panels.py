@@ -60,7 +60,7 @@ PANELS: tuple[Panel, ...] = (
     Panel("Gate scores below 0.1", "share of scores", _gate("below_01"), empty=_NO_GATE),
     Panel("Gate scores below 0.5", "share of scores", _gate("below_05"), empty=_NO_GATE),
     Panel(
-        "F-Attn with query 0 (as in the paper)",
+        "F-Attn with query 0 (paper's)",
         "share of attention",
         lambda layer: layer.attention.first_token_with_0,
         yardstick=lambda layer: layer.attention.uniform_with_0,
@@ -108,7 +108,7 @@ def strip(analysis: Analysis) -> style.Strip:
     def draw(part: SubFigure) -> None:
         width, height = style.inches(part)
         grid = part.add_gridspec(
-            rows, COLUMNS, left=0.72 / width, right=1 - 0.2 / width, bottom=0.45 / height, top=1 - 0.32 / height, wspace=0.29, hspace=0.42
+            rows, COLUMNS, left=0.72 / width, right=1 - 0.2 / width, bottom=0.45 / height, top=1 - 0.32 / height, wspace=0.36, hspace=0.42
         )
         for index, panel in enumerate(PANELS):
             draw_panel(part.add_subplot(grid[index // COLUMNS, index % COLUMNS]), panel, analysis.models)

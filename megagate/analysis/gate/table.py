@@ -86,7 +86,8 @@ def subtitle(analysis: Analysis) -> str:
     """What was read, in words."""
     many = "sequence" if analysis.sequences == 1 else "sequences"
     tokens = "token" if analysis.seq_len == 1 else "tokens"
-    return f"{analysis.sequences:,} {many} of {analysis.seq_len:,} {tokens} of {analysis.data}, computed in {analysis.dtype} on {analysis.device}"
+    read = f"{analysis.sequences:,} {many} of {analysis.seq_len:,} {tokens} of {analysis.data}"
+    return f"{read}, computed in {analysis.dtype} on {analysis.device}"
 
 
 def write_tables(analysis: Analysis, output: Path) -> list[Path]:

@@ -11,13 +11,13 @@ PAPER_CAUTION = (
 DEFINITIONS: tuple[tuple[str, str], ...] = (
     (
         "Gate score",
-        "act(S), what the gate multiplies (or adds to) a value with, S the gate's logits: mean, standard deviation (std), shares below 0.1 and "
-        "0.5, over all tokens, heads and channels, then over the layers that have a gate. 0 lets nothing through, 1 everything.",
+        "act(S), what the gate multiplies (or adds to) a value with, S the gate's logits: mean, standard deviation (std), shares below 0.1 "
+        "and 0.5, over all tokens, heads and channels, then over the layers that have a gate. 0 lets nothing through, 1 everything.",
     ),
     (
         "F-Attn",
         "share of attention, softmax(q k / sqrt(d)), on the first token, 0 to 1: mean over heads and query positions, then over layers. "
-        "With query 0, as in the paper, the first token's own row counts, which sees nothing but itself (share 1); without, it is left out. "
+        "With query 0, as in the paper, the first token's own row counts, which sees nothing but itself (share 1); without, it is not. "
         "Where attention stays within documents, the first token is that of the query's document.",
     ),
     (
