@@ -105,7 +105,8 @@ def _map(axes: Axes, values: AttentionMap, title: str, *, color: str = "black", 
     image = axes.imshow(seen, cmap="viridis", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     axes.grid(visible=False)
     share = f"{_first(values):.3f} on first" + ("" if short else " token")
-    axes.set_title(f"{title}: {share}" if not short else f"{title}\n{share}", color=color, fontsize=style.SIZE - 1 if short else style.SIZE + 1)
+    words = f"{title}\n{share}" if short else f"{title}: {share}"
+    axes.set_title(words, color=color, fontsize=style.SIZE - 1 if short else style.SIZE + 1)
     return image
 
 
