@@ -9,7 +9,7 @@ from megagate.analysis.gate.table import COLUMNS, paper_rows, subtitle
 from megagate.analysis.gate.words import DEFINITIONS, PAPER, PAPER_CAUTION, count, labels, shortened
 
 _LINE = 0.22  # inches
-_NAME, _GATE, _FIRST = 0.55, 3.3, 5.7  # where columns begin; figures share the rest
+_NAME, _GATE, _FIRST = 0.55, 3.45, 5.75  # where columns begin; figures share the rest
 
 
 def page_figure(analysis: Analysis) -> Figure:
@@ -46,7 +46,7 @@ def _table(analysis: Analysis) -> style.Strip:
             look = {"color": style.colour(row), "marker": style.marker(row)}
             part.add_artist(Line2D([0.3 / style.WIDTH, 0.4 / style.WIDTH, 0.5 / style.WIDTH], [y] * 3, markevery=[1], **look))
             put(_NAME, line, style.drawable(name))
-            put(_GATE, line, shortened(style.drawable(f"{count(model.parameters)}, {model.gate}"), 36))
+            put(_GATE, line, shortened(style.drawable(f"{count(model.parameters)}, {model.gate}"), 34))
             for x, column in zip(places, COLUMNS, strict=True):
                 put(x, line, column.show(column.of(model)), ha="right")
         after = len(names) + 2.4
