@@ -107,13 +107,21 @@ class LanguageModel(Layer):
         """The output projection, [V/tp, h]."""
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
-    def _hidden(self, tokens: Tensor) -> tuple[Tensor, list[RouterStats]]:
-        """Normed final hidden states [b, s/tp, h] and the statistics of the MoE layers."""
+    def places(self, tokens: Tensor) -> tuple[Tensor, Documents | None]:
+        """What blocks need to know of where tokens are: the rotary table, [2, s, 1, d/2] or [2, b, s, 1, d/2], and the documents.
+
+        Shapes: tokens [b, s].
+        """
         attention = self.config.attention
         rope = rope_table(tokens.shape[1], attention.head_dim, base=attention.rope.base, device=tokens.device)
-        documents = None if self.eod_id is None else Documents.of(tokens, eod_id=self.eod_id)
-        if documents is not None:
-            rope = at_positions(rope, documents.positions)
+        if self.eod_id is None:
+            return rope, None
+        documents = Documents.of(tokens, eod_id=self.eod_id)
+        return at_positions(rope, documents.positions), documents
+
+    def _hidden(self, tokens: Tensor) -> tuple[Tensor, list[RouterStats]]:
+        """Normed final hidden states [b, s/tp, h] and the statistics of the MoE layers."""
+        rope, documents = self.places(tokens)
         x, stats = self.embedding(tokens), []
         for block in self.layers:
             # The balance losses are formed from the returned sums outside the recomputed region, so nothing is counted twice.

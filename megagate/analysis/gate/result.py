@@ -1,9 +1,11 @@
 """What an analysis finds: the figures of several models on the same text."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import exp, sqrt
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from math import exp, inf, isfinite, sqrt
 from statistics import fmean
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from megagate.probe.figures import GateFigures, LayerFigures
 
@@ -43,8 +45,11 @@ class ModelResult:
 
     @property
     def ppl(self) -> float:
-        """Perplexity, exp(loss)."""
-        return exp(self.loss)
+        """Perplexity, exp(loss); infinite beyond what a number can be."""
+        try:
+            return exp(self.loss)
+        except OverflowError:
+            return inf
 
     @property
     def gate_mean(self) -> float | None:
@@ -116,3 +121,37 @@ class Analysis:
     seq_len: int
     dtype: str
     device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As values of JSON: `from_json` gives the same back. Numbers that are not finite are told in words, since JSON has none."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Analysis":
+        """What `to_json` gave."""
+        return _made(cls, value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """A value of a type that a field here may have."""
+    if get_origin(kind) is UnionType:
+        return None if value is None else _made(get_args(kind)[0], value)
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{field.name: _made(kinds[field.name], value[field.name]) for field in fields(kind)})
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        kinds = (kinds[0],) * len(value) if kinds[-1] is ... else kinds
+        return tuple(_made(one, part) for one, part in zip(kinds, value, strict=True))
+    if get_origin(kind) is Mapping:
+        key, item = get_args(kind)
+        return {key(name): _made(item, one) for name, one in value.items()}
+    return kind(value)

@@ -116,6 +116,10 @@ class Weights:
             return torch.empty(held.shape, dtype=held.dtype)
         return torch.frombuffer(self._file(held.file), dtype=held.dtype, count=prod(held.shape), offset=held.begin).view(held.shape)
 
+    def let_go(self) -> None:
+        """Let go of the mapped files, whose pages that were read count as the process's memory; they are mapped again when asked for."""
+        self._files.clear()
+
     def where(self, name: str) -> str:
         """The file and the tensor's name in it, for a message."""
         return f"{self.directory / self.held[name].file}: {self.held[name].key}"

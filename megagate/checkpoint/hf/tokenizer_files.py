@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megagate.config.blend_text import parse_blend
 from megagate.config.run import RunConfig
@@ -59,29 +59,59 @@ def tokenizer_files(named: str | None, config: RunConfig, run: Path, *, max_leng
         return TokenizerFiles(f"none, as --tokenizer {NONE} asks")
     if named is not None:
         return _named(named, config, max_length=max_length)
+    own = run_tokenizer(config, run, purpose="the export", remedy=_OWN_FILE)
+    if own.tokenizer is None:
+        return TokenizerFiles(own.origin)
+    return _files(own.tokenizer, own.origin, config, max_length=max_length)
+
+
+class RunTokenizer(NamedTuple):
+    """The tokenizer of the data set on which a run was trained.
+
+    Args:
+        tokenizer: None where ids have no text.
+        origin: Its file (of one that is built in, the folder of the data set), or why there is none, for people.
+    """
+
+    tokenizer: AnyTokenizer | None
+    origin: str
+
+
+def run_tokenizer(config: RunConfig, run: Path, *, purpose: str, remedy: str) -> RunTokenizer:
+    """The tokenizer of a run's own data set.
+
+    Args:
+        config: The run's.
+        run: The folder of the run as it lies now, which may not be its `train.output_dir`.
+        purpose: Who needs it, for messages.
+        remedy: What to do where it is not there, for messages.
+
+    Raises:
+        DataError: The data set is not here, or damaged.
+    """
     path = parse_blend(config.data.path).paths[0]  # all data sets of a blend have the same
     if path == SYNTHETIC:
-        return TokenizerFiles(f"none: data.path {SYNTHETIC} has ids without text")
-    folder = _folder(path, config, run)
+        return RunTokenizer(None, f"none: data.path {SYNTHETIC} has ids without text")
+    folder = _folder(path, config, run, purpose=purpose, remedy=remedy)
     identity = read_manifest(folder).tokenizer
     tokenizer = load_tokenizer(folder, identity)
     if tokenizer is None:
-        return TokenizerFiles(f"none: the data set {folder} does not say which tokenizer made its ids")
-    return _files(tokenizer, folder / identity.file, config, max_length=max_length)
+        return RunTokenizer(None, f"none: the data set {folder} does not say which tokenizer made its ids")
+    return RunTokenizer(tokenizer, str(folder / identity.file))
 
 
-def _folder(path: str, config: RunConfig, run: Path) -> Path:
+def _folder(path: str, config: RunConfig, run: Path, *, purpose: str, remedy: str) -> Path:
     """Of the run's data set."""
     if path != EMBEDDED:
         folder = Path(path)
         if not (folder / MANIFEST_NAME).is_file():
-            raise DataError(f"data.path ({path}), whose tokenizer the export needs, has no {MANIFEST_NAME} here; {_OWN_FILE}")
+            raise DataError(f"data.path ({path}), whose tokenizer {purpose} needs, has no {MANIFEST_NAME} here; {remedy}")
         return folder
     places = [Path(config.data.cache_dir or Path(config.train.output_dir) / "data"), run / "data"]
     found = [folder for place in places for folder in sorted(place.glob(f"{EMBEDDED}-{config.model.vocab_size}-*"))]
     if not found:
         raise DataError(
-            f"the data set {EMBEDDED}, whose tokenizer the export needs, lies neither in {places[0]} nor in {places[1]}; {_OWN_FILE}"
+            f"the data set {EMBEDDED}, whose tokenizer {purpose} needs, lies neither in {places[0]} nor in {places[1]}; {remedy}"
         )
     if len(found) > 1:  # of several Pythons: only the one that is running knows which is its own
         own = [folder for folder in found if folder == embedded_folder(folder.parent, config.model.vocab_size)]

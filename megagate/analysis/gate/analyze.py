@@ -1,0 +1,219 @@
+"""Several models on the same text: what is asked for, whether it can be done, and the doing."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megagate.analysis.gate.layerwise import Report, look_through, passes
+from megagate.analysis.gate.result import Analysis, ModelResult
+from megagate.analysis.gate.source import Source, gate_words, open_source
+from megagate.analysis.gate.text import Windows, default_length, read_windows
+from megagate.config.count import count_parameters
+from megagate.data.files import AtomicFile
+from megagate.data.preprocess.tokenizer_source import find_tokenizer
+from megagate.errors import ConfigError, DataError, MegagateError, RunError
+
+Attention = Literal["trained", "causal", "document"]
+"""To what tokens attend: as each model was trained, to all tokens before them, or to those of their own document."""
+
+NAME = "analysis.json"
+SAMPLES, MAP_TOKENS = 16, 64
+SHOWN_LAYERS = (1, 7, 21, 28)
+"""Whose attention is shown, counted from 1: the layers that the paper's authors show."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Args:
+        models: `NAME=PATH` of each.
+        data: A file of text, or the folder of a prepared data set.
+        seq_len: Tokens of a sequence; None for 4,096, or as many as all models were trained on.
+        samples: Sequences, where there are so many.
+        layers: Whose attention is kept, counted from 1; None for `SHOWN_LAYERS`, or as many spread over models of fewer layers.
+        map_tokens: Of how many tokens.
+        device: `cpu`, `cuda`, or another of PyTorch's.
+        attention: See `Attention`.
+        tokenizer: A `tokenizer.json`, a folder with one, or `bytes`; None for the models' own.
+        text_key: Of the text in JSON lines and Parquet.
+    """
+
+    models: tuple[str, ...]
+    data: Path
+    seq_len: int | None = None
+    samples: int = SAMPLES
+    layers: tuple[int, ...] | None = None
+    map_tokens: int = MAP_TOKENS
+    device: str = "cpu"
+    attention: Attention = "trained"
+    tokenizer: str | None = None
+    text_key: str = "text"
+
+
+Bar = Callable[[int], Report]
+"""Makes something to report to, given the total."""
+
+
+def analyze(request: Request, *, bar: Bar = lambda total: lambda passed: None) -> Analysis:
+    """Measure the models, one after the other. Everything that can be refused is refused before the first is run.
+
+    Raises:
+        ConfigError: The request contradicts itself, or the models do not compare.
+        CheckpointError: A model is missing or damaged.
+        DataError: The data cannot be used.
+        RunError: The device cannot be used, or has not enough memory.
+    """
+    named = _named(request.models)
+    device = _device(request.device)
+    tokenizer = None if request.tokenizer is None else find_tokenizer(request.tokenizer)
+    sources = [open_source(name, path) for name, path in named.items()]
+    shown = [_shown(source, request.layers) for source in sources]
+    length = request.seq_len or default_length(sources)
+    windows = read_windows(
+        request.data, sources, seq_len=length, samples=request.samples, tokenizer=tokenizer, text_key=request.text_key
+    )
+    within = [_within(source, request.attention, windows) for source in sources]
+    if any(within):
+        windows = windows.without_targets_after_documents()  # of all models, so that their losses are of the same targets
+    report = bar(sum(passes(source, windows) for source in sources))
+    with _memory(device):
+        models = tuple(
+            _result(source, windows, within_documents=documents, device=device, layers=layers, request=request, report=report)
+            for source, layers, documents in zip(sources, shown, within, strict=True)
+        )
+    return Analysis(models, windows.described, len(windows.tokens), length, "fp32", str(device))
+
+
+def claim(output: Path) -> Path:
+    """Make the folder, and see that it can be written to, before hours are spent.
+
+    Raises:
+        RunError: It cannot.
+    """
+    with _writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".{NAME}.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    return output
+
+
+def write(analysis: Analysis, output: Path) -> Path:
+    """Write `analysis.json`, from which figures and tables can be made again.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    path = output / NAME
+    with _writing(output), AtomicFile(path) as file:
+        file.write(json.dumps(analysis.to_json(), indent=1).encode())
+    return path
+
+
+def _named(models: Sequence[str]) -> dict[str, Path]:
+    found = []
+    for text in models:
+        name, sign, path = text.partition("=")
+        if not (name.strip() and sign and path) or "/" in name:
+            raise ConfigError(f"--models {text!s:.300} must be NAME=PATH, the name without a slash, as in gated=runs/gated")
+        found.append((name.strip(), Path(path)))
+    for name, count in Counter(name for name, _ in found).items():
+        if count > 1:
+            raise ConfigError(f"--models names {count} models {name}; each needs a name of its own; rename one")
+    return dict(found)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without it
+        reason = str(error).splitlines()[0]
+        raise RunError(f"--device ({name}) cannot be used here ({reason}); use cpu, or a device that PyTorch finds") from error
+    return device
+
+
+def _shown(source: Source, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Counted from 0."""
+    there = source.model.num_layers
+    if layers is not None:
+        for layer in layers:
+            if not 1 <= layer <= there:
+                raise ConfigError(f"--layers: {source.name} has no layer {layer}; its layers are 1 to {there}; choose among those of all models")
+        return tuple(sorted({layer - 1 for layer in layers}))
+    if there >= SHOWN_LAYERS[-1]:
+        return tuple(layer - 1 for layer in SHOWN_LAYERS)
+    last = SHOWN_LAYERS[-1] - 1
+    return tuple(sorted({round((layer - 1) * (there - 1) / last) for layer in SHOWN_LAYERS}))
+
+
+def _within(source: Source, attention: Attention, windows: Windows) -> bool:
+    """Whether attention stays within documents."""
+    within = source.within_documents if attention == "trained" else attention == "document"
+    if within and windows.eod_id is None:
+        raise DataError(
+            f"{source.name}: attention is to stay within documents, and --data has no token that ends them; give data that has one, or "
+            "--attention causal"
+        )
+    return within
+
+
+def _result(
+    source: Source,
+    windows: Windows,
+    *,
+    within_documents: bool,
+    device: torch.device,
+    layers: tuple[int, ...],
+    request: Request,
+    report: Report,
+) -> ModelResult:
+    looked = look_through(
+        source,
+        windows,
+        within_documents=within_documents,
+        device=device,
+        map_layers=layers,
+        map_tokens=request.map_tokens,
+        report=report,
+    )
+    return ModelResult(
+        name=source.name,
+        path=str(source.path),
+        kind=source.kind,
+        gate=gate_words(source.model.attention.gate),
+        parameters=count_parameters(source.model).total,
+        loss=looked.loss,
+        targets=looked.targets,
+        layers=looked.layers,
+        maps=looked.maps,
+        map_tokens=windows.spelled(request.map_tokens),
+    )
+
+
+@contextmanager
+def _memory(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"--device ({device}) has not enough memory; lower --seq-len, or use --device cpu") from error
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except MegagateError as error:
+        raise RunError(f"--output ({output}): {error}") from error
+    except OSError as error:
+        raise RunError(
+            f"--output ({output}) cannot be written ({error.strerror}); choose a folder that can be, or mend its permissions"
+        ) from error

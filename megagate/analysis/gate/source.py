@@ -1,0 +1,164 @@
+"""The models of an analysis: native checkpoints and Hugging Face folders, both read part by part."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megagate.checkpoint.folders import run_around
+from megagate.checkpoint.hf.adopt import open_directory
+from megagate.checkpoint.hf.adopt_config import CONFIG
+from megagate.checkpoint.hf.export import DTYPES
+from megagate.checkpoint.hf.imported import has_tokenizer, imported_dtype, imported_tokenizer
+from megagate.checkpoint.hf.tokenizer_files import run_tokenizer
+from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt
+from megagate.checkpoint.saved_model import native_shapes, require_model, run_of
+from megagate.checkpoint.store import Checkpoint
+from megagate.config.model import GateConfig, ModelConfig
+from megagate.config.run import RunConfig
+from megagate.data.preprocess.tokenizer_source import find_tokenizer
+from megagate.data.tokenizer import AnyTokenizer
+from megagate.errors import CheckpointError, DataError, MegagateError
+
+ReadPart = Callable[[str], dict[str, Tensor]]
+"""The parameters (fp32) and buffers of a part of the model, `layers.0.` for one, by the rest of their names; of their own memory."""
+
+_REMEDY = "--tokenizer PATH names a tokenizer.json, for all models"
+_WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be read.
+
+    Its weights are those with which its forward pass was trained: masters of a run in bf16 are rounded to bf16, as `to-hf` does.
+
+    Args:
+        name: As the user calls it.
+        path: Where it lies.
+        kind: What lies there, in words.
+        model: Its config.
+        length: The longest sequence in tokens that it was trained on; 0 where nothing says so.
+        within_documents: It was trained with attention within documents.
+        tokenizer: Of its text; None where there is none.
+        no_tokenizer: Why there is none.
+        read: Its weights.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    model: ModelConfig
+    length: int
+    within_documents: bool
+    tokenizer: AnyTokenizer | None
+    no_tokenizer: str
+    read: ReadPart
+
+
+def open_source(name: str, path: Path) -> Source:
+    """Open what lies at `path`: a run, its folder of checkpoints, one step, or a Hugging Face folder. Weights are not read yet.
+
+    Raises:
+        CheckpointError: It is none of these, or damaged.
+    """
+    try:
+        if not os.path.isdir(path):  # unlike Path's own, takes any name
+            state = "is a file" if os.path.exists(path) else "does not exist"
+            raise CheckpointError(f"{path!s:.300} {state}; give a run, its checkpoints, one step, or a Hugging Face folder")
+        return _of_folder(name, path) if os.path.isfile(path / CONFIG) else _of_checkpoint(name, path)
+    except MegagateError as error:
+        raise type(error)(f"--models {name}: {error}") from error
+
+
+def gate_words(gate: GateConfig) -> str:
+    """A gate in words."""
+    if gate.position == "none":
+        return "none"
+    if gate.score == "constant":
+        return f"times {gate.constant:g} at {gate.position}"
+    if gate.score == "self":
+        return f"{gate.activation} of itself at {gate.position}"
+    words = [f"{gate.granularity} at {gate.position}", gate.activation]
+    if gate.head_shared:
+        words.insert(1, "head-shared")
+    if gate.score == "parameter":
+        words.append("independent of the input")
+    if gate.combine == "add":
+        words.append("added")
+    return ", ".join(words)
+
+
+def _of_checkpoint(name: str, path: Path) -> Source:
+    try:
+        checkpoint = Checkpoint.open(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; it has no {CONFIG} either, as a Hugging Face folder has") from error
+    config = run_of(checkpoint)
+    require_model(checkpoint, config.model)
+    dtype = DTYPES.get(imported_dtype(checkpoint.metadata) or config.precision.dtype, torch.float32)
+    tokenizer, why = _tokenizer(lambda: _tokenizer_of_run(checkpoint, config))
+    within = config.data.attention == "document"
+    return Source(
+        name,
+        path,
+        f"native, step {checkpoint.step:,}, weights as in its {_WORDS[dtype]} forward pass{', attention within documents' * within}",
+        config.model,
+        config.train.seq_len,
+        within,
+        tokenizer,
+        why,
+        lambda prefix: _masters(checkpoint, config.model, prefix, dtype),
+    )
+
+
+def _masters(checkpoint: Checkpoint, model: ModelConfig, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Digested before they are used."""
+    found = {}
+    for name in native_shapes(model):
+        short = name.partition("/")[2]
+        if short.startswith(prefix):
+            checkpoint.verify(names=[name])
+            tensor = checkpoint.read_whole(name)
+            if tensor.is_floating_point() and dtype != torch.float32:
+                tensor.copy_(tensor.to(dtype))
+            found[short.removeprefix(prefix)] = tensor
+    checkpoint.close()  # or the pages of its files that were read would stay in memory; they are opened again when asked for
+    return found
+
+
+def _of_folder(name: str, path: Path) -> Source:
+    opened = open_directory(path)
+    described, weights = opened.described, opened.weights
+    rebuilt = Rebuilt(described.model, opened.rows, FolderTensors(path, weights))
+
+    def read(prefix: str) -> dict[str, Tensor]:
+        found = rebuilt.under(prefix)
+        weights.let_go()
+        return found
+
+    # Norms may be wider than the matrices.
+    dtypes = {held.dtype for held in weights.held.values() if held.dtype.is_floating_point and len(held.shape) > 1}
+    words = " and ".join(sorted(_WORDS.get(dtype, str(dtype)) for dtype in dtypes))
+    tokenizer, why = _tokenizer(lambda: find_tokenizer(str(path)) if has_tokenizer(path) else None)
+    return Source(
+        name, path, f"Hugging Face {described.source}, weights in {words}", described.model, described.max_positions, False, tokenizer, why, read
+    )  # fmt: skip
+
+
+def _tokenizer_of_run(checkpoint: Checkpoint, config: RunConfig) -> AnyTokenizer | None:
+    if (folder := imported_tokenizer(checkpoint.metadata)) is not None:
+        return find_tokenizer(folder)
+    return run_tokenizer(config, run_around(checkpoint.folder), purpose="the analysis", remedy=_REMEDY).tokenizer
+
+
+def _tokenizer(find: Callable[[], AnyTokenizer | None]) -> tuple[AnyTokenizer | None, str]:
+    """It, or why there is none: who brings ids, or names a tokenizer, needs none."""
+    try:
+        found = find()
+    except DataError as error:
+        return None, str(error)
+    return found, "" if found is not None else "there is none with it"
