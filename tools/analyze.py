@@ -31,18 +31,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="analyze.py",
         allow_abbrev=False,
-        description="Measures models on the same text: gate scores, attention on the first token, the largest activations, perplexity. Prints "
-        "a table and writes it, figures and maps of attention. Weights are read block by block: memory holds one block, not a model.",
+        description="Measures models on the same text: gate scores, attention on the first token, the largest activations, perplexity. "
+        "Prints a table and writes it, figures and maps of attention. Memory holds one block of one model at a time.",
     )
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME=PATH", help="runs, checkpoints, one step, or Hugging Face folders")
-    add("--data", type=Path, required=True, help="text (.txt, .md, .jsonl, .jsonl.zst, .parquet, ...), or the folder of a prepared data set")
+    add("--data", type=Path, required=True, help="text (.txt, .md, .jsonl, .jsonl.zst, .parquet), or a prepared data set")
     add("--output", type=Path, required=True, metavar="DIR", help="a folder; what an earlier analysis wrote there is replaced")
     add("--num-samples", type=positive, default=16, metavar="N", help="sequences to read at most (default: 16)")
     add("--seq-len", type=positive, metavar="N", help="tokens of each (default: 4096, or as many as all models were trained on)")
-    add("--layers", type=positive, nargs="+", metavar="L", help="of the maps, counted from 1 (default: 1 7 21 28, spread over fewer layers)")
+    add("--layers", type=positive, nargs="+", metavar="L", help="of the maps, from 1 on (default: 1 7 21 28, spread over fewer layers)")
     add("--map-tokens", type=positive, default=64, metavar="N", help="tokens of the maps (default: 64)")
-    add("--attention", choices=["trained", "causal", "document"], default="trained", help="across documents, within, or as trained (default)")
+    spans = ["trained", "causal", "document"]
+    add("--attention", choices=spans, default="trained", help="as each model was trained (default), across or within documents")
     add("--tokenizer", metavar="T", help="a tokenizer.json, a folder with one, or bytes (default: the models' own)")
     add("--text-key", default="text", metavar="KEY", help="of JSON lines and Parquet (default: text)")
     add("--device", default=None, help="as PyTorch names it (default: cuda where there is one, else cpu)")

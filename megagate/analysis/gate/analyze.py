@@ -147,7 +147,9 @@ def _shown(source: Source, layers: tuple[int, ...] | None) -> tuple[int, ...]:
     if layers is not None:
         for layer in layers:
             if not 1 <= layer <= there:
-                raise ConfigError(f"--layers: {source.name} has no layer {layer}; its layers are 1 to {there}; choose among those of all models")
+                raise ConfigError(
+                    f"--layers ({layer}): {source.name} has no such layer, only 1 to {there}; choose layers that all models have"
+                )
         return tuple(sorted({layer - 1 for layer in layers}))
     if there >= SHOWN_LAYERS[-1]:
         return tuple(layer - 1 for layer in SHOWN_LAYERS)

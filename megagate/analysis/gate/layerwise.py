@@ -15,8 +15,9 @@ from megagate.data.loader import IGNORE_INDEX
 from megagate.model.lm import LanguageModel
 from megagate.nn.loss import cross_entropy_sum
 from megagate.parallel.mesh import ParallelMesh
+from megagate.probe.attention import attention_rows
 from megagate.probe.figures import LayerFigures
-from megagate.probe.probe import Probe, attention_rows
+from megagate.probe.probe import Probe
 from megagate.probe.taps import Look, Seen, taps
 
 GROUP_BYTES = 1 << 30

@@ -144,9 +144,8 @@ def _of_folder(name: str, path: Path) -> Source:
     dtypes = {held.dtype for held in weights.held.values() if held.dtype.is_floating_point and len(held.shape) > 1}
     words = " and ".join(sorted(_WORDS.get(dtype, str(dtype)) for dtype in dtypes))
     tokenizer, why = _tokenizer(lambda: find_tokenizer(str(path)) if has_tokenizer(path) else None)
-    return Source(
-        name, path, f"Hugging Face {described.source}, weights in {words}", described.model, described.max_positions, False, tokenizer, why, read
-    )  # fmt: skip
+    kind = f"Hugging Face {described.source}, weights in {words}"
+    return Source(name, path, kind, described.model, described.max_positions, False, tokenizer, why, read)
 
 
 def _tokenizer_of_run(checkpoint: Checkpoint, config: RunConfig) -> AnyTokenizer | None:

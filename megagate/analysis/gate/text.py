@@ -109,7 +109,9 @@ def _common_tokenizer(sources: Sequence[Source]) -> AnyTokenizer:
     """The one that all models have."""
     for source in sources:
         if source.tokenizer is None:
-            raise DataError(f"--models {source.name}: its tokenizer is needed to read text, and is not here ({source.no_tokenizer}); {_NAME_ONE}")
+            raise DataError(
+                f"--models {source.name}: its tokenizer is needed to read text, and is not here ({source.no_tokenizer}); {_NAME_ONE}"
+            )
     first = sources[0]
     for other in sources[1:]:
         if found := _difference(first.tokenizer, other.tokenizer):
@@ -139,14 +141,13 @@ def _rules(text: str) -> dict[str, Any]:
     }
 
 
-def _of_dataset(
-    folder: Path, sources: Sequence[Source], *, seq_len: int, samples: int, tokenizer: AnyTokenizer | None
-) -> Windows:  # fmt: skip
+def _of_dataset(folder: Path, sources: Sequence[Source], *, seq_len: int, samples: int, tokenizer: AnyTokenizer | None) -> Windows:
     """Of the validation split, or of the training split where that one is empty."""
     if not (folder / MANIFEST_NAME).is_file():
         raise DataError(f"--data {folder}: the folder has no {MANIFEST_NAME}; give a file of text, or the folder of a prepared data set")
     data = open_dataset(str(folder), vocab_size=sources[0].model.vocab_size, directory=folder)
-    for name, words in [("--tokenizer", tokenizer)] if tokenizer else [(f"--models {one.name}", one.tokenizer) for one in sources]:
+    theirs = [(f"--models {source.name}", source.tokenizer) for source in sources]
+    for name, words in [("--tokenizer", tokenizer)] if tokenizer else theirs:
         if words is not None and (found := _difference_from(data, words)):
             raise ConfigError(f"{name}: its tokenizer is not that of --data {folder} ({found}); give text, or data of the same tokenizer")
     split = data.valid if data.valid.tokens else data.train
@@ -172,7 +173,8 @@ def _windows(windows: IntArray, eod_id: int | None, tokenizer: AnyTokenizer | No
 
 def _too_short(data: Path, tokens: int, seq_len: int) -> str:
     remedy = f"give more text, or --seq-len {tokens - 1} at most" if tokens > 2 else "give more text"
-    return f"--data {data} has {tokens:,} tokens, and one sequence takes {seq_len + 1:,} (--seq-len {seq_len:,} and the one after); {remedy}"
+    needs = f"one sequence takes {seq_len + 1:,} (--seq-len {seq_len:,} and the token after it)"
+    return f"--data {data} has {tokens:,} tokens, and {needs}; {remedy}"
 
 
 def _documents(path: Path, text_key: str) -> Iterator[str]:
@@ -207,7 +209,7 @@ def _stream(documents: Iterator[str], tokenizer: AnyTokenizer, *, enough: int) -
 def _encoded(text: str, tokenizer: AnyTokenizer, *, enough: int) -> IntArray:
     """A document, or so much of a long one that it is enough."""
     if len(text) > _HEAD * enough:
-        head = text[: _HEAD * enough].rpartition("\n")[0]  # its last tokens, which the cut could change, are not needed
+        head = text[: _HEAD * enough].rpartition("\n")[0]
         (ids,) = tokenizer.encode_batch([head])
         if len(ids) >= enough:
             return ids[:enough].astype(np.int64)
