@@ -13,20 +13,20 @@ from megagate.checkpoint.hf.adopt import open_directory
 from megagate.checkpoint.hf.adopt_config import CONFIG
 from megagate.checkpoint.hf.export import DTYPES
 from megagate.checkpoint.hf.imported import has_tokenizer, imported_dtype, imported_tokenizer
-from megagate.checkpoint.hf.tokenizer_files import run_tokenizer
+from megagate.checkpoint.hf.tokenizer_files import RunTokenizer, run_tokenizer
 from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt
 from megagate.checkpoint.saved_model import native_shapes, require_model, run_of
 from megagate.checkpoint.store import Checkpoint
 from megagate.config.model import GateConfig, ModelConfig
 from megagate.config.run import RunConfig
 from megagate.data.preprocess.tokenizer_source import find_tokenizer
-from megagate.data.tokenizer import AnyTokenizer
+from megagate.data.tokenizer import TOKENIZER_NAME, AnyTokenizer
 from megagate.errors import CheckpointError, DataError, MegagateError
 
 ReadPart = Callable[[str], dict[str, Tensor]]
 """The parameters (fp32) and buffers of a part of the model, `layers.0.` for one, by the rest of their names; of their own memory."""
 
-_REMEDY = "--tokenizer PATH names a tokenizer.json, for all models"
+_REMEDY = "put it back there"
 _WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -44,7 +44,7 @@ class Source:
         length: The longest sequence in tokens that it was trained on; 0 where nothing says so.
         within_documents: It was trained with attention within documents.
         tokenizer: Of its text; None where there is none.
-        no_tokenizer: Why there is none.
+        tokenizer_origin: Where it is from, or why there is none, for people.
         read: Its weights.
     """
 
@@ -55,7 +55,7 @@ class Source:
     length: int
     within_documents: bool
     tokenizer: AnyTokenizer | None
-    no_tokenizer: str
+    tokenizer_origin: str
     read: ReadPart
 
 
@@ -100,7 +100,7 @@ def _of_checkpoint(name: str, path: Path) -> Source:
     config = run_of(checkpoint)
     require_model(checkpoint, config.model)
     dtype = DTYPES.get(imported_dtype(checkpoint.metadata) or config.precision.dtype, torch.float32)
-    tokenizer, why = _tokenizer(lambda: _tokenizer_of_run(checkpoint, config))
+    tokenizer, origin = _found(lambda: _tokenizer_of_run(checkpoint, config))
     within = config.data.attention == "document"
     return Source(
         name,
@@ -110,7 +110,7 @@ def _of_checkpoint(name: str, path: Path) -> Source:
         config.train.seq_len,
         within,
         tokenizer,
-        why,
+        origin,
         lambda prefix: _masters(checkpoint, config.model, prefix, dtype),
     )
 
@@ -143,21 +143,27 @@ def _of_folder(name: str, path: Path) -> Source:
     # Norms may be wider than the matrices.
     dtypes = {held.dtype for held in weights.held.values() if held.dtype.is_floating_point and len(held.shape) > 1}
     words = " and ".join(sorted(_WORDS.get(dtype, str(dtype)) for dtype in dtypes))
-    tokenizer, why = _tokenizer(lambda: find_tokenizer(str(path)) if has_tokenizer(path) else None)
+    tokenizer, origin = _found(lambda: _tokenizer_of_folder(path))
     kind = f"Hugging Face {described.source}, weights in {words}"
-    return Source(name, path, kind, described.model, described.max_positions, False, tokenizer, why, read)
+    return Source(name, path, kind, described.model, described.max_positions, False, tokenizer, origin, read)
 
 
-def _tokenizer_of_run(checkpoint: Checkpoint, config: RunConfig) -> AnyTokenizer | None:
-    if (folder := imported_tokenizer(checkpoint.metadata)) is not None:
-        return find_tokenizer(folder)
-    return run_tokenizer(config, run_around(checkpoint.folder), purpose="the analysis", remedy=_REMEDY).tokenizer
+def _tokenizer_of_run(checkpoint: Checkpoint, config: RunConfig) -> RunTokenizer:
+    words = {"purpose": "the analysis", "remedy": _REMEDY}
+    if (folder := imported_tokenizer(checkpoint.metadata, **words)) is not None:
+        return RunTokenizer(find_tokenizer(folder), folder)
+    return run_tokenizer(config, run_around(checkpoint.folder), **words)
 
 
-def _tokenizer(find: Callable[[], AnyTokenizer | None]) -> tuple[AnyTokenizer | None, str]:
-    """It, or why there is none: who brings ids, or names a tokenizer, needs none."""
+def _tokenizer_of_folder(path: Path) -> RunTokenizer:
+    if not has_tokenizer(path):
+        return RunTokenizer(None, f"no {TOKENIZER_NAME} in {path}")
+    return RunTokenizer(find_tokenizer(str(path)), str(path))
+
+
+def _found(find: Callable[[], RunTokenizer]) -> RunTokenizer:
+    """The tokenizer, or why there is none, which is no error yet: who brings ids, or names a tokenizer, needs none."""
     try:
-        found = find()
+        return find()
     except DataError as error:
-        return None, str(error)
-    return found, "" if found is not None else "there is none with it"
+        return RunTokenizer(None, str(error))

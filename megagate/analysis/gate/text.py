@@ -110,7 +110,7 @@ def _common_tokenizer(sources: Sequence[Source]) -> AnyTokenizer:
     for source in sources:
         if source.tokenizer is None:
             raise DataError(
-                f"--models {source.name}: its tokenizer is needed to read text, and is not here ({source.no_tokenizer}); {_NAME_ONE}"
+                f"--models {source.name}: its tokenizer is needed to read text, and is not here ({source.tokenizer_origin}); {_NAME_ONE}"
             )
     first = sources[0]
     for other in sources[1:]:
@@ -122,10 +122,16 @@ def _common_tokenizer(sources: Sequence[Source]) -> AnyTokenizer:
     return first.tokenizer
 
 
-def _difference(first: AnyTokenizer, other: AnyTokenizer) -> str:
-    """In what two tokenizers give different ids; empty where they do not. Files that spell the same otherwise are the same."""
+def _difference(first: AnyTokenizer, other: AnyTokenizer, *, ends: bool = True) -> str:
+    """In what two tokenizers give different ids; empty where they do not. Files that spell the same otherwise are the same.
+
+    Args:
+        first: The one.
+        other: The other.
+        ends: They are to end documents alike, too.
+    """
     listed = first.identity().difference(other.identity())
-    if not listed or first.vocab_size != other.vocab_size or first.eod_id != other.eod_id:
+    if not listed or first.vocab_size != other.vocab_size or (ends and first.eod_id != other.eod_id):
         return listed
     if isinstance(first, ByteTokenizer) or isinstance(other, ByteTokenizer):
         return listed
@@ -161,7 +167,7 @@ def _of_dataset(folder: Path, sources: Sequence[Source], *, seq_len: int, sample
 
 def _difference_from(data: DataSet, words: AnyTokenizer) -> str:
     listed = data.identity.difference(words.identity())
-    return "" if not listed or data.tokenizer is None else _difference(data.tokenizer, words)
+    return "" if not listed or data.tokenizer is None else _difference(data.tokenizer, words, ends=False)
 
 
 def _windows(windows: IntArray, eod_id: int | None, tokenizer: AnyTokenizer | None, name: str) -> Windows:

@@ -24,7 +24,7 @@ from megagate.checkpoint.hf.shards import INDEX_NAME, Planned, by_file, forward,
 from megagate.checkpoint.hf.source import FILES, Source
 from megagate.checkpoint.hf.table import Row, Target, mapping, mapping_flaws
 from megagate.checkpoint.hf.targets import REMOTE, installed_transformers, select
-from megagate.checkpoint.hf.tokenizer_files import TokenizerFiles, tokenizer_files
+from megagate.checkpoint.hf.tokenizer_files import OWN_FILE, TokenizerFiles, tokenizer_files
 from megagate.checkpoint.rewrite import require_outside, require_root
 from megagate.checkpoint.saved_model import native_shapes, require_model, run_of
 from megagate.checkpoint.store import Checkpoint
@@ -116,7 +116,7 @@ def export(
         target = select(config.model, format, installed=installed_transformers())
         kind = _dtype(dtype or imported_dtype(checkpoint.metadata), config)
         length = max_positions or config.train.seq_len
-        tokenizer = tokenizer or imported_tokenizer(checkpoint.metadata)
+        tokenizer = tokenizer or imported_tokenizer(checkpoint.metadata, purpose="the export", remedy=OWN_FILE)
         words = tokenizer_files(tokenizer, config, run, max_length=length)
         use = Use(length, {"fp32": "float32", "bf16": "bfloat16"}[kind], words.eos_id, words.pad_id, keep_padding)
         rows = _sound_mapping(config, target, keep_padding=keep_padding)

@@ -17,8 +17,13 @@ def imported_dtype(metadata: Mapping[str, Any]) -> str | None:
     return metadata.get(IMPORTED_DTYPE)
 
 
-def imported_tokenizer(metadata: Mapping[str, Any]) -> str | None:
+def imported_tokenizer(metadata: Mapping[str, Any], *, purpose: str, remedy: str) -> str | None:
     """The directory with the tokenizer of an adopted checkpoint, None for any other checkpoint.
+
+    Args:
+        metadata: Of the checkpoint.
+        purpose: Who needs it, for messages.
+        remedy: What to do where it is not there, for messages.
 
     Raises:
         DataError: The directory is gone, or has none.
@@ -29,10 +34,7 @@ def imported_tokenizer(metadata: Mapping[str, Any]) -> str | None:
     if has_tokenizer(Path(folder)):
         return folder
     what = f"has no {TOKENIZER_NAME}" if os.path.isdir(folder) else "is gone"
-    raise DataError(
-        f"{folder}, from which this checkpoint was adopted and whose tokenizer the export needs, {what}; --tokenizer PATH names a "
-        f"{TOKENIZER_NAME}, --tokenizer none exports without"
-    )
+    raise DataError(f"{folder}, from which this checkpoint was adopted and whose tokenizer {purpose} needs, {what}; {remedy}")
 
 
 def has_tokenizer(folder: Path) -> bool:

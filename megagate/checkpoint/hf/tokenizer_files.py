@@ -22,7 +22,8 @@ BESIDE = ("chat_template.jinja", "special_tokens_map.json")
 NONE = "none"
 _ANY_VERSION = "PreTrainedTokenizerFast"
 """The class of a `tokenizer.json` in transformers 4 and 5 alike; 5 writes `TokenizersBackend`, which 4 does not know."""
-_OWN_FILE = f"--tokenizer PATH names a {TOKENIZER_NAME}, --tokenizer {NONE} exports without"
+OWN_FILE = f"--tokenizer PATH names a {TOKENIZER_NAME}, --tokenizer {NONE} exports without"
+"""What to do where an export's tokenizer is not there."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def tokenizer_files(named: str | None, config: RunConfig, run: Path, *, max_leng
         return TokenizerFiles(f"none, as --tokenizer {NONE} asks")
     if named is not None:
         return _named(named, config, max_length=max_length)
-    own = run_tokenizer(config, run, purpose="the export", remedy=_OWN_FILE)
+    own = run_tokenizer(config, run, purpose="the export", remedy=OWN_FILE)
     if own.tokenizer is None:
         return TokenizerFiles(own.origin)
     return _files(own.tokenizer, own.origin, config, max_length=max_length)
@@ -129,7 +130,7 @@ def _files(tokenizer: AnyTokenizer, path: Path | str, config: RunConfig, *, max_
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"the tokenizer {path} has {tokenizer.vocab_size} tokens, and model.vocab_size is {config.model.vocab_size}; it is not the one "
-            f"that the model was trained with; {_OWN_FILE}"
+            f"that the model was trained with; {OWN_FILE}"
         )
     ids = {"eos_id": _id(tokenizer.eod_id), "pad_id": _id(tokenizer.pad_id)}
     if isinstance(tokenizer, ByteTokenizer):
