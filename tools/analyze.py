@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt as stop:
-            print("stopped; nothing was written", file=sys.stderr)
+            print(f"stopped; {options.output} may hold a part of the files, or those of an earlier analysis", file=sys.stderr)
             return exit_code(stop)
 
 
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     with _progress() as bar:
         analysis = analyze(request, bar=bar)
     written = [write(analysis, output), *write_tables(analysis, output), *draw(analysis, output)]
-    print(json.dumps(analysis.to_json(), indent=1) if options.json else table_text(analysis))
+    print(json.dumps(analysis.to_json(), indent=1) if options.json else table_text(analysis), flush=True)
     print("\n".join(f"wrote {path}" for path in written), file=sys.stderr)
     return 0
 

@@ -60,7 +60,7 @@ def test_windows_follow_one_another_and_the_last_label_is_the_next_token(tmp_pat
     stream = torch.tensor([*text.encode(), EOD])
     torch.testing.assert_close(found.tokens, stream[:24].view(3, 8))
     torch.testing.assert_close(found.labels, stream[1:25].view(3, 8))
-    assert found.described == f"{tmp_path / name}: the first 3 sequences of 8 tokens"
+    assert found.described == str(tmp_path / name)
     assert found.spelled(3) == ("a", "b", "c")
 
 
@@ -101,7 +101,7 @@ def test_a_data_set_is_read_as_a_validation_reads_it(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.tokens.numpy(), batch.tokens)
     np.testing.assert_array_equal(found.labels.numpy(), batch.labels)
     assert found.eod_id == EOD
-    assert "validation split" in found.described
+    assert found.described == f"{folder}, validation split"
     training = dataset(tmp_path / "training", ByteTokenizer(), train=[1, 2, 3] * 9 + [EOD])
     assert "training split" in read(training).described
 

@@ -101,11 +101,13 @@ def _of_checkpoint(name: str, path: Path) -> Source:
     require_model(checkpoint, config.model)
     dtype = DTYPES.get(imported_dtype(checkpoint.metadata) or config.precision.dtype, torch.float32)
     tokenizer, origin = _found(lambda: _tokenizer_of_run(checkpoint, config))
-    within = config.data.attention == "document"
+    within, recipe = config.data.attention == "document", config.precision.fp8.recipe
+    words = [f"native, step {checkpoint.step:,}", f"weights as in its {_WORDS[dtype]} forward pass"]
+    words += [f"without its FP8 ({recipe})"] * (recipe != "none") + ["trained with attention within documents"] * within
     return Source(
         name,
         path,
-        f"native, step {checkpoint.step:,}, weights as in its {_WORDS[dtype]} forward pass{', attention within documents' * within}",
+        ", ".join(words),
         config.model,
         config.train.seq_len,
         within,

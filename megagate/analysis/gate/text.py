@@ -36,7 +36,7 @@ class Windows(NamedTuple):
         labels: [sequences, s] int64, the token after each; `IGNORE_INDEX` has no target.
         eod_id: Of the token that ends documents; None where there is none.
         tokenizer: To spell tokens; None where ids have no text.
-        described: In words.
+        described: Of what they are the first, in words.
     """
 
     tokens: Tensor
@@ -172,9 +172,7 @@ def _difference_from(data: DataSet, words: AnyTokenizer) -> str:
 
 def _windows(windows: IntArray, eod_id: int | None, tokenizer: AnyTokenizer | None, name: str) -> Windows:
     rows = torch.from_numpy(windows.astype(np.int64))
-    count, length = rows.shape[0], rows.shape[1] - 1
-    described = f"{name}: the first {count} sequence{'s' * (count > 1)} of {length:,} tokens"
-    return Windows(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), eod_id, tokenizer, described)
+    return Windows(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), eod_id, tokenizer, name)
 
 
 def _too_short(data: Path, tokens: int, seq_len: int) -> str:

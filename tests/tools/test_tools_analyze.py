@@ -1,0 +1,102 @@
+"""The command that analyzes checkpoints: its words, files and exit codes. What it measures: `tests/analysis`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from math import exp
+from pathlib import Path
+
+import pytest
+from megagate.analysis.gate.table import table_text
+from parity.variants import DENSE, MOE
+from test_tools_convert import checkpoint
+
+from megagate.analysis.gate.result import Analysis
+from megagate.config.model import ModelConfig
+
+TOOL = Path(__file__).parents[2] / "tools" / "analyze.py"
+TEXT = "The gate decides what a head says; a head that says nothing need not look at the first token.\n" * 4
+
+
+@pytest.fixture
+def main() -> Callable[..., int]:
+    """`main(*arguments)`; argparse's way out counts as an exit code too."""
+    spec = importlib.util.spec_from_file_location("analyze_command", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments: object) -> int:
+        try:
+            return module.main([str(argument) for argument in arguments])
+        except SystemExit as leaving:
+            return leaving.code
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def of_bytes(model: ModelConfig) -> ModelConfig:
+    return replace(model, vocab_size=260)
+
+
+def test_it_prints_the_table_and_writes_all(
+    main: Callable[..., int], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [f"{name}={checkpoint(tmp_path / name, of_bytes(model))}" for name, model in (("dense", DENSE), ("mixture", MOE))]
+    output = tmp_path / "out"
+    options = ["--data", text, "--tokenizer", "bytes", "--seq-len", 16, "--num-samples", 2, "--map-tokens", 8, "--layers", 2]
+    assert main("--models", *runs, *options, "--output", output) == 0
+    shown = capsys.readouterr()
+    analysis = Analysis.from_json(json.loads((output / "analysis.json").read_text()))
+    assert shown.out == table_text(analysis) + "\n"
+    assert [model.name for model in analysis.models] == ["dense", "mixture"]
+    for model in analysis.models:
+        assert (model.ppl, model.targets) == (exp(model.loss), 32)
+        assert (tuple(model.maps), len(model.map_tokens)) == ((1,), 8)
+        assert f" {model.ppl:.3f}" in shown.out
+    files = {path.name for path in output.iterdir()}
+    assert {"dense_selected_layer_attention_maps.png", "mixture_selected_layer_attention_maps.png", "page.png"} <= files
+    for name in files:
+        assert str(output / name) in shown.err
+    assert main("--models", *runs, *options, "--output", output, "--json") == 0
+    assert Analysis.from_json(json.loads(capsys.readouterr().out)) == analysis
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "it={run}", "--data", "{text}", "--output", "{text}"], "RunError: --output ("),
+        (["--models", "it={run}", "--data", "{text}", "--output", "{out}"], "its tokenizer is needed"),
+        (["--models", "it={run}", "--data", "{out}.txt", "--output", "{out}", "--tokenizer", "bytes"], "there is no such file"),
+        (["--models", "it={out}/gone", "--data", "{text}", "--output", "{out}"], "CheckpointError: --models it:"),
+        (["--models", "it={run}", "--data", "{text}", "--output", "{out}", "--num-samples", "0"], "must be a whole number from 1 on"),
+        (["--models", "it={run}", "--data", "{text}", "--output", "{out}", "--layers", "0"], "must be a whole number from 1 on"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    main: Callable[..., int], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    places = {"run": checkpoint(tmp_path / "run", of_bytes(DENSE)), "text": text, "out": tmp_path / "out"}
+    assert main(*(argument.format(**places) for argument in arguments)) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_help_is_instant_and_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(TOOL.parents[1])])}
+    done = subprocess.run([sys.executable, str(TOOL), "--help"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--num-samples" in done.stdout
