@@ -157,14 +157,17 @@ def test_groups_of_sequences_give_what_one_gives(tmp_path: Path) -> None:
     assert sum(told) == passes(open_source("it", run), read) == 3 * (GATED_ALL.num_layers + 1)
 
 
-def test_only_a_part_of_the_model_has_weights_at_a_time(tmp_path: Path) -> None:
-    run = native(tmp_path, DENSE)
-    source = open_source("it", run)
+@pytest.mark.parametrize("kind", ["native", "export"])
+def test_only_a_part_of_the_model_is_in_memory_at_a_time(tmp_path: Path, kind: str) -> None:
+    where = native(tmp_path, DENSE)
+    source = open_source("it", export(where, tmp_path / "hf").folder if kind == "export" else where)
     asked: list[tuple[str, set[str]]] = []
 
     def read(prefix: str) -> dict[str, Tensor]:
         asked.append((prefix, parts_with_weights()))
-        return source.read(prefix)
+        found = source.read(prefix)
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()  # pages of mapped files count as the process's memory
+        return found
 
     look_through(replace(source, read=read), windows(), within_documents=False, device=CPU)
     first = [("embedding.", set()), ("layers.0.", set()), ("layers.1.", set())]
