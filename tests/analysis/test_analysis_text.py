@@ -71,6 +71,9 @@ def test_documents_are_joined_by_their_ends(tmp_path: Path) -> None:
     assert found.spelled(4) == ("a", "b", "c", "256")
     apart = found.without_targets_after_documents()
     assert apart.labels.tolist() == [[98, 99, EOD, IGNORE_INDEX, 101, EOD, IGNORE_INDEX, 103]]
+    empty = read(written(tmp_path / "b.jsonl", '{"text": ""}\n' * 9), samples=1)
+    with pytest.raises(DataError, match=r"b\.jsonl has documents without a token; give text"):
+        empty.without_targets_after_documents()
 
 
 @pytest.mark.parametrize(("samples", "count"), [(1, 1), (2, 2), (9, 3)])

@@ -46,8 +46,15 @@ class Windows(NamedTuple):
     described: str
 
     def without_targets_after_documents(self) -> "Windows":
-        """The same, but that no document's first token is predicted from the one before."""
-        return self._replace(labels=self.labels.masked_fill(self.tokens == self.eod_id, IGNORE_INDEX))
+        """The same, but that no document's first token is predicted from the one before.
+
+        Raises:
+            DataError: Nothing is left to predict.
+        """
+        labels = self.labels.masked_fill(self.tokens == self.eod_id, IGNORE_INDEX)
+        if not (labels != IGNORE_INDEX).any():
+            raise DataError(f"--data {self.described} has documents without a token; give text")
+        return self._replace(labels=labels)
 
     def spelled(self, count: int) -> tuple[str, ...]:
         """The first tokens of the first sequence, as text; a token that ends documents by its name."""
