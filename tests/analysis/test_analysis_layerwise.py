@@ -19,6 +19,7 @@ from megagate.analysis.gate.source import gate_words, open_source
 from megagate.analysis.gate.text import Windows
 from megagate.checkpoint.hf.adopt import adopt
 from megagate.checkpoint.hf.export import export
+from megagate.checkpoint.hf.table import NAMES
 from megagate.config.model import GateConfig, ModelConfig
 from megagate.data.loader import IGNORE_INDEX
 from megagate.model.lm import LanguageModel
@@ -77,11 +78,16 @@ def require_equal(found: Looked, expected: Looked, *, tolerance: float = EXACT) 
         torch.testing.assert_close(torch.tensor(found.maps[layer]), torch.tensor(attention), rtol=0, atol=tolerance)
 
 
-def require_as_theirs(looked: Looked, model: Any, read: Windows) -> None:
-    """A model of transformers, which keeps every attention matrix."""
+def require_as_theirs(looked: Looked, model: Any, read: Windows, *, output: str = "o_proj") -> None:
+    """A model of transformers, which keeps every attention matrix; `output` is the name of its attention's output projection."""
     hidden: list[Tensor] = []
+    projected: list[Tensor] = []
     handles = [
         block.register_forward_hook(lambda _, __, out: hidden.append(out[0] if isinstance(out, tuple) else out))
+        for block in model.model.layers
+    ]
+    handles += [
+        block.self_attn.get_submodule(output).register_forward_pre_hook(lambda _, args: projected.append(args[0]))
         for block in model.model.layers
     ]
     with torch.no_grad():
@@ -91,8 +97,11 @@ def require_as_theirs(looked: Looked, model: Any, read: Windows) -> None:
     loss = F.cross_entropy(out.logits.flatten(0, 1).double(), read.labels.flatten())
     assert looked.loss == pytest.approx(float(loss), rel=EXACT)
     assert len(looked.layers) == len(hidden) == len(out.attentions)
-    for number, (layer, attention, x) in enumerate(zip(looked.layers, out.attentions, hidden, strict=True)):
+    for number, (layer, attention, x, gated_heads) in enumerate(zip(looked.layers, out.attentions, hidden, projected, strict=True)):
         require_layer(layer, attention.double(), x)
+        # Where a class has a gate and the model none, its stands at 1/2, before a projection that is doubled.
+        scale = 2 if layer.gate is None and model.config.model_type == "qwen3_next" else 1
+        assert layer.output.mean_abs[1] == pytest.approx(scale * float(gated_heads.abs().double().mean()), rel=EXACT)
         torch.testing.assert_close(torch.tensor(looked.maps[number]), attention[0].mean(0)[:8, :8], rtol=0, atol=EXACT)
 
 
@@ -110,7 +119,8 @@ def test_a_checkpoint_its_export_and_transformers_agree(tmp_path: Path, name: st
     folder = export(run, tmp_path / "hf", format=target).folder
     ours, theirs = look(run, read), look(folder, read)
     require_equal(theirs, ours)
-    require_as_theirs(theirs, load_theirs(folder, attn_implementation="eager")[0], read)
+    peer, _ = load_theirs(folder, attn_implementation="eager")
+    require_as_theirs(theirs, peer, read, output=NAMES[target].attention_out)
 
 
 @pytest.mark.parametrize("name", REMOTE)
