@@ -114,7 +114,7 @@ def write(analysis: Analysis, output: Path) -> Path:
     """
     path = output / NAME
     with _writing(output), AtomicFile(path) as file:
-        file.write(json.dumps(analysis.to_json(), indent=1).encode())
+        file.write(json.dumps(analysis.to_json()).encode())
     return path
 
 
