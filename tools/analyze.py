@@ -55,6 +55,8 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from megagate.analysis.gate.analyze import Request, analyze, claim, write
+    from megagate.analysis.gate.figures import draw
+    from megagate.analysis.gate.table import table_text, write_tables
 
     request = Request(
         models=tuple(options.models),
@@ -71,9 +73,8 @@ def _run(options: argparse.Namespace) -> int:
     output = claim(options.output)
     with _progress() as bar:
         analysis = analyze(request, bar=bar)
-    written = [write(analysis, output)]
-    lines = [f"{model.name}: PPL {model.ppl:.3f}" for model in analysis.models]
-    print(json.dumps(analysis.to_json(), indent=1) if options.json else "\n".join(lines), flush=True)
+    written = [write(analysis, output), *write_tables(analysis, output), *draw(analysis, output)]
+    print(json.dumps(analysis.to_json(), indent=1) if options.json else table_text(analysis), flush=True)
     print("\n".join(f"wrote {path}" for path in written), file=sys.stderr)
     return 0
 
