@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from megagate.analysis.gate.table import write
@@ -26,6 +26,9 @@ FAINT = "#d9d9d9"
 # Okabe and Ito's colours, which people who see fewer colours tell apart; yellow left out, which is too light for lines.
 _COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = "osD^vPX*"  # as many as have no common divisor with the colours: 56 pairs before one comes again
+
+_ROOM = 1.04
+"""The renderer's hinting may widen a text a little."""
 
 Draw = Callable[[SubFigure], None]
 Strip = tuple[float, Draw]
@@ -97,9 +100,9 @@ def inches(part: Figure | SubFigure) -> tuple[float, float]:
 
 def text_width(text: str, size: float = SIZE, *, bold: bool = False) -> float:
     """In inches."""
-    if not text.strip():
-        return len(text) * size / 3 / 72
-    return TextPath((0, 0), text, size=size, prop=FontProperties(weight="bold" if bold else "normal")).get_extents().width / 72 * 1.04
+    font = FontProperties(size=size, weight="bold" if bold else "normal")
+    points, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+    return points / 72 * _ROOM
 
 
 def wrapped(text: str, width: float, size: float = SIZE, *, bold: bool = False) -> list[str]:
