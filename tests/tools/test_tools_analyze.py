@@ -15,6 +15,7 @@ from parity.variants import DENSE, MOE
 from test_tools_convert import checkpoint
 
 from megagate.analysis.gate.result import Analysis
+from megagate.analysis.gate.table import table_text
 from megagate.config.model import ModelConfig
 
 TOOL = Path(__file__).parents[2] / "tools" / "analyze.py"
@@ -57,16 +58,18 @@ def test_it_prints_the_table_and_writes_all(
     assert main("--models", *runs, *options, "--output", output) == 0
     shown = capsys.readouterr()
     analysis = Analysis.from_json(json.loads((output / "analysis.json").read_text()))
+    assert shown.out == table_text(analysis) + "\n"
     assert [model.name for model in analysis.models] == ["dense", "mixture"]
     for model in analysis.models:
         assert (model.ppl, model.targets) == (exp(model.loss), 32)
         assert (tuple(model.maps), len(model.map_tokens)) == ((1,), 8)
         assert f" {model.ppl:.3f}" in shown.out
     files = {path.name for path in output.iterdir()}
+    assert {"dense_selected_layer_attention_maps.png", "mixture_selected_layer_attention_maps.png", "page.png"} <= files
     for name in files:
         assert str(output / name) in shown.err
-    assert main("--models", *runs, *options, "--output", output, "--json") == 0
-    assert Analysis.from_json(json.loads(capsys.readouterr().out)) == analysis
+    assert main("--models", runs[0], *options, "--output", output, "--json") == 0
+    assert Analysis.from_json(json.loads(capsys.readouterr().out)).models == analysis.models[:1]
 
 
 @pytest.mark.parametrize(
