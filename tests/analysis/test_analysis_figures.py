@@ -26,10 +26,19 @@ def _boxes(figure):
     return [art.get_window_extent() for part in _subfigures(figure) for art in (*part.texts, *part.legends)]
 
 
+PICTURES = {
+    "page": page.page_figure,
+    "layers": panels.layers_figure,
+    "gate scores": maps.gate_figure,
+    "maps": lambda analysis: maps.maps_figure(analysis.models[0]),
+}
+
+
 @pytest.mark.parametrize(("models", "layers", "names"), [(1, 1, None), (3, 6, None), (6, 48, LONG)])
-def test_nothing_of_the_page_is_cut_or_covered(models: int, layers: int, names) -> None:
+@pytest.mark.parametrize("picture", PICTURES)
+def test_nothing_of_a_picture_is_cut_or_covered(picture: str, models: int, layers: int, names) -> None:
     with style.look():
-        figure = page.page_figure(made.analysis(models=models, layers=layers, names=names, seq_len=1 if layers == 1 else 512))
+        figure = PICTURES[picture](made.analysis(models=models, layers=layers, names=names, seq_len=1 if layers == 1 else 512))
         figure.draw_without_rendering()
         inside = figure.bbox.padded(1)
         everything = _boxes(figure) + [axes.get_tightbbox() for axes in figure.axes]
@@ -66,7 +75,7 @@ def test_panels_hold_the_figures_and_one_colour_a_model() -> None:
 def test_maps_hold_what_keys_a_query_sees() -> None:
     model = made.analysis(map_tokens=5, tokens=["<s>", " $x$", "\n", "\u4e2d", " b"]).models[0]
     with style.look():
-        image = maps.maps_figure(model, 0).axes[0].images[0].get_array()
+        image = maps.maps_figure(model).axes[0].images[0].get_array()
     assert image.mask.tolist() == np.triu(np.ones((5, 5), dtype=bool), 1).tolist()
     np.testing.assert_array_equal(image.filled(0), model.maps[0])
 
@@ -90,3 +99,17 @@ def test_tables_hold_ours_and_the_papers_numbers() -> None:
     text = table_text(analysis)
     assert "1,053" in text and "15A2B" in text and "not our numbers with the paper's" in text
     assert "a\\|b" in markdown(analysis) and "15A2B" in markdown(analysis)
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [("page", ["Gate score", "F-Attn", "M-Act", "PPL", "Uniform attention"]), ("layers", ["Gate score", "F-Attn", "M-Act", "SDPA output"])],
+)
+def test_a_picture_says_what_it_shows(picture: str, words: list[str]) -> None:
+    with style.look():
+        figure = PICTURES[picture](made.analysis(models=2, layers=2))
+    texts = [text.get_text() for part in _subfigures(figure) for text in part.texts]
+    assert all(any(text.startswith(f"{word}: ") for text in texts) for word in words)
+    with style.look():
+        histograms = PICTURES["gate scores"](made.analysis(models=2, layers=2))
+    assert any(text.get_text().startswith("Gate score: ") for part in _subfigures(histograms) for text in part.texts)

@@ -26,7 +26,7 @@ def draw(analysis: Analysis, output: Path) -> list[Path]:
             style.save(maps.gate_figure(analysis), output / "gate_scores.png"),
         ]
         stems = style.file_stems([model.name for model in analysis.models])
-        for index, (stem, model) in enumerate(zip(stems, analysis.models, strict=True)):
+        for stem, model in zip(stems, analysis.models, strict=True):
             if model.maps:
-                paths.append(style.save(maps.maps_figure(model, index), output / f"{stem}_selected_layer_attention_maps.png"))
+                paths.append(style.save(maps.maps_figure(model), output / f"{stem}_selected_layer_attention_maps.png"))
     return paths

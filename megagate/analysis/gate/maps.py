@@ -11,19 +11,23 @@ from matplotlib.image import AxesImage
 from megagate.analysis.gate import style
 from megagate.analysis.gate.result import Analysis, AttentionMap, ModelResult
 from megagate.analysis.gate.table import subtitle
-from megagate.analysis.gate.words import labels, shortened
+from megagate.analysis.gate.words import defined, labels, shortened
 from megagate.probe.figures import GATE_BINS
 
 _LABELS = 32  # tokens named on an axis
+_WIDEST = 12  # characters of a name; several characters that the font lacks would take more
 _GREYS = ("#b0b0b0", "#808080", "#505050", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 
 
-def maps_figure(model: ModelResult, index: int) -> Figure:
+def maps_figure(model: ModelResult) -> Figure:
     """The maps of a model's chosen layers on one scale, with their tokens."""
     chosen = sorted(model.maps)
     rows = -(-len(chosen) // 2)
-    about = "Rows: queries. Columns: keys. Colour: share of a query's attention, mean over heads, square-root scale; white: not visible."
+    about = (
+        "Rows: queries. Columns: keys. Colour: share of a query's attention, softmax(q k / sqrt(d)) before any gate, mean over heads, on a "
+        "square-root scale; white: not visible."
+    )
 
     def draw(part: SubFigure) -> None:
         width, height = style.inches(part)
@@ -53,7 +57,7 @@ def gate_figure(analysis: Analysis) -> Figure:
     strips += [(3.1, _scores(analysis.models[index], index, names[index])) for index in scored]
     if not scored:
         strips.append((2.0, lambda part: style.nothing(part.add_subplot(), "no model here has a gate with scores") or None))
-    return style.sheet(strips)
+    return style.sheet([*strips, style.captions(defined("Gate score"))])
 
 
 def overview(analysis: Analysis) -> style.Strip:
@@ -113,7 +117,8 @@ def _map(axes: Axes, values: AttentionMap, title: str, *, color: str = "black", 
 def _name_tokens(axes: Axes, tokens: Sequence[str]) -> None:
     step = -(-len(tokens) // _LABELS)
     places = range(0, len(tokens), step)
-    names = [shortened(style.drawable(tokens[place].replace(" ", "\u2423")), 9) for place in places]
+    names = [shortened(tokens[place].replace(" ", "\u2423"), 9) for place in places]
+    names = [style.drawable(name) if len(style.drawable(name)) <= _WIDEST else "?" * len(name) for name in names]
     axes.set_xticks(list(places), names, rotation=90, fontsize=style.SIZE - 1.5)
     axes.set_yticks(list(places), names, fontsize=style.SIZE - 1.5)
     note = "" if step == 1 else f" (1 of {step} named)"

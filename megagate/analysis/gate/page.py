@@ -6,7 +6,7 @@ from matplotlib.lines import Line2D
 from megagate.analysis.gate import maps, panels, style
 from megagate.analysis.gate.result import Analysis
 from megagate.analysis.gate.table import COLUMNS, paper_rows, subtitle
-from megagate.analysis.gate.words import DEFINITIONS, PAPER, PAPER_CAUTION, count, labels, shortened
+from megagate.analysis.gate.words import ABSENT, DEFINITIONS, PAPER, PAPER_CAUTION, count, labels, shortened
 
 _LINE = 0.22  # inches
 _NAME, _GATE, _FIRST = 0.55, 3.45, 5.75  # where columns begin; figures share the rest
@@ -16,7 +16,7 @@ def page_figure(analysis: Analysis) -> Figure:
     """The page."""
     layers = style.heading("Layer by layer", ["Each line is a model, its layers counted from 1."])
     strips = [style.heading("What the gate does", [subtitle(analysis)]), _table(analysis), layers, *panels.keys(analysis)]
-    return style.sheet([*strips, panels.strip(analysis), maps.overview(analysis), _definitions()])
+    return style.sheet([*strips, panels.strip(analysis), maps.overview(analysis), style.captions([*DEFINITIONS, ABSENT])])
 
 
 def _table(analysis: Analysis) -> style.Strip:
@@ -58,17 +58,5 @@ def _table(analysis: Analysis) -> style.Strip:
             for x, column in zip(places, COLUMNS, strict=True):
                 put(x, line, column.show(column.of_paper(one.figures)), ha="right", color=style.GREY)
         rule(after + 1 + len(paper) + 0.1)
-
-    return height, draw
-
-
-def _definitions() -> style.Strip:
-    notes = (*DEFINITIONS, ("-", "no gate scores, or not printed in the paper; n/a: not defined (only query 0 was seen)."))
-    lines = [line for name, meaning in notes for line in style.wrapped(f"{name}: {meaning}", style.WIDTH - 0.7)]
-    height = 0.2 * len(lines) + 0.25
-
-    def draw(part: SubFigure) -> None:
-        for index, line in enumerate(lines):
-            part.text(0.3 / style.WIDTH, 1 - (0.2 * index + 0.15) / height, line, va="baseline")
 
     return height, draw

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from megagate.analysis.gate import style
 from megagate.analysis.gate.result import Analysis, ModelResult
 from megagate.analysis.gate.table import subtitle
-from megagate.analysis.gate.words import labels
+from megagate.analysis.gate.words import DEFINITIONS, labels
 from megagate.probe.figures import LayerFigures
 
 COLUMNS = 4
@@ -83,8 +83,10 @@ PANELS: tuple[Panel, ...] = (
 
 def layers_figure(analysis: Analysis) -> Figure:
     """All panels as a sheet of their own."""
-    lines = [subtitle(analysis), "Lines: one a model, its layers counted from 1. Definitions: see page.png."]
-    return style.sheet([style.heading("What the gate does, layer by layer", lines), *keys(analysis), strip(analysis)])
+    lines = [subtitle(analysis), "Lines: one a model, its layers counted from 1."]
+    notes = [note for note in DEFINITIONS if note[0] != "PPL"]
+    title = style.heading("What the gate does, layer by layer", lines)
+    return style.sheet([title, *keys(analysis), strip(analysis), style.captions(notes)])
 
 
 def keys(analysis: Analysis) -> list[style.Strip]:
@@ -130,8 +132,9 @@ def draw_panel(axes: Axes, panel: Panel, models: Sequence[ModelResult]) -> None:
             axes.plot(range(1, before.size + 1), before, color=style.colour(index), linestyle=":", zorder=2.5)
             shown.append(before)
         every = max(1, values.size // 12)
+        width = 1.5 + min(0.4 * (len(models) - 1 - index), 1.2)  # so that a line under an equal one shows
         look = {"color": style.colour(index), "marker": style.marker(index), "markevery": every, "label": models[index].name}
-        axes.plot(range(1, values.size + 1), values, **look)
+        axes.plot(range(1, values.size + 1), values, linewidth=width, markersize=3 + width, **look)
     style.layer_ticks(axes, max(len(model.layers) for model in models))
     (style.log_axis if panel.log else style.linear_axis)(axes, np.concatenate(shown))
     if not any(_visible(values, log=panel.log) for values in after):

@@ -140,6 +140,18 @@ def heading(title: str, lines: Sequence[str]) -> Strip:
     return 0.5 + 0.2 * len(shown), draw
 
 
+def captions(notes: Sequence[tuple[str, str]]) -> Strip:
+    """What words mean, one under the other."""
+    lines = [line for name, meaning in notes for line in wrapped(f"{name}: {meaning}", WIDTH - 0.7)]
+    height = 0.2 * len(lines) + 0.25
+
+    def draw(part: SubFigure) -> None:
+        for index, line in enumerate(lines):
+            part.text(0.3 / WIDTH, 1 - (0.2 * index + 0.15) / height, line, va="baseline")
+
+    return height, draw
+
+
 def key(handles: Sequence[Line2D]) -> Strip:
     """A legend in a strip of its own, in as few lines as fit."""
     names = [str(handle.get_label()) for handle in handles]

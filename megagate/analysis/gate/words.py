@@ -39,6 +39,13 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
     ("PPL", "perplexity, exp of the mean cross-entropy (nats) over all predicted tokens; lower is better."),
 )
 """Each with its name, for captions."""
+ABSENT = ("-", "no gate scores, or not printed in the paper; n/a: not defined (only query 0 was seen).")
+
+
+def defined(*names: str) -> list[tuple[str, str]]:
+    """Some of them, by their names."""
+    meanings = dict(DEFINITIONS)
+    return [(name, meanings[name]) for name in names]
 
 
 def number(value: float | None, places: int = 3) -> str:
