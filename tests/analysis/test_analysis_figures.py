@@ -80,6 +80,13 @@ def test_maps_hold_what_keys_a_query_sees() -> None:
     np.testing.assert_array_equal(image.filled(0), model.maps[0])
 
 
+def test_ticks_name_tokens_whole_or_not_at_all() -> None:
+    model = made.analysis(map_tokens=4, tokens=["\n", " of", "incomprehensible", "\u4e2d\u6587"]).models[0]
+    with style.look():
+        axes = maps.maps_figure(model).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["\\n", "\u2423of", "inco…ible", "(2 chars)"]
+
+
 def test_files_are_pictures_with_safe_names(tmp_path: Path) -> None:
     paths = draw(made.analysis(models=2, names=["../a b", "../a_b"], tokens=["$", "\n", "\u4e2d"]), tmp_path / "new")
     ours = ["page.png", "layers.png", "gate_scores.png"]

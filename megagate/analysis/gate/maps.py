@@ -15,7 +15,7 @@ from megagate.analysis.gate.words import defined, labels, shortened
 from megagate.probe.figures import GATE_BINS
 
 _LABELS = 32  # tokens named on an axis
-_WIDEST = 12  # characters of a name; several characters that the font lacks would take more
+_WIDEST = 9  # characters of a name
 _GREYS = ("#b0b0b0", "#808080", "#505050", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 
@@ -117,13 +117,19 @@ def _map(axes: Axes, values: AttentionMap, title: str, *, color: str = "black", 
 def _name_tokens(axes: Axes, tokens: Sequence[str]) -> None:
     step = -(-len(tokens) // _LABELS)
     places = range(0, len(tokens), step)
-    names = [shortened(tokens[place].replace(" ", "\u2423"), 9) for place in places]
-    names = [style.drawable(name) if len(style.drawable(name)) <= _WIDEST else "?" * len(name) for name in names]
+    names = [_named(tokens[place].replace(" ", "\u2423")) for place in places]
     axes.set_xticks(list(places), names, rotation=90, fontsize=style.SIZE - 1.5)
     axes.set_yticks(list(places), names, fontsize=style.SIZE - 1.5)
     note = "" if step == 1 else f" (1 of {step} named)"
     axes.set_xlabel(f"key{note}")
     axes.set_ylabel("query")
+
+
+def _named(token: str) -> str:
+    """On one line; of one that is long with characters that the font lacks, only how many it has."""
+    shown = style.drawable(token)
+    escaped = len(shown) > len(token)
+    return f"({len(token)} chars)" if escaped and len(shown) > _WIDEST else shortened(shown, _WIDEST)
 
 
 def _shares(model: ModelResult) -> np.ndarray | None:
