@@ -32,9 +32,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Finds the loss spikes of a run: steps whose loss is far above what the losses before let expect. Prints its rule.",
     )
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="FILE", help="a run's metrics.jsonl, or any JSON lines with `step` and `loss`")
-    add("--json", action="store_true", help='print {"events": [{"step", "loss", "excess"}], "steps": n}; the rule goes to the other stream')
+    add("--input", type=_file, required=True, metavar="FILE", help="a run's metrics.jsonl, or any JSON lines with `step` and `loss`")
+    what = 'print {"events": [{"step", "loss", "excess"}], "steps": n}; the rule goes to the other stream'
+    add("--json", action="store_true", help=f'{what}; "lost": n is there where n steps were replaced and not done again')
     return parser
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a run's metrics.jsonl")
+    return Path(text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -47,16 +54,19 @@ def _run(options: argparse.Namespace) -> int:
     print(f"rule: {RULE}", file=sys.stderr if options.json else sys.stdout)
     for text in curve.notes:
         print(f"note: {text}", file=sys.stderr)
+    lost = f"{curve.lost} steps that the file has were replaced and not done again"
+    if curve.lost:
+        print(f"WARNING: {lost}: {len(curve.steps)} are left; steps must rise, but for a run that goes back", file=sys.stderr)
     if len(losses) <= LEAST:
         print(f"note: none could be judged: {len(losses)} finite losses, and the rule needs {LEAST} before the first", file=sys.stderr)
     if options.json:
         events = [{"step": steps[one.index], "loss": losses[one.index], "excess": one.excess} for one in spikes]
-        print(json.dumps({"events": events, "steps": len(curve.steps)}))
+        print(json.dumps({"events": events, "steps": len(curve.steps)} | ({"lost": curve.lost} if curve.lost else {})))
         return 0
     for one in spikes:
         many = f"{one.excess / one.sigma:,.1f} sigma"
         print(f"step {steps[one.index]:,}: loss {losses[one.index]:.6g}, {one.excess:.4g} nats above the line ({many})")
-    print(f"{len(spikes)} loss spike{'s' * (len(spikes) != 1)} in {len(curve.steps):,} steps")
+    print(f"{len(spikes)} loss spike{'s' * (len(spikes) != 1)} in {len(curve.steps):,} steps{f' ({lost})' if curve.lost else ''}")
     return 0
 
 

@@ -8,7 +8,7 @@ from megagate.data.loader import TrainLoader
 from megagate.errors import DataError
 from megagate.log import logger
 from megagate.train.curve import read_curve
-from megagate.train.spikes import SpikeDetector
+from megagate.train.spikes import LEAST, SpikeDetector
 
 
 class SpikeWatch:
@@ -23,12 +23,24 @@ class SpikeWatch:
 
     def __init__(self, metrics: Path, *, step: int, loader: TrainLoader):
         self.loader, self.detector = loader, SpikeDetector()
-        if not (step and metrics.exists()):
-            return
+        if step:
+            self._learn(metrics, step)
+
+    def _learn(self, metrics: Path, step: int) -> None:
+        losses: list[float] = []
         try:
-            self.detector.take(read_curve(metrics, last_step=step).finite()[1])
+            curve = read_curve(metrics, last_step=step)
+            losses, notes = curve.finite()[1], curve.notes
         except DataError as error:  # no reason to end a training
-            logger.info("loss spikes: the losses before this resume are not known, the first steps are not judged (%s)", error)
+            notes = [str(error)]
+        for text in notes:
+            logger.info("loss spikes: of the records before this resume: %s", text)
+        if len(losses) < min(step, LEAST):
+            logger.info(
+                "loss spikes: %s has %d losses of the %d steps before this resume; none is looked for until there are %d",
+                *(metrics, len(losses), step, LEAST),
+            )
+        self.detector.take(losses)
 
     def look(self, step: int, loss: float) -> dict[str, Any]:
         """`loss_spike` for the record of a step, nats, where an event begins with it; which is told. One that is not finite is left out.

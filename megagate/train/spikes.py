@@ -1,21 +1,34 @@
 """Loss spikes: records whose loss is far above what the losses before let expect. For `tools/find_spikes.py` and the trainer; no torch.
 
 The rule (`RULE`) looks back only, and counts records, not steps, so that it does not matter how steps are spaced. Its constants are a
-trade between spikes missed and false alarms. On white noise (60,000 windows) a loss is far above once in so many records; the other
-columns say how many spikes are found whose loss is 5 sigma above the trend, or 5, 6, 8 sigma above where the noise would have put it:
+trade between spikes missed and false alarms. On white noise (`_against_line` of 60,000 windows of 128 standard normals, and the share of a
+normal distribution beyond the least loss far above) a loss is far above once in so many records; the other columns say how many spikes are
+found whose loss is 5 sigma above the trend, or 5, 6, 8 sigma above where the noise would have put it:
 
-| THRESHOLD | K | false alarms | at 5 | noise + 5 | noise + 6 | noise + 8 |
+| THRESHOLD | K of 128, 48 | false alarms | at 5 | noise + 5 | noise + 6 | noise + 8 |
 |---|---|---|---|---|---|---|
-| 3.3 | 3.66, 4.26 | 1 in 1,600 | 99.7 % | 89 % | 98 % | 100 % |
-| 3.7 (ours) | 4.10, 4.78 | 1 in 4,900 | 96 % | 80 % | 96 % | 99.97 % |
-| 4.1 | 4.55, 5.30 | 1 in 15,000 | 82 % | 67 % | 91 % | 99.9 % |
-| 4.5 | 4.99, 5.81 | 1 in 47,000 | 56 % | 53 % | 82 % | 99.6 % |
+| 3.3 | 3.66, 4.26 | 1 in 1,700 | 97 % | 85 % | 97 % | 99.98 % |
+| 3.7 (ours) | 4.10, 4.78 | 1 in 4,400 | 95 % | 78 % | 95 % | 99.96 % |
+| 4.1 | 4.55, 5.30 | 1 in 9,100 | 81 % | 67 % | 91 % | 99.9 % |
+| 4.5 | 4.99, 5.81 | 1 in 14,400 | 58 % | 54 % | 83 % | 99.6 % |
 
-On a steep decay, where line and sigma are known worse, fewer are found: of noise + 6 sigma 80 %, of noise + 8 sigma 99 %, 250 records into
-400 sigma * exp(-t / 200), and 50 % and 89 % 150 records into 400 sigma * exp(-t / 100). A curve without noise that never rises has no
-event, whatever its shape, since a loss far above is above the one before. Tried and left: one window (100 losses see nothing on such
-decays, 50 find a fifth less on flat noise), parabolas (they lose more to noise than they win on a decay), and the spread of the last 256
-forecast errors (better on flat noise, blind for hundreds of records after a steep beginning).
+Where a curve is steep for its noise, line and sigma are known worse and fewer are found; where it bends from steep to flat, there are false
+alarms. Whole curves of 300 records (30 of each, 3 losses of each at the trend + 5, 8, 10 sigma; false events in 30 without any), and what
+the two lines of 128 and 48 alone, from record 20 on, would do:
+
+| curve, sigma | ours: at 5, 8, 10 | false | two lines: at 5, 8, 10 | false |
+|---|---|---|---|---|
+| flat, 0.02 | 94, 100, 100 % | 2 | 96, 100, 100 % | 2 |
+| 6 exp(-t / 75), 0.05 | 64, 100, 100 % | 1 | 63, 100, 100 % | 2 |
+| 6 exp(-t / 75), 0.02 | 42, 88, 98 % | 3 | 40, 77, 90 % | 2 |
+| half a cosine from 10 to 2, 0.05 | 48, 99, 100 % | 0 | 44, 99, 100 % | 2 |
+| half a cosine from 10 to 2, 0.02 | 26, 68, 90 % | 1 | 20, 47, 70 % | 11 |
+
+Of 200 such cosines of 0.02, 8 % had a false event (two lines: 49 %); of 25 real runs of 600 steps 6 had an event (22, most of them at the
+end of the warm-up). A curve without noise that never rises has no event, whatever its shape, since a loss far above is above the one
+before. Tried and left: one window (100 losses see nothing on steep decays, 50 find a fifth less on flat noise), parabolas (they lose
+more to noise than they win on a decay), and the spread of the last 256 forecast errors (better on flat noise, blind for hundreds of
+records after a steep beginning).
 """
 
 from collections.abc import Sequence
@@ -27,12 +40,16 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 FloatArray = npt.NDArray[np.float64]
 
-WINDOWS = (128, 48)
+WINDOWS = (128, 48, 24)
 """Losses that a record is compared with: many know line and noise well, few see less of a steep decay's curve, which counts as noise."""
-LEAST = 20
-"""The same at the beginning: the first records are not judged."""
+LEAST = WINDOWS[1]
+"""The first records are not judged: the end of a warm-up looks like a spike to the few losses before it."""
 THRESHOLD, SMALL_SAMPLES = 3.7, 14.0
 """K = THRESHOLD * (1 + SMALL_SAMPLES / n): the fewer losses, the less is known of line and noise."""
+SHORTEST = 7.5
+"""K of the shortest window, which is there for steep decays alone."""
+BEND = 3.5
+"""Sigma above the middle line too, or the longest has only not seen yet that the decay has become flatter."""
 NEWEST = 6
 """The newest 1 / NEWEST of the window lifts the line where it lies above it, as on a convex decay."""
 QUIET = 10
@@ -41,6 +58,8 @@ LASTING = 50
 """Records of one event above the threshold after which this is the new level."""
 RESOLUTION = 1e-7
 """Of fp32: the noise is at least this share of the loss."""
+HUGE = 1e300
+"""Losses beyond it count as it, and the noise is at least one by it, so that nothing overflows."""
 
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 _BLOCKS = (16, 4096)  # records judged at once, the least and the most
@@ -48,20 +67,22 @@ _BLOCKS = (16, 4096)  # records judged at once, the least and the most
 
 def threshold(n: int) -> float:
     """K for n losses."""
-    return THRESHOLD * (1 + SMALL_SAMPLES / n)
+    return SHORTEST if n == WINDOWS[-1] else THRESHOLD * (1 + SMALL_SAMPLES / n)
 
 
-_KS = " and ".join(f"{threshold(n):.2f}" for n in WINDOWS)
 RULE = f"""\
 a loss is far above when it is above the one before it and more than K sigma above the line through the n losses before it, for
-n = {WINDOWS[0]} or n = {WINDOWS[1]} (at the beginning fewer, at least {LEAST}). The line has the slope from the median of their older half
-to that of their newer half, and as many of them above as below it; where the median of their newest 1/{NEWEST} is above it, it is
-lifted to that.
+n = {WINDOWS[0]} (fewer where there are fewer), n = {WINDOWS[1]} or n = {WINDOWS[2]}; by n = {WINDOWS[0]} only if it is more than {BEND} \
+sigma above the line of n = {WINDOWS[1]}
+too. The first {LEAST} are not judged. The line has the slope from the median of their older half to that of their newer half, and as many
+of them above as below it; where the median of their newest 1/{NEWEST} is above it, it is lifted to that.
 sigma is {_MAD_TO_SIGMA} times the median absolute deviation (MAD) from the line before it is lifted, at least half of the smallest step
-between two of the {WINDOWS[0]}, and {RESOLUTION:g} of their size. K = {THRESHOLD} (1 + {SMALL_SAMPLES:g} / n): {_KS}.
+between two of the {WINDOWS[0]}, and {RESOLUTION:g} of their size. K = {THRESHOLD} (1 + {SMALL_SAMPLES:g} / n), \
+{threshold(WINDOWS[0]):.2f} and {threshold(WINDOWS[1]):.2f}, but {SHORTEST} for n = {WINDOWS[2]}.
 Losses far above do not count among those before later ones, unless {LASTING} of one event are: then they are the new level. An event ends
-with {QUIET} losses in a row that are not far above; it is told once, at its first, and `excess` is what that is above the line, in nats.
-Losses are counted by record, so the spacing of steps does not matter; those that are not finite are left out."""
+with {QUIET} losses in a row that are not far above; it is told once, at its first, and `excess` is what that is above the line (of the
+largest n that has it far above), in nats. Losses are counted by record, so the spacing of steps does not matter; those that are not finite
+are left out, and those beyond {HUGE:g} count as that."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,7 @@ class SpikeDetector:
         """The events that begin in these losses, all finite, nats."""
         coming = np.asarray(losses, dtype=np.float64)
         assert np.isfinite(coming).all(), "losses that are not finite are left out by the caller"
+        coming = np.clip(coming, -HUGE, HUGE)
         found, at, block = [], 0, _BLOCKS[0]
         while at < coming.size:
             # While the window grows each loss has a window of another length.
@@ -127,22 +149,27 @@ def _judge(before: FloatArray, coming: FloatArray) -> tuple[int, float, float]:
     """How many losses come before the first that is far above, each judged by the `before.size` before it; excess and sigma of that."""
     if before.size < LEAST:
         return coming.size, 0.0, 0.0
-    return min((_first(before, coming, n=n) for n in WINDOWS), key=lambda found: found[0])
-
-
-def _first(before: FloatArray, coming: FloatArray, *, n: int) -> tuple[int, float, float]:
-    """The same by the line through the newest n alone, or through all where there are fewer."""
-    n = min(n, before.size)
     series = np.concatenate([before, coming])
     rows = np.flatnonzero(coming > series[before.size - 1 : -1])
-    excess, sigma = _against_line(sliding_window_view(series[before.size - n :], n)[rows], coming[rows])
-    for at in np.flatnonzero(excess > threshold(n) * sigma).tolist():
+    sizes = [min(n, before.size) for n in WINDOWS]
+    lines = [_against_line(sliding_window_view(series[before.size - n :], n)[rows], coming[rows]) for n in sizes]
+    excess, sigma = np.stack([line[0] for line in lines]), np.stack([line[1] for line in lines])
+    for at in np.flatnonzero(_far_above(excess, sigma, sizes).any(axis=0)).tolist():
         row = int(rows[at])
         window = series[row : row + before.size]
-        noise = max(float(sigma[at]), _smallest_step(window) / 2, RESOLUTION * float(np.abs(window).max()))
-        if excess[at] > threshold(n) * noise:
-            return row, float(excess[at]), noise
+        noise = np.maximum(sigma[:, at], max(_smallest_step(window) / 2, RESOLUTION * float(np.abs(window).max()), 1 / HUGE))
+        by = _far_above(excess[:, at], noise, sizes)
+        if by.any():
+            line = int(by.argmax())
+            return row, float(excess[line, at]), float(noise[line])
     return coming.size, 0.0, 0.0
+
+
+def _far_above(excess: FloatArray, sigma: FloatArray, sizes: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """[windows, ...] each -> the same shape: by which windows, of these sizes, a loss is far above."""
+    far = np.stack([above > threshold(n) * noise for n, above, noise in zip(sizes, excess, sigma, strict=True)])
+    far[0] &= excess[1] > BEND * sigma[1]
+    return far
 
 
 def _against_line(windows: FloatArray, losses: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -256,9 +256,13 @@ def test_a_blend_of_one_is_the_data_set(places: list[str]) -> None:
 def test_ranks_together_hold_the_blend(places: list[str], dp: int, mbs: int) -> None:
     text = f"0.6 {places[0]} 0.4 {places[1]} from 30 0.5 {places[1]} 0.5 {places[2]}"
     for step in (0, 1, 9):
-        parts = [loader(text, mbs=mbs, rank=rank, dp=dp).step(step).tokens for rank in range(dp)]
-        joined = np.stack(parts, axis=1).reshape(24, S)  # [a, dp, mbs, s]
+        ranks = [loader(text, mbs=mbs, rank=rank, dp=dp) for rank in range(dp)]
+        joined = np.stack([one.step(step).tokens for one in ranks], axis=1).reshape(24, S)  # [a, dp, mbs, s]
         assert np.array_equal(joined, loader(text, mbs=24).step(step).tokens[0])
+        (first, last), sets = (found := ranks[-1].origins(step)).samples, found.sets
+        assert sorted(np.concatenate([one.samples(step).reshape(-1) for one in ranks])) == list(range(first, last + 1))
+        counts = np.bincount(joined[:, 0] // 100_000, minlength=3).tolist()
+        assert sum(sets.values()) == 24 and sets == {place: count for place, count in zip(places, counts, strict=True) if count}
 
 
 def test_a_run_may_go_on_under_new_weights(places: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The command that finds loss spikes: what it prints, what files it takes, and how it refuses the others."""
 
+import gzip
 import importlib.util
 import io
 import json
@@ -21,11 +22,16 @@ TOOL = Path(__file__).parents[2] / "tools" / "find_spikes.py"
 COUNT, AT = 300, 200  # records, and the index of the spike among them
 
 
-def run(*arguments: object, expect: int = 0) -> tuple[str, str]:
+def tool() -> Any:
     loaded = importlib.util.spec_from_file_location("find_spikes", TOOL)
     assert loaded is not None and loaded.loader is not None
     module = importlib.util.module_from_spec(loaded)
     loaded.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: object, expect: int = 0) -> tuple[str, str]:
+    module = tool()
     with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
         code = module.main([str(word) for word in arguments])
     assert code == expect, complained.getvalue()
@@ -82,11 +88,25 @@ def test_steps_that_a_resume_did_again_are_replaced(file: Path) -> None:
     wild = [{"step": step, "loss": 9.0} for step in range(151, 170)]
     value, err = told(write(file, [*lines[:150], *wild, *lines[150:]]))
     assert (value, value["steps"]) == (told(write(file, lines))[0], COUNT)
-    assert "note: 1 record that went back to an earlier step (first: step 151 in line 170; what it had from there on is replaced)" in err
+    assert "note: 1 record that went back to an earlier step (first: step 151 in line 170 replaces 19; 19 replaced in all)" in err
     value, err = told(write(file, [*lines, lines[-1], lines[-1]]))
-    assert value["steps"] == COUNT and "2 records that went back" in err
+    assert value["steps"] == COUNT and "2 records that went back" in err and "WARNING" not in err
     curve = read_curve(write(file, [*lines[:150], *wild]), last_step=155)
     assert curve.steps == list(range(1, 156)) and curve.losses[-1] == 9
+
+
+def test_steps_that_are_lost_are_said_aloud(file: Path) -> None:
+    """Unless a run that went back has done them again."""
+    lines = records()
+    back = [{"step": 2, "loss": 2.0}, {"step": 3, "loss": 2.0}]
+    value, err = told(write(file, [*lines, *back]))
+    assert value == {"events": [], "steps": 3, "lost": 297}
+    assert "WARNING: 297 steps that the file has were replaced and not done again: 3 are left; steps must rise" in err
+    assert "step 2 in line 301 replaces 299; 299 replaced in all" in err
+    assert run("--input", file)[0].endswith("0 loss spikes in 3 steps (297 steps that the file has were replaced and not done again)\n")
+    value, err = told(write(file, lines[::-1]))
+    assert (value["steps"], value["lost"]) == (1, 299) and "299 records that went back" in err and "299 replaced in all" in err
+    assert "lost" not in told(write(file, [*lines, *back, *lines[3:]]))[0]
 
 
 @pytest.mark.parametrize("text", ["null", "NaN", "Infinity", "-Infinity", "1e999", f"1{'0' * 400}"])
@@ -143,6 +163,21 @@ def test_a_whole_last_line_that_is_damaged_is_refused(file: Path) -> None:
     assert err.startswith(f"DataError: {file}: line 301 is no JSON") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["packed", "pretty", "utf-16"])
+def test_a_file_of_another_kind_is_told_what_to_be(file: Path, name: str) -> None:
+    lines = "".join(json.dumps(record) + "\n" for record in records())
+    pretty = json.dumps(records(), indent=1)
+    file.write_bytes({"packed": gzip.compress(lines.encode()), "pretty": pretty.encode(), "utf-16": lines.encode("utf-16")}[name])
+    _, err = run("--input", file, expect=2)
+    assert err.startswith(f"DataError: {file}: line 1 is no JSON") and err.endswith("name a file of JSON lines, unpacked and in UTF-8\n")
+
+
+def test_no_name_is_no_file() -> None:
+    with redirect_stderr(io.StringIO()) as complained, pytest.raises(SystemExit, match="2"):
+        tool().main(["--input", ""])
+    assert "it is empty; name a run's metrics.jsonl" in complained.getvalue()
+
+
 def test_files_without_a_curve(file: Path, tmp_path: Path) -> None:
     for lines in ([], [{"step": 1}], [{"loss": 1.0}], ['{"step": 1, "lo']):
         _, err = run("--input", write(file, lines), expect=2)
@@ -153,11 +188,11 @@ def test_files_without_a_curve(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_short_run_is_told_to_be_one(file: Path) -> None:
-    value, err = told(write(file, records()[:20]))
-    assert value == {"events": [], "steps": 20} and "note: none could be judged: 20 finite losses, and the rule needs 20 before" in err
-    assert "none could be judged" not in told(write(file, records()[:21]))[1]
-    lines = [{"step": step, "loss": 2 + 0.01 * (step % 2)} for step in range(1, 21)] + [{"step": 21.0, "loss": 3}]
-    assert [event["step"] for event in told(write(file, lines))[0]["events"]] == [21]
+    value, err = told(write(file, records()[:48]))
+    assert value == {"events": [], "steps": 48} and "note: none could be judged: 48 finite losses, and the rule needs 48 before" in err
+    assert "none could be judged" not in told(write(file, records()[:49]))[1]
+    lines = [{"step": step, "loss": 2 + 0.01 * (step % 2)} for step in range(1, 49)] + [{"step": 49.0, "loss": 3}]
+    assert [event["step"] for event in told(write(file, lines))[0]["events"]] == [49]
 
 
 def test_it_starts_without_torch(file: Path) -> None:
