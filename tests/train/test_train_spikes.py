@@ -76,6 +76,13 @@ def test_it_is_the_rule_that_is_printed(seed: int) -> None:
     assert [spike.excess for spike in found] == pytest.approx([excess for _, excess in expected], rel=1e-9)
 
 
+def test_the_shortest_line_is_the_rules_too() -> None:
+    at = np.arange(150)
+    losses = 8 * np.exp(-at / 60) + 0.01 * np.random.default_rng(6).standard_normal(150)
+    losses[range(60, 150, 12)] += np.linspace(0.05, 0.2, 8)
+    assert events(losses) == [index for index, _ in by_the_rule(losses.tolist())]
+
+
 def test_the_rule_tells_its_constants() -> None:
     told = ("n = 128 (", "n = 48 or n = 24;", "more than 3.5 sigma above the line of n = 48", "first 48", "1/6", "1.4826", "1e-07")
     told += ("K = 3.7 (1 + 14 / n), 4.10 and 4.78, but 7.5 for n = 24", "50 of one event", "10 losses", "1e+300")
