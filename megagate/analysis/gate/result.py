@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from math import exp, inf, isfinite, sqrt
+from math import exp, inf, isfinite, isnan, nan, sqrt
 from statistics import fmean
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -60,17 +60,18 @@ class ModelResult:
     def gate_std(self) -> float | None:
         """Standard deviation of all gate scores of all layers, about their common mean."""
         squares = self._of_gates(lambda gate: gate.std**2 + gate.mean**2)
-        return None if squares is None else sqrt(max(0.0, squares - self.gate_mean**2))
+        # nan first: of nan and a number, max gives the first.
+        return None if squares is None else sqrt(max(squares - self.gate_mean**2, 0.0))
 
     @property
     def gate_below_01(self) -> float | None:
-        """Share of gate scores below 0.1."""
-        return self._of_gates(lambda gate: gate.below_01)
+        """Share of gate scores below 0.1; nan where scores are nan, which are below nothing."""
+        return self._of_gates(lambda gate: nan if isnan(gate.mean) else gate.below_01)
 
     @property
     def gate_below_05(self) -> float | None:
-        """Share of gate scores below 0.5."""
-        return self._of_gates(lambda gate: gate.below_05)
+        """Share of gate scores below 0.5; nan likewise."""
+        return self._of_gates(lambda gate: nan if isnan(gate.mean) else gate.below_05)
 
     @property
     def m_act(self) -> float:
