@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     output = claim(options.output)
     with _progress() as bar:
-        analysis = analyze(request, bar=bar)
+        analysis = analyze(request, bar=bar, note=lambda text: print(f"note: {text}", file=sys.stderr))
     written = [write(analysis, output), *write_tables(analysis, output), *draw(analysis, output)]
     print(json.dumps(analysis.to_json(), indent=1) if options.json else table_text(analysis), flush=True)
     print("\n".join(f"wrote {path}" for path in written), file=sys.stderr)

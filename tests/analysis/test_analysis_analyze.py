@@ -95,12 +95,14 @@ def test_a_run_within_documents_is_measured_as_it_was_trained(tmp_path: Path) ->
     across, within = run(tmp_path / "a"), run(tmp_path / "b", data=DataConfig(path="synthetic", attention="document"))
     both = {"seq_len": 120}
     a, b = alone(f"a={across}", lines, **both), alone(f"b={within}", lines, **both)
-    assert "within documents" in b.kind
-    assert "within documents" not in a.kind
+    assert b.kind.endswith("trained with attention within documents, trained on 64 tokens, measured with attention within documents")
+    assert a.kind.endswith("forward pass, trained on 64 tokens, measured with attention across documents") and "within" not in a.kind
     assert (a.targets, b.targets) == (3 * 120, 3 * 120 - 4)  # four of the tokens that are read end documents
     assert a.loss != b.loss
     assert alone(f"a={across}", lines, attention="document", **both).layers == b.layers
-    assert alone(f"b={within}", lines, attention="causal", **both).layers == a.layers
+    crossed = alone(f"b={within}", lines, attention="causal", **both)
+    assert crossed.layers == a.layers
+    assert crossed.kind.endswith("trained with attention within documents, trained on 64 tokens, measured with attention across documents")
     together = analyze(request((f"a={across}", f"b={within}"), lines, **both)).models
     assert [model.targets for model in together] == [b.targets, b.targets]
     assert [model.layers for model in together] == [a.layers, b.layers]
@@ -114,6 +116,29 @@ def test_the_tokenizer_is_the_runs_own_and_its_exports(tmp_path: Path, text: Pat
     found = analyze(request((f"ours={where}", f"theirs={folder}"), text, tokenizer=None))
     assert found.models[0].loss == pytest.approx(found.models[1].loss, rel=1e-6)
     assert "".join(found.models[0].map_tokens) == WORDS[: len("".join(found.models[0].map_tokens))]
+
+
+def test_another_tokenizer_than_a_models_own_is_told(tmp_path: Path, text: Path) -> None:
+    tokenizer = Tokenizer.train([WORDS], vocab_size=290)
+    data = dataset(tmp_path / "set", tokenizer, train=tokenizer.encode(WORDS))
+    models = (f"own={run(tmp_path / 'own', data=DataConfig(path=str(data)))}", f"unknown={run(tmp_path / 'unknown')}")
+    notes: list[str] = []
+    words = "encoded by --tokenizer bytes, which is not that of own"
+    assert analyze(request(models, text, samples=1), note=notes.append).data == f"{text} {words}"
+    assert notes == [f"--data is {words}; their figures are of ids that mean other text to them"]
+    assert analyze(request(models, text, samples=1, tokenizer=str(data)), note=notes.append).data == str(text)
+    assert len(notes) == 1
+
+
+def test_more_tokens_than_a_model_was_trained_on_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(WORDS * 2)
+    where, notes = run(tmp_path / "run"), []
+    length = run_config(BYTES).train.seq_len
+    for reads in (length, length + 1):
+        found = analyze(request((f"it={where}",), path, samples=1, seq_len=reads), note=notes.append)
+        assert (f"trained on {length} tokens" in found.models[0].kind) == (reads > length)
+    assert notes == [f"it was trained on {length} tokens, and reads {length + 1}"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +161,9 @@ def test_whose_attention_is_kept(tmp_path: Path, text: Path, layers: int, wanted
         (("it=text.txt",), {}, CheckpointError, r"--models it: .*text\.txt is a file; give a run"),
         (("it=.",), {}, CheckpointError, r"--models it: .* holds no complete checkpoint; .*; it has no config\.json either"),
         (("it=run", "two=run"), {"layers": (1, 3)}, ConfigError, r"--layers \(3\): it has no such layer, only 1 to 2; choose layers that"),
-        (("it=run",), {"device": "abacus"}, RunError, r"--device \(abacus\) cannot be used here"),
+        (("it=run",), {"device": "abacus"}, RunError, r"--device \(abacus\) cannot be used here \(PyTorch knows no such device\);"),
+        (("it=run",), {"device": "meta"}, RunError, r"--device \(meta\) cannot be used here \(it holds no numbers\); use cpu"),
+        (("it=run",), {"device": "maia"}, RunError, r"--device \(maia\) cannot be used here \(Could not run .{,80} backend\); use cpu"),
         (("it=run",), {"tokenizer": "/no/where.json"}, DataError, r"--tokenizer /no/where\.json: no such file"),
         (("it=run",), {"tokenizer": None}, DataError, r"--models it: its tokenizer is needed .*\(none: data\.path synthetic has ids"),
         (("it=run",), {"seq_len": 100_000}, DataError, r"text\.txt has \d+ tokens, and one sequence takes 100,001"),

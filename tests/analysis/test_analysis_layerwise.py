@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megagate.analysis.gate.layerwise import Looked, look_through, passes
-from megagate.analysis.gate.source import gate_words, open_source
+from megagate.analysis.gate.source import attention_words, gate_words, open_source
 from megagate.analysis.gate.text import Windows
 from megagate.checkpoint.hf.adopt import adopt
 from megagate.checkpoint.hf.export import export
 from megagate.checkpoint.hf.table import NAMES
-from megagate.config.model import GateConfig, ModelConfig
+from megagate.config.model import AttentionConfig, GateConfig, ModelConfig, SwitchConfig
 from megagate.data.loader import IGNORE_INDEX
 from megagate.model.lm import LanguageModel
 from megagate.probe.figures import LayerFigures
@@ -226,4 +226,9 @@ def test_attention_within_documents_is_that_of_documents_alone(tmp_path: Path) -
     ],
 )
 def test_gates_in_words(gate: GateConfig, words: str) -> None:
-    assert gate_words(gate) == words
+    assert gate_words(gate) == attention_words(AttentionConfig(gate=gate)) == words
+
+
+def test_switch_heads_in_words() -> None:
+    attention = AttentionConfig(gate=GateConfig("G1"), switch=SwitchConfig("v", num_experts=4, top_k=2))
+    assert attention_words(attention) == "elementwise at G1, sigmoid; switch heads v, 2 of 4: not scored here"

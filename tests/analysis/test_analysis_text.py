@@ -93,6 +93,26 @@ def test_of_a_long_text_the_beginning_is_encoded(tmp_path: Path) -> None:
     found = read(written(tmp_path / "a.txt", WORDS * 1000), samples=2, tokenizer=counting)
     assert counting.seen < 1000
     torch.testing.assert_close(found.tokens, read(written(tmp_path / "b.txt", WORDS), samples=2).tokens)
+    for text in (WORDS.replace("\n", " ") * 1000, "x" * 80_000, "A title\n" + "y" * 80_000):
+        counting.seen = 0
+        found = read(written(tmp_path / "c.txt", text), samples=2, tokenizer=counting)
+        assert 0 < counting.seen < 1000
+        assert found.tokens.flatten().tolist() == list(text[:16].encode())
+
+
+def test_a_head_that_is_not_enough_is_followed_by_a_longer_one(tmp_path: Path) -> None:
+    class Sparse(ByteTokenizer):
+        """A token for 64 bytes."""
+
+        seen = 0
+
+        def encode_batch(self, texts):
+            self.seen += sum(map(len, texts))
+            return [ids[::64] for ids in super().encode_batch(texts)]
+
+    sparse = Sparse()
+    assert read(written(tmp_path / "a.txt", "x" * 200_000), samples=2, tokenizer=sparse).tokens.shape == (2, 8)
+    assert sparse.seen == 16 * 17 + 16 * 16 * 17
 
 
 def test_a_data_set_is_read_as_a_validation_reads_it(tmp_path: Path) -> None:
@@ -160,7 +180,7 @@ def test_too_short_a_file_is_refused_with_the_longest_sequence_that_it_has(tmp_p
         read(text)
     with pytest.raises(DataError, match=r"set has 8 tokens, and one sequence takes 9"):
         read(dataset(tmp_path / "set", ByteTokenizer(), valid=[1] * 8))
-    with pytest.raises(DataError, match=r"a\.jsonl has 0 tokens"):
+    with pytest.raises(DataError, match=r"a\.jsonl is empty; give text"):
         read(written(tmp_path / "a.jsonl", ""))
 
 
@@ -168,8 +188,8 @@ def test_too_short_a_file_is_refused_with_the_longest_sequence_that_it_has(tmp_p
     ("name", "text", "message"),
     [
         ("a.csv", "x", r"a\.csv: unknown kind of file; names must end in \.jsonl"),
-        ("a.jsonl", '{"txt": "x"}\n', r"a\.jsonl, byte 0: no key 'text', only 'txt'"),
-        ("a.jsonl", "{", r"a\.jsonl, byte 0: malformed JSON"),
+        ("a.jsonl", '{"txt": "x"}\n', r"a\.jsonl, byte 0: no key 'text', only 'txt'; choose another --text-key$"),
+        ("a.jsonl", "{", r"a\.jsonl, byte 0: malformed JSON .*\); mend the file, or give another$"),
         ("set/a.txt", "x", r"set: the folder has no dataset\.json; give a file of text"),
         ("gone/../../none.txt", "x", r"none\.txt: there is no such file; give text"),
     ],

@@ -13,11 +13,12 @@ import torch
 
 from megagate.analysis.gate.layerwise import Report, look_through, passes
 from megagate.analysis.gate.result import Analysis, ModelResult
-from megagate.analysis.gate.source import Source, gate_words, open_source
-from megagate.analysis.gate.text import Windows, default_length, read_windows
+from megagate.analysis.gate.source import Source, attention_words, open_source
+from megagate.analysis.gate.text import Windows, default_length, read_windows, unlike
 from megagate.config.count import count_parameters
 from megagate.data.files import AtomicFile
 from megagate.data.preprocess.tokenizer_source import find_tokenizer
+from megagate.data.tokenizer import AnyTokenizer
 from megagate.errors import ConfigError, DataError, MegagateError, RunError
 
 Attention = Literal["trained", "causal", "document"]
@@ -60,10 +61,17 @@ class Request:
 
 Bar = Callable[[int], Report]
 """Makes something to report to, given the total."""
+Note = Callable[[str], None]
+"""Takes a sentence for people."""
 
 
-def analyze(request: Request, *, bar: Bar = lambda total: lambda passed: None) -> Analysis:
+def analyze(request: Request, *, bar: Bar = lambda total: lambda passed: None, note: Note = lambda text: None) -> Analysis:
     """Measure the models, one after the other. Everything that can be refused is refused before the first is run.
+
+    Args:
+        request: What is asked for.
+        bar: Makes what is told of progress.
+        note: Is told of what is odd and no error, before the first model is run.
 
     Raises:
         ConfigError: The request contradicts itself, or the models do not compare.
@@ -80,7 +88,11 @@ def analyze(request: Request, *, bar: Bar = lambda total: lambda passed: None) -
     windows = read_windows(
         request.data, sources, seq_len=length, samples=request.samples, tokenizer=tokenizer, text_key=request.text_key
     )
+    windows = windows._replace(described=_noted(windows.described, sources, request.tokenizer, tokenizer, note))
     within = [_within(source, request.attention, windows) for source in sources]
+    for source in sources:
+        if beyond := _beyond(source, length):
+            note(f"{source.name} was {beyond}, and reads {length:,}")
     if any(within):
         windows = windows.without_targets_after_documents()  # of all models, so that their losses are of the same targets
     report = bar(sum(passes(source, windows) for source in sources))
@@ -134,11 +146,34 @@ def _named(models: Sequence[str]) -> dict[str, Path]:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise _no_device(name, "PyTorch knows no such device") from error
+    if device.type == "meta":
+        raise _no_device(name, "it holds no numbers")
+    try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without it
-        reason = str(error).splitlines()[0]
-        raise RunError(f"--device ({name}) cannot be used here ({reason}); use cpu, or a device that PyTorch finds") from error
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last two where PyTorch was built without it
+        raise _no_device(name, str(error).splitlines()[0].partition(". ")[0].rstrip(".")) from error
     return device
+
+
+def _no_device(name: str, reason: str) -> RunError:
+    return RunError(f"--device ({name!s:.100}) cannot be used here ({reason}); use cpu, or a device that PyTorch finds")
+
+
+def _noted(described: str, sources: Sequence[Source], named: str | None, tokenizer: AnyTokenizer | None, note: Note) -> str:
+    """What was read, with the models whose tokenizer is not that with which it was."""
+    others = [] if tokenizer is None else [source.name for source in sources if unlike(source, tokenizer)]
+    if not others:
+        return described
+    words = f"--tokenizer {named}, which is not that of {', '.join(others)}"
+    note(f"--data is encoded by {words}; their figures are of ids that mean other text to them")
+    return f"{described} encoded by {words}"
+
+
+def _beyond(source: Source, length: int) -> str:
+    """On how few tokens a model was trained that now reads more; empty where it was not."""
+    return f"trained on {source.length:,} tokens" if source.length and length > source.length else ""
 
 
 def _shown(source: Source, layers: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -178,6 +213,7 @@ def _result(
     request: Request,
     report: Report,
 ) -> ModelResult:
+    span, length = "within" if within_documents else "across", windows.tokens.shape[1]
     looked = look_through(
         source,
         windows,
@@ -190,8 +226,8 @@ def _result(
     return ModelResult(
         name=source.name,
         path=str(source.path),
-        kind=source.kind,
-        gate=gate_words(source.model.attention.gate),
+        kind=", ".join(filter(None, [source.kind, _beyond(source, length), f"measured with attention {span} documents"])),
+        gate=attention_words(source.model.attention),
         parameters=count_parameters(source.model).total,
         loss=looked.loss,
         targets=looked.targets,

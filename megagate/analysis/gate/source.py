@@ -17,7 +17,7 @@ from megagate.checkpoint.hf.tokenizer_files import RunTokenizer, run_tokenizer
 from megagate.checkpoint.hf.verify_files import FolderTensors, Rebuilt
 from megagate.checkpoint.saved_model import native_shapes, require_model, run_of
 from megagate.checkpoint.store import Checkpoint
-from megagate.config.model import GateConfig, ModelConfig
+from megagate.config.model import AttentionConfig, GateConfig, ModelConfig
 from megagate.config.run import RunConfig
 from megagate.data.preprocess.tokenizer_source import find_tokenizer
 from megagate.data.tokenizer import TOKENIZER_NAME, AnyTokenizer
@@ -74,6 +74,14 @@ def open_source(name: str, path: Path) -> Source:
         raise type(error)(f"--models {name}: {error}") from error
 
 
+def attention_words(attention: AttentionConfig) -> str:
+    """A gate in words, and switch heads, whose scores are not those of a gate."""
+    words, switch = gate_words(attention.gate), attention.switch
+    if not switch.switched:
+        return words
+    return f"{words}; switch heads {switch.projections}, {switch.top_k} of {switch.num_experts}: not scored here"
+
+
 def gate_words(gate: GateConfig) -> str:
     """A gate in words."""
     if gate.position == "none":
@@ -128,7 +136,8 @@ def _masters(checkpoint: Checkpoint, model: ModelConfig, prefix: str, dtype: tor
             if tensor.is_floating_point() and dtype != torch.float32:
                 tensor.copy_(tensor.to(dtype))
             found[short.removeprefix(prefix)] = tensor
-    checkpoint.close()  # or the pages of its files that were read would stay in memory; they are opened again when asked for
+            # Or the pages of its files that were read would stay in memory, beside the tensors; they are opened again when asked for.
+            checkpoint.close()
     return found
 
 

@@ -88,6 +88,8 @@ def read_windows(
         return _of_dataset(data, sources, seq_len=seq_len, samples=samples, tokenizer=tokenizer)
     if not os.path.isfile(data):
         raise DataError(f"--data {data!s:.300}: there is no such file; give text ({suffixes()}, .md), or the folder of a prepared data set")
+    if not os.path.getsize(data):
+        raise DataError(f"--data {data} is empty; give text")
     words = tokenizer or _common_tokenizer(sources)
     size = sources[0].model.vocab_size
     if words.vocab_size > size:
@@ -127,6 +129,11 @@ def _common_tokenizer(sources: Sequence[Source]) -> AnyTokenizer:
                 f"compare; analyze them apart, or, if they are the same after all, {_NAME_ONE}"
             )
     return first.tokenizer
+
+
+def unlike(source: Source, tokenizer: AnyTokenizer) -> bool:
+    """Whether a model is known to have another tokenizer than this one."""
+    return source.tokenizer is not None and bool(_difference(source.tokenizer, tokenizer))
 
 
 def _difference(first: AnyTokenizer, other: AnyTokenizer, *, ends: bool = True) -> str:
@@ -200,7 +207,9 @@ def _documents(path: Path, text_key: str) -> Iterator[str]:
     end = open_parquet(path).metadata.num_row_groups if kind == "parquet" else path.stat().st_size
     for document in read_part(Part(str(path), kind, 0, end), text_key=text_key, longest=_LONGEST):
         if isinstance(document, BadDocument):
-            raise DataError(f"--data {document.message}; mend the file, or give another")
+            message = document.message.removesuffix(", or raise --max-document-bytes")  # which is an option of preparing data
+            remedy = "" if message.endswith(("choose another --text-key", "split it")) else "; mend the file, or give another"
+            raise DataError(f"--data {message}{remedy}")
         yield document.text
 
 
@@ -219,11 +228,14 @@ def _stream(documents: Iterator[str], tokenizer: AnyTokenizer, *, enough: int) -
 
 def _encoded(text: str, tokenizer: AnyTokenizer, *, enough: int) -> IntArray:
     """A document, or so much of a long one that it is enough."""
-    if len(text) > _HEAD * enough:
-        head = text[: _HEAD * enough].rpartition("\n")[0]
-        (ids,) = tokenizer.encode_batch([head])
+    size = _HEAD * enough
+    while size < len(text):
+        # Whole lines, or words, of which the tokens do not depend on what follows; where there is neither, those of the last word do.
+        end = next((cut for mark in "\n " if (cut := text.rfind(mark, size // 2, size)) > 0), size)
+        (ids,) = tokenizer.encode_batch([text[:end]])
         if len(ids) >= enough:
             return ids[:enough].astype(np.int64)
+        size *= _HEAD
     (ids,) = tokenizer.encode_documents([text])
     return ids
 
