@@ -12,7 +12,7 @@ import torch
 from hf_exports import DENSE, ELEMENTWISE, HEADWISE, MOE, gated, language_model, masters, run_config, save
 from test_analysis_text import WORDS, dataset
 
-from megagate.analysis.gate.analyze import Request, analyze, claim, write
+from megagate.analysis.gate.analyze import Request, analyze, claim, claimed, write
 from megagate.analysis.gate.result import Analysis, ModelResult
 from megagate.checkpoint.hf.export import export
 from megagate.config.model import ModelConfig
@@ -217,8 +217,39 @@ def test_the_file_gives_the_analysis_back(tmp_path: Path, text: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"--output \(.*/file\) cannot be written \(File exists\); choose a folder that can be"):
+    with pytest.raises(RunError, match=r"--output \(.*/file\) is a file; name a folder$"):
         claim(tmp_path / "file")
     with pytest.raises(RunError, match=r"--output \(.*/file/below\) cannot be written \(Not a directory\)"):
         claim(tmp_path / "file" / "below")
     assert os.listdir(claim(tmp_path / "fine")) == []
+
+
+def test_folders_of_models_and_of_data_are_no_place_for_an_analysis(tmp_path: Path) -> None:
+    where = run(tmp_path / "run")
+    exported = export(where, tmp_path / "hf").folder
+    (step,) = (where / "checkpoints").glob("step-*")
+    data = dataset(tmp_path / "set", ByteTokenizer(), valid=[1] * 9)
+    for folder in (where, where / "checkpoints", step, exported, data):
+        before = sorted(os.listdir(folder))
+        with pytest.raises(RunError, match=r"--output \(.*\): holds .*, as a model's or a data set's folder does; choose another folder"):
+            claim(folder)
+        assert sorted(os.listdir(folder)) == before
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "link").symlink_to("bare")
+    with pytest.raises(RunError, match=r"link\): is what is to be analyzed; choose"):
+        claim(tmp_path / "link", [tmp_path / "bare"])
+    assert os.listdir(claim(where / "analysis")) == []
+
+
+def test_a_folder_that_was_made_in_vain_goes_again(tmp_path: Path, text: Path) -> None:
+    made, there = tmp_path / "a" / "new" / "folder", tmp_path / "there"
+    there.mkdir()
+    for folder in (made, there):
+        with pytest.raises(KeyboardInterrupt), claimed(folder, request(("it=x",), text)):
+            assert folder.is_dir()
+            raise KeyboardInterrupt
+    assert there.is_dir() and not (tmp_path / "a").exists()
+    with pytest.raises(KeyboardInterrupt), claimed(made, request(("it=x",), text)):
+        (made / "file").touch()
+        raise KeyboardInterrupt
+    assert (made / "file").exists()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,7 +76,8 @@ def test_it_prints_the_table_and_writes_all(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "it={run}", "--data", "{text}", "--output", "{text}"], "RunError: --output ("),
+        (["--models", "it={run}", "--data", "{text}", "--output", "{text}"], "text.txt) is a file; name a folder"),
+        (["--models", "it={run}", "--data", "{text}", "--output", "{run}"], "RunError: --output ("),
         (["--models", "it={run}", "--data", "{text}", "--output", "{out}"], "its tokenizer is needed"),
         (["--models", "it={run}", "--data", "{out}.txt", "--output", "{out}", "--tokenizer", "bytes"], "there is no such file"),
         (["--models", "it={out}/gone", "--data", "{text}", "--output", "{out}"], "CheckpointError: --models it:"),
@@ -92,6 +94,40 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert message in shown.err
     assert "Traceback" not in shown.err
     assert shown.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_leaves_no_part_of_a_file(
+    main: Callable[..., int], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted:
+        """A bar during which somebody presses Ctrl-C: at the third of its passes."""
+
+        def __init__(self, **options: object) -> None:
+            self.left = 3
+
+        def __enter__(self) -> "Interrupted":
+            return self
+
+        def __exit__(self, *raised: object) -> None:
+            pass
+
+        def update(self, passed: int) -> None:
+            self.left -= passed
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("tqdm.tqdm", Interrupted)
+    run, output = checkpoint(tmp_path / "run", of_bytes(DENSE)), tmp_path / "out"
+    arguments = ["--models", f"it={run}", "--data", text, "--tokenizer", "bytes", "--seq-len", 16, "--output", output]
+    assert main(*arguments) == 128 + signal.SIGINT
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.splitlines()[-1].partition(";")[0]) == ("", "stopped")
+    assert not output.exists()
+    output.mkdir()
+    (output / "analysis.json").write_text("earlier")
+    assert main(*arguments) == 128 + signal.SIGINT
+    assert [(path.name, path.read_text()) for path in output.iterdir()] == [("analysis.json", "earlier")]
 
 
 def test_help_is_instant_and_needs_no_torch(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,8 +15,12 @@ from megagate.analysis.gate.layerwise import Report, look_through, passes
 from megagate.analysis.gate.result import Analysis, ModelResult
 from megagate.analysis.gate.source import Source, attention_words, open_source
 from megagate.analysis.gate.text import Windows, default_length, read_windows, unlike
+from megagate.checkpoint.folders import INDEX_NAME, POINTERS, ROOT_NAME, is_step_name
+from megagate.checkpoint.hf.adopt_config import CONFIG
+from megagate.checkpoint.rewrite import CONFIG_NAME
 from megagate.config.count import count_parameters
 from megagate.data.files import AtomicFile
+from megagate.data.manifest import MANIFEST_NAME
 from megagate.data.preprocess.tokenizer_source import find_tokenizer
 from megagate.data.tokenizer import AnyTokenizer
 from megagate.errors import ConfigError, DataError, MegagateError, RunError
@@ -25,6 +29,8 @@ Attention = Literal["trained", "causal", "document"]
 """To what tokens attend: as each model was trained, to all tokens before them, or to those of their own document."""
 
 NAME = "analysis.json"
+_OTHERS = frozenset({CONFIG, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, ROOT_NAME, *POINTERS})
+"""What folders of models and of data hold, and that of an analysis does not."""
 SAMPLES, MAP_TOKENS = 16, 64
 SHOWN_LAYERS = (1, 7, 21, 28)
 """Whose attention is shown, counted from 1: the layers that the paper's authors show."""
@@ -104,13 +110,42 @@ def analyze(request: Request, *, bar: Bar = lambda total: lambda passed: None, n
     return Analysis(models, windows.described, len(windows.tokens), length, "fp32", str(device))
 
 
-def claim(output: Path) -> Path:
-    """Make the folder, and see that it can be written to, before hours are spent.
+@contextmanager
+def claimed(output: Path, request: Request) -> Iterator[Path]:
+    """The folder for what is found, made before hours are spent; in an error's case what was made of it goes again, unless it is in use.
 
     Raises:
-        RunError: It cannot.
+        RunError: It cannot be written to, or is a model's or the data's own.
     """
+    missing = [folder for folder in (output, *output.parents) if not os.path.lexists(folder)]  # the innermost first
+    taken = [*_named(request.models).values(), request.data]
+    try:
+        yield claim(output, taken)
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()  # only what is empty
+        raise
+
+
+def claim(output: Path, taken: Sequence[Path] = ()) -> Path:
+    """Make the folder, and see that it can be written to.
+
+    Args:
+        output: The folder.
+        taken: What it must not be.
+
+    Raises:
+        RunError: It cannot, or holds a run, checkpoints, a Hugging Face model or a data set.
+    """
+    if os.path.isfile(output):
+        raise RunError(f"--output ({output}) is a file; name a folder")
     with _writing(output):
+        names = set(os.listdir(output)) if os.path.isdir(output) else set()
+        held = next((name for name in sorted(names) if name in _OTHERS or is_step_name(name)), None)
+        if held or os.path.realpath(output) in map(os.path.realpath, taken):
+            reason = f"holds {held}, as a model's or a data set's folder does" if held else "is what is to be analyzed"
+            raise RunError(f"{reason}; choose another folder, which may lie in it")
         output.mkdir(parents=True, exist_ok=True)
         probe = output / f".{NAME}.{os.getpid()}"
         probe.touch()
