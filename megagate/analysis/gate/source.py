@@ -141,16 +141,20 @@ def _masters(checkpoint: Checkpoint, model: ModelConfig, prefix: str, dtype: tor
     return found
 
 
+class _PassingTensors(FolderTensors):
+    """Lets go of the files after each tensor: their pages would stay in memory beside what is made of them."""
+
+    def read_fp32(self, name: str) -> Tensor:
+        """See `FolderTensors`."""
+        tensor = super().read_fp32(name)
+        self.weights.let_go()
+        return tensor
+
+
 def _of_folder(name: str, path: Path) -> Source:
     opened = open_directory(path)
     described, weights = opened.described, opened.weights
-    rebuilt = Rebuilt(described.model, opened.rows, FolderTensors(path, weights))
-
-    def read(prefix: str) -> dict[str, Tensor]:
-        found = rebuilt.under(prefix)
-        weights.let_go()
-        return found
-
+    read = Rebuilt(described.model, opened.rows, _PassingTensors(path, weights)).under
     # Norms may be wider than the matrices.
     dtypes = {held.dtype for held in weights.held.values() if held.dtype.is_floating_point and len(held.shape) > 1}
     words = " and ".join(sorted(_WORDS.get(dtype, str(dtype)) for dtype in dtypes))
