@@ -184,6 +184,27 @@ def test_only_a_part_of_the_model_is_in_memory_at_a_time(tmp_path: Path, kind: s
     assert asked == [*first, ("final_norm.", set()), ("head.", {"final_norm"})]
 
 
+@pytest.mark.parametrize("kind", ["native", "export"])
+def test_a_block_is_read_in_little_more_memory_than_it_has(tmp_path: Path, kind: str) -> None:
+    """Files are mapped, and the pages of a block's that were read would count beside it: twice its size."""
+    model = replace(moe(num_experts=16, ffn_size=1024), hidden_size=512, num_layers=1)
+    where = native(tmp_path, model)
+    source = open_source("it", export(where, tmp_path / "hf").folder if kind == "export" else where)
+    source.read("final_norm.")
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = memory("VmRSS")
+    size = sum(tensor.nbytes for tensor in source.read("layers.0.").values())
+    assert size > 90 << 20
+    assert memory("VmHWM") - before < 1.6 * size
+
+
+def memory(key: str) -> int:
+    """Of this process, bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) << 10
+
+
 def parts_with_weights() -> set[str]:
     """Of the model that is running, which is the only one that has weights in some parts alone."""
     running = (one for one in gc.get_objects() if type(one) is LanguageModel and any(p.is_meta for p in one.parameters()))
