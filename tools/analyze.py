@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from megagate.analysis.gate.analyze import Request, analyze, claimed, write
-    from megagate.analysis.gate.figures import draw
+    from megagate.analysis.gate.figures import clear, draw
     from megagate.analysis.gate.table import table_text, write_tables
 
     request = Request(
@@ -73,6 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     with claimed(options.output, request) as output:
         with _progress() as bar:
             analysis = analyze(request, bar=bar, note=lambda text: print(f"note: {text}", file=sys.stderr))
+        clear(output)
         written = [write(analysis, output), *write_tables(analysis, output), *draw(analysis, output)]
     print(json.dumps(analysis.to_json(), indent=1) if options.json else table_text(analysis), flush=True)
     print("\n".join(f"wrote {path}" for path in written), file=sys.stderr)

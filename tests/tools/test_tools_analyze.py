@@ -69,8 +69,17 @@ def test_it_prints_the_table_and_writes_all(
     assert {"dense_selected_layer_attention_maps.png", "mixture_selected_layer_attention_maps.png", "page.png"} <= files
     for name in files:
         assert str(output / name) in shown.err
+    assert "note:" not in shown.err
+    (output / "mine_selected_layer_attention_maps.png").touch()
+    options[options.index(16)] = 40
     assert main("--models", runs[0], *options, "--output", output, "--json") == 0
-    assert Analysis.from_json(json.loads(capsys.readouterr().out)).models == analysis.models[:1]
+    again = capsys.readouterr()
+    (model,) = Analysis.from_json(json.loads(again.out)).models
+    assert (model.name, model.targets) == ("dense", 80)
+    assert "note: dense was trained on 32 tokens, and reads 40\n" in again.err
+    # Of the models that were analyzed before and are not now nothing is left; what is no analysis's stays.
+    kept = {path.name for path in output.iterdir()}
+    assert kept == files - {"mixture_selected_layer_attention_maps.png"} | {"mine_selected_layer_attention_maps.png"}
 
 
 @pytest.mark.parametrize(
