@@ -33,6 +33,11 @@ def test_a_look_at_every_fiftieth_step_costs_a_fiftieth_of_it(look: float, verdi
     assert float(observed[4].split()[0]) == pytest.approx(2 * (look - 1), abs=0.01)
 
 
+def test_too_few_pairs_for_an_interval_show_nothing() -> None:
+    *_, twin, observed = [[cell.strip() for cell in line.split("|")] for line in table(record_of(1.4, pairs=3), machine="one")]
+    assert twin[-2] == observed[-2] == "not separable"
+
+
 def test_a_small_study_of_a_config(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     command = ["observe", "--config", str(NANO), "--threads", "1", "--pairs", "2", "--json", str(record)]

@@ -4,7 +4,7 @@ Pure: the steps themselves run in a process of their own (`observe_work.py`), wi
 changes nothing, so that all are steps of one run.
 """
 
-from megagate.analysis.benchmark.gate import BASE, TWIN, Record, interval, median_seconds, overhead
+from megagate.analysis.benchmark.gate import BASE, TWIN, Record, interval, median_seconds, overhead, verdict
 from megagate.analysis.benchmark.paired import Shift
 from megagate.config.run import ObserveConfig
 
@@ -32,10 +32,9 @@ def table(record: Record, *, machine: str) -> list[str]:
         wall, cpu = overhead(record.numbers, key, "seconds"), overhead(record.numbers, key, "cpu_seconds")
         cells = [f"{title} (`{key}`)", interval(wall), interval(cpu)]
         if key == TWIN:
-            cells += ["-", "holds 0", "met" if wall.low <= 0 <= wall.high else "missed"]
+            cells += ["-", "holds 0", verdict(key, wall, 0.0)]
         else:
             cost = share(wall, every)
-            verdict = "met" if cost.high < LIMIT else "missed" if cost.low >= LIMIT else "not separable"
-            cells += [interval(cost), f"< {LIMIT:g} %", verdict]
+            cells += [interval(cost), f"< {LIMIT:g} %", verdict(key, cost, LIMIT)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
