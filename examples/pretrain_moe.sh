@@ -34,6 +34,7 @@ if [[ -z "${RANK:-}" || -z "${WORLD_SIZE:-}" ]]; then
     exit 2
   fi
   # DS_LAUNCH_ARGS is split into words on purpose.
+  # shellcheck disable=SC2086
   exec deepspeed ${NPROC:+--num_gpus "$NPROC"} ${DS_LAUNCH_ARGS:-} "$here/pretrain_moe.sh" "$@"
 fi
 

@@ -21,3 +21,9 @@ class CheckpointError(MegagateError):
 
 class RunError(MegagateError):
     """A run that cannot go on: no space, a folder of another run, a number that is not finite."""
+
+
+class NotFiniteError(RunError):
+    """A training whose loss, gradient or scaled tensor is not finite: its exit code tells it from a mistake."""
+
+    exit_code = 3

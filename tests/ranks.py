@@ -40,6 +40,7 @@ DEEPSPEED_STATE: dict[str, dict[str, Any]] = {
     "deepspeed.runtime.zero.partition_parameters": {"zero_init_context": 0, "top_level_context": None, "reuse_buffers": False},
 }
 ZERO_IMPORTS = ["torch._dynamo", "torch._inductor.compile_fx"]  # by ZeRO's first step: seconds in each rank
+JOB_IMPORTS = ["megagate.train.job", "megagate.train.main"]  # of a study's runs, each forked from the server: seconds in each
 ZERO_INIT_COUNTERS = {"param_id": 0, "num_persisted_parameters": 0, "num_persisted_elements": 0, "apply_param_persistence": False}
 
 
@@ -55,8 +56,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 def start() -> None:
     """Start the server of the ranks, which loads torch and DeepSpeed while the first tests run; nothing to do where it runs already."""
-    tests_of_engines = "deepspeed" in sys.modules
-    start_server(preload=["deepspeed", *(ZERO_IMPORTS if tests_of_engines else [])], environment=ENVIRONMENT)
+    tests_of_engines, tests_of_runs = ("deepspeed" in sys.modules, "megagate.analysis.lr.local" in sys.modules)
+    modules = ["deepspeed", *(ZERO_IMPORTS if tests_of_engines or tests_of_runs else []), *(JOB_IMPORTS if tests_of_runs else [])]
+    start_server(preload=modules, environment=ENVIRONMENT)
 
 
 def before_call() -> None:

@@ -30,7 +30,8 @@ if [[ ! -f "$folder/tokenizer.json" ]]; then
   exit 2
 fi
 
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-${HF_HUB_OFFLINE:-1}}" TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
+export HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-$HF_HUB_OFFLINE}"
 # Where an option stands twice, the later one holds: what the user gives comes last. Paths given to lm_eval are relative to tasks/.
 cd "$(dirname "${BASH_SOURCE[0]}")/tasks"
 exec lm_eval --model hf --model_args "pretrained=$folder,dtype=float32" --include_path . --tasks megagate_choice,megagate_continue \

@@ -54,8 +54,12 @@ def gpu_hardware(gpu: str) -> Hardware | None:
     return Hardware(".".join(map(str, recent)) if capability else None, capability or (0, 0))
 
 
-def gpu_bytes(gpu: str) -> int:
+def gpu_bytes(gpu: str, *, key: str = "--gpu") -> int:
     """The memory of a GPU that is given by its name, nominal, or by its size in units of 10^9 bytes, such as `85.5`.
+
+    Args:
+        gpu: It.
+        key: Where it was given, for messages.
 
     Raises:
         ConfigError: No GPU of that name is listed, or the size is no positive number.
@@ -67,5 +71,5 @@ def gpu_bytes(gpu: str) -> int:
     except ValueError:
         size = 0.0
     if not 0 < size < math.inf:
-        raise ConfigError(f"--gpu {gpu} is unknown; give its memory in GB, such as 80, or one of {', '.join(GPU_BYTES)}")
+        raise ConfigError(f"{key} {gpu} is unknown; give its memory in GB, such as 80, or one of {', '.join(GPU_BYTES)}")
     return int(size * 1e9)

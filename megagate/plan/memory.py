@@ -29,11 +29,12 @@ from typing import NamedTuple
 from megagate.config.count import is_replicated, parameters
 from megagate.config.model import ModelConfig
 from megagate.config.precision_rules import size_multiple
+from megagate.config.rules import check
 from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
 from megagate.plan.activations import FP32, Micro, peak
 from megagate.plan.fp8 import fp8_copies
-from megagate.plan.hardware import USABLE, gpu_bytes
+from megagate.plan.hardware import USABLE, gpu_bytes, gpu_hardware
 
 LARGEST_BUCKET = 500_000_000
 """Elements of a communication bucket: `engine/zero_config.py`, a floor below."""
@@ -145,19 +146,38 @@ def _zero_buffers(groups: tuple[Held, Held], *, stage: int, element: int, accumu
     return 2 * accumulated * bucket + element * min(n, GATHERED), copied
 
 
-def check_fits(config: RunConfig, memory: Memory, *, world_size: int, gpu: str) -> None:
+def check_gpu(config: RunConfig, *, world_size: int, gpu: str, key: str = "--gpu") -> None:
+    """Refuses a run that GPUs of a kind cannot do: kernels that they lack, more than 90 % of their memory.
+
+    Args:
+        config: The run; `precision.dtype` auto counts as bf16.
+        world_size: Number of ranks.
+        gpu: A name, or GB.
+        key: Where it was given, for messages.
+
+    Raises:
+        ConfigError: Or the GPU is unknown, or a rule is violated.
+    """
+    if config.precision.dtype == "auto":
+        config = replace(config, precision=replace(config.precision, dtype="bf16"))
+    gpu_bytes(gpu, key=key)
+    check(config, world_size=world_size, hardware=gpu_hardware(gpu))
+    check_fits(config, estimate(config, world_size=world_size), world_size=world_size, gpu=gpu, key=key)
+
+
+def check_fits(config: RunConfig, memory: Memory, *, world_size: int, gpu: str, key: str = "--gpu") -> None:
     """Refuses a run that does not fit.
 
     Raises:
         ConfigError: The GPU is unknown, or more than 90 % of its memory would be needed.
     """
-    available = gpu_bytes(gpu)
+    available = gpu_bytes(gpu, key=key)
     usable = int(USABLE * available)
     needed = memory.total(recompute=config.train.recompute)
     if needed <= usable:
         return
     raise ConfigError(
-        f"--gpu {gpu} ({available / 1e9:.3g} GB) must hold the run in {USABLE:.0%} of its memory ({usable / 1e9:.1f} GB), and it needs "
+        f"{key} {gpu} ({available / 1e9:.3g} GB) must hold the run in {USABLE:.0%} of its memory ({usable / 1e9:.1f} GB), and it needs "
         f"{needed / 1e9:.1f} GB per GPU; {_remedy(config, memory, world_size=world_size, usable=usable)}"
     )
 

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         int: 0 finished (or was finished already), 1 the model has not learnt what `eval.min_gain_nats` asks for, 2 bad input,
-        128 + signal when asked to stop, after saving.
+        3 a loss or a gradient is not finite, 128 + signal when asked to stop, after saving.
     """
     rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
     set_up_logging(rank)

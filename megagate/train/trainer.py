@@ -14,7 +14,7 @@ from megagate.config.run import RunConfig
 from megagate.data.loader import Batch, TrainLoader, ValidLoader
 from megagate.engine.base import Engine, StepResult
 from megagate.engine.nonfinite import first_nonfinite
-from megagate.errors import MegagateError, RunError
+from megagate.errors import MegagateError, NotFiniteError
 from megagate.log import logger
 from megagate.train.agree import everywhere
 from megagate.train.certify import Followed
@@ -86,8 +86,8 @@ class Trainer:
             The position reached, and the signal (0 when the run is finished). In both cases its checkpoint is saved.
 
         Raises:
-            RunError: A loss or norm, or a tensor that delayed scaling saturated, was not finite and `train.on_nonfinite` is `stop`; the
-                newest checkpoint stands.
+            NotFiniteError: A loss or norm, or a tensor that delayed scaling saturated, was not finite and `train.on_nonfinite` is
+                `stop`; the newest checkpoint stands.
         """
         progress = Progress(
             first=position.step, steps=self.config.train.steps, log_every=self.config.log.every, visible=self.world.rank == 0
@@ -209,8 +209,8 @@ class Trainer:
             raise self._stopped(what)
         logger.info("%s; training goes on (train.on_nonfinite: skip)", what)
 
-    def _stopped(self, what: str) -> RunError:
-        return RunError(
+    def _stopped(self, what: str) -> NotFiniteError:
+        return NotFiniteError(
             f"{what}; training stops (train.on_nonfinite: {self.config.train.on_nonfinite}) and the checkpoints in "
             f"{self.folder.checkpoints} stay as they were; lower optim.lr or raise schedule.warmup_steps, and start again in another "
             "train.output_dir"

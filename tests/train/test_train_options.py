@@ -29,8 +29,8 @@ RECORD_KEYS = [
 def test_a_number_that_is_not_finite_stops_the_run(jobs: Jobs, tmp_path: Path, world: int) -> None:
     run = tmp_path / "run"
     command = ("--train.output_dir", run, *EXPLODING, "--checkpoint.every", 1)
-    job = jobs.run(*command, world=world, expect=2)
-    assert job.text.count("RunError") == job.text.count("training stops (train.on_nonfinite: stop)") == 1
+    job = jobs.run(*command, world=world, expect=3)
+    assert job.text.count("NotFiniteError") == job.text.count("training stops (train.on_nonfinite: stop)") == 1
     assert "Traceback" not in job.text
     last = metrics(run)[-1]["step"]
     assert f"step {last + 1}: the loss is " in job.text and "the gradient norm inf" in job.text
@@ -39,7 +39,7 @@ def test_a_number_that_is_not_finite_stops_the_run(jobs: Jobs, tmp_path: Path, w
     assert complete_steps(run / "checkpoints")[-1] == last
     Checkpoint.open(run / "checkpoints" / f"step-{last:08d}").verify()
     before = contents(run / "checkpoints")
-    jobs.run(*command, world=world, expect=2)
+    jobs.run(*command, world=world, expect=3)
     assert contents(run / "checkpoints") == before, "a run that stops again must leave the last good checkpoint alone"
 
 

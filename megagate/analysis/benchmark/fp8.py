@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from megagate.analysis.benchmark import record as records
+from megagate.analysis.lr.interval import t_975
 from megagate.config.run import Fp8Config, Fp8Recipe, PrecisionConfig, RunConfig
 from megagate.data.hashing import canonical_sha256
 from megagate.errors import RunError
@@ -35,8 +36,6 @@ TAIL = 50
 LONGER = 10
 """Than the config's is the validation, where the split has as much."""
 CODE = ("backend", "config", "data", "engine", "model", "nn", "parallel", "train")
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t for an interval of 95 %, of 1 to 10 degrees of freedom; the last also stands for more."""
 
 
 class Key(NamedTuple):
@@ -189,7 +188,7 @@ def gap(runs: Mapping[str, Numbers], row: str, seeds: Sequence[int], of: Callabl
     each = tuple(of(one) - of(base) for one, base in pairs)
     half_width = math.inf
     if len(each) > 1:
-        half_width = T_975[min(len(each) - 1, len(T_975)) - 1] * statistics.stdev(each) / math.sqrt(len(each))
+        half_width = t_975(len(each) - 1) * statistics.stdev(each) / math.sqrt(len(each))
     return Gap(statistics.fmean(each), half_width, each)
 
 
