@@ -4,48 +4,29 @@ Ranks are forked from a server that has torch loaded, so that a start costs a fr
 no port to choose, and no name service (a TCPStore looks 127.0.0.1 up for every connection, and a slow server then costs seconds).
 """
 
-import faulthandler
-import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import pickle
-import random
-import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from megagate.parallel.init import LaunchEnv, init_process_group
+from megagate.parallel.rank import RankContext, Reply, Task, end_with_parent, serve, set_environ
 
 _OUTPUT_LINES = 20  # of a failed rank's output, shown with its error
 _GRACE_S = 0.2  # between the first failure that is seen and the report: the cause may arrive after its consequences
 _DUMP_S = 1.0  # for a hanging rank to write where it stands
 _KILL_S = 10.0  # for the kernel to end a killed process
-_SEED = 1234
-
-
-@dataclass(frozen=True)
-class RankContext:
-    """What a function that runs in all ranks is told about its own."""
-
-    rank: int
-    world_size: int
 
 
 class RankError(RuntimeError):
@@ -63,29 +44,6 @@ class RankError(RuntimeError):
 
 class RankTimeoutError(RankError):
     """Some ranks (`ranks`) had not finished in time. The message says where they stood."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One call, as sent to one rank."""
-
-    context: RankContext
-    call: bytes  # pickled (before, function, args, after): a failing import is reported like any error
-    rendezvous: str  # the file of this call
-    environment: dict[str, str]
-    folder: str
-    path: list[str]
-    timeout: float
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """A rank's answer: `result`, then, once released, `idle`; or `error`, and nothing more."""
-
-    kind: str
-    payload: bytes = b""  # pickled result, or the pickled exception where that is possible
-    text: str = ""  # traceback
-    moment: float = field(default_factory=time.monotonic)
 
 
 def start_server(*, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
@@ -198,7 +156,7 @@ class RankPool:
         while len(self._ranks) < world_size:
             self._ranks.append(_Rank.start(len(self._ranks), Path(self._files.name)))
 
-    def _task(self, context: RankContext, call: bytes, timeout: float) -> _Task:
+    def _task(self, context: RankContext, call: bytes, timeout: float) -> Task:
         launch = {
             "RANK": str(context.rank),
             "LOCAL_RANK": str(context.rank),
@@ -208,7 +166,7 @@ class RankPool:
         }
         if sys.platform == "linux":  # else gloo looks the host name up, which need not resolve
             launch["GLOO_SOCKET_IFNAME"] = "lo"
-        return _Task(
+        return Task(
             context=context,
             call=call,
             rendezvous=str(Path(self._files.name) / f"call{self._calls}"),
@@ -237,22 +195,22 @@ class _Rank:
         context = multiprocessing.get_context("forkserver")
         ours, theirs = context.Pipe()
         output, stacks = files / f"rank{index}.output", files / f"rank{index}.stacks"
-        process = context.Process(target=_serve, args=(theirs, output, stacks), name=f"rank{index}", daemon=True)
+        process = context.Process(target=serve, args=(theirs, output, stacks), name=f"rank{index}", daemon=True)
         process.start()
         theirs.close()  # so that our end reads end-of-file when the rank dies
         return cls(index, process, ours, output, stacks)
 
-    def send(self, message: _Task | None) -> None:
+    def send(self, message: Task | None) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # a dead rank is reported by `receive`
             self.connection.send_bytes(pickle.dumps(message))
 
-    def receive(self) -> _Reply:
+    def receive(self) -> Reply:
         """The next reply; a death is an `error` too."""
         try:
             return pickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             self.process.join(_KILL_S)
-            return _Reply("error", text=f"the process {_exit_text(self.process.exitcode)}\n{self.stack()}", moment=0.0)
+            return Reply("error", text=f"the process {_exit_text(self.process.exitcode)}\n{self.stack()}", moment=0.0)
 
     def kill(self) -> None:
         """Kill the rank and all processes it started (a rank leads its own process group)."""
@@ -271,7 +229,7 @@ class _Rank:
     def stack(self) -> str:
         """What faulthandler wrote, without the thread that watches for the caller's death."""
         blocks = self.stacks.read_text(errors="replace").split("\n\n") if self.stacks.exists() else []
-        return "\n\n".join(block.strip() for block in blocks if _end_with_parent.__name__ not in block)
+        return "\n\n".join(block.strip() for block in blocks if end_with_parent.__name__ not in block)
 
     def tail(self) -> str:
         """The end of the rank's output in this call."""
@@ -281,7 +239,7 @@ class _Rank:
 
 def _collect(ranks: Sequence[_Rank], name: str, deadline: float, timeout: float) -> list[bytes]:
     """One reply of each rank, or the error that tells why not."""
-    replies: dict[int, _Reply] = {}
+    replies: dict[int, Reply] = {}
     while len(replies) < len(ranks):
         waiting = [rank for rank in ranks if rank.index not in replies]
         replies.update(_receive(waiting, deadline - time.monotonic()) or _timed_out(waiting, len(ranks), name, timeout))
@@ -293,13 +251,13 @@ def _collect(ranks: Sequence[_Rank], name: str, deadline: float, timeout: float)
     return [replies[rank.index].payload for rank in ranks]
 
 
-def _receive(ranks: Sequence[_Rank], seconds: float) -> dict[int, _Reply]:
+def _receive(ranks: Sequence[_Rank], seconds: float) -> dict[int, Reply]:
     """The replies that are there, by rank; waits for the first."""
     ready = multiprocessing.connection.wait([rank.connection for rank in ranks], timeout=max(0.0, seconds))
     return {rank.index: rank.receive() for rank in ranks if rank.connection in ready}
 
 
-def _failed(ranks: Sequence[_Rank], failures: Mapping[int, _Reply], name: str) -> RankError:
+def _failed(ranks: Sequence[_Rank], failures: Mapping[int, Reply], name: str) -> RankError:
     """The error for failed ranks: the first in full, the others, most often its consequences, by their last lines."""
     order = sorted(failures, key=lambda index: failures[index].moment)  # deaths, then exceptions by their time
     first = order[0]
@@ -311,7 +269,7 @@ def _failed(ranks: Sequence[_Rank], failures: Mapping[int, _Reply], name: str) -
     return error
 
 
-def _timed_out(waiting: Sequence[_Rank], world_size: int, name: str, timeout: float) -> dict[int, _Reply]:
+def _timed_out(waiting: Sequence[_Rank], world_size: int, name: str, timeout: float) -> dict[int, Reply]:
     """Raise the error for ranks that have not finished, with the place where each stands."""
     for rank in waiting:
         rank.ask_stack()
@@ -342,96 +300,4 @@ def _environ(values: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_environ(saved)
-
-
-def _set_environ(values: Mapping[str, str]) -> None:
-    for key in set(os.environ) - set(values):
-        del os.environ[key]
-    os.environ.update(values)
-
-
-# ---- the rank's side
-
-
-def _serve(connection: Connection, output: Path, stacks: Path) -> None:
-    """The life of a rank: one task after the other, until the caller closes the connection or dies."""
-    with suppress(PermissionError):  # already a leader
-        os.setsid()
-    threading.Thread(target=_end_with_parent, args=(output.parent,), daemon=True).start()
-    _redirect_output(output)
-    dumps = stacks.open("w")
-    faulthandler.enable(dumps)
-    faulthandler.register(signal.SIGQUIT, dumps)
-    torch.set_num_threads(1)
-    gc.freeze()  # what is loaded stays: the collection after each call need not visit it
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    while True:
-        try:
-            task = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        os.truncate(output, 0)
-        try:
-            _run(task, connection)
-        except BaseException as error:  # SystemExit too: the caller must hear of it; then it kills this process
-            connection.send_bytes(pickle.dumps(_error_reply(error)))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _run(task: _Task, connection: Connection) -> None:
-    """One call in this rank: the state a new process would have, the process group, the function, and everything undone."""
-    _set_environ(task.environment)
-    os.chdir(task.folder)
-    sys.path[:] = task.path
-    before, function, args, after = pickle.loads(task.call)
-    random.seed(_SEED)
-    torch.manual_seed(_SEED)
-    dtype = torch.get_default_dtype()
-    if before is not None:
-        before()
-    # Later than the caller's own limit: its report says more than a collective's time-out would.
-    limit = timedelta(seconds=task.timeout + 60)
-    init_process_group(LaunchEnv.read(), device=torch.device("cpu"), init_method=f"file://{task.rendezvous}", timeout=limit)
-    result = pickle.dumps(function(task.context, *args))
-    connection.send_bytes(pickle.dumps(_Reply("result", result)))
-    connection.recv_bytes()
-    torch.set_default_dtype(dtype)
-    del args, result
-    if after is not None:
-        after()
-    gc.collect()  # what holds groups in a cycle would keep their threads and sockets
-    gc.freeze()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    connection.send_bytes(pickle.dumps(_Reply("idle")))
-
-
-def _error_reply(error: BaseException) -> _Reply:
-    text = "".join(traceback.format_exception(error))
-    try:
-        return _Reply("error", pickle.dumps(error), text)
-    except Exception:  # anything may be inside an exception
-        return _Reply("error", b"", text)
-
-
-def _redirect_output(path: Path) -> None:
-    """Send everything this process prints, libraries in C included, to a file: ranks would write over each other."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)
-
-
-def _end_with_parent(files: Path) -> None:
-    """Thread: when the caller's process is gone, however it ended, remove the pool's files, and end this rank and what it started."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        shutil.rmtree(files, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)
+        set_environ(saved)

@@ -196,7 +196,7 @@ def test_hanging_ranks_are_killed_at_the_limit_and_named_with_their_place(pool):
     text = str(caught.value)
     assert caught.value.ranks == (1, 3)
     assert "did not finish in 0.5 s" in text and "still running: 1, 3" in text
-    assert text.count("in wait_for_ever") == 2 and "_end_with_parent" not in text
+    assert text.count("in wait_for_ever") == 2 and "end_with_parent" not in text
     assert gone(pids)
 
 

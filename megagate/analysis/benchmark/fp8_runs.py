@@ -9,21 +9,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megagate.analysis.benchmark.fp8 import Key, Numbers, Record, keys, numbers_of, run_config, run_folder
 from megagate.analysis.benchmark.interleave import QUIET
+from megagate.analysis.processes import LAUNCHER_VARIABLES, running_processes
 from megagate.config.cli import to_yaml
 from megagate.config.rules import check
 from megagate.config.run import RunConfig
 from megagate.data.sources import open_sources, prepare_sources
 from megagate.errors import DataError, RunError
 
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.2
-_GRACE_S = 60.0  # for a run that is told to stop to save
 _LOG_LINES = 15  # of a failed run's log, shown with the error
 
 
@@ -63,7 +62,7 @@ def study(
     for config in configs.values():
         check(config, world_size=1)
     whole = len(waiting) + len(record.runs)
-    with _processes() as running:
+    with running_processes() as running:
         while waiting or running:
             while waiting and len(running) < jobs:
                 key = waiting.pop(0)
@@ -76,20 +75,6 @@ def study(
             tell(f"{len(record.runs)} of {whole} runs done; {now}")
 
 
-@contextmanager
-def _processes() -> Iterator[dict[Key, "_Run"]]:
-    """Whatever happens, the runs that are still going are told to stop, which saves them, and are waited for."""
-    running: dict[Key, _Run] = {}
-    try:
-        yield running
-    finally:
-        for run in running.values():
-            run.tell(signal.SIGTERM)
-        limit = time.monotonic() + _GRACE_S
-        for run in running.values():
-            run.end(limit)
-
-
 class _Run:
     """One run's process. Its standard input is a pipe that nothing is written to: where its caller dies, it stops and saves."""
 
@@ -97,7 +82,7 @@ class _Run:
         self.key, self.folder = key, run_folder(folder, key)
         settings, self.log = folder / f"{key}.yaml", folder / f"{key}.log"
         settings.write_text(to_yaml(config))
-        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", __name__, "--config", str(settings)],

@@ -13,21 +13,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from megagate.analysis.lr.spec import RunKey
 from megagate.analysis.lr.study import Study
+from megagate.analysis.processes import LAUNCHER_VARIABLES, running_processes
 from megagate.config.run import RunConfig
 from megagate.errors import NotFiniteError, RunError
 
 _JOB = "megagate.train.main"
 _PRELOAD = ("deepspeed", "torch._dynamo", "megagate.train.job", _JOB)
-_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.2
 _LOOK_S = 2.0  # between two looks at the records of a run
-_GRACE_S = 60.0  # for a run that is told to stop to save
 _ATTEMPTS = 3  # of a run whose process is killed
 _FAILURES = 3  # runs that fail by themselves until no further one is begun: what stops all of them is not the run's
 
@@ -58,7 +57,7 @@ def run_local(
     if not waiting:
         return
     _start_server()
-    with _processes() as running:
+    with running_processes() as running:
         while running or (waiting and len(failures) < _FAILURES):
             while waiting and len(running) < jobs and len(failures) < _FAILURES:
                 key = waiting.pop(0)
@@ -100,20 +99,6 @@ def _start_server() -> None:
     from megagate.parallel.spawn import start_server  # noqa: PLC0415 - torch
 
     start_server(preload=_PRELOAD, environment={"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
-
-
-@contextmanager
-def _processes() -> Iterator[dict[RunKey, "_Run"]]:
-    """Whatever happens, the runs that are still going are told to stop, which saves them, and are waited for."""
-    running: dict[RunKey, _Run] = {}
-    try:
-        yield running
-    finally:
-        for run in running.values():
-            run.tell(signal.SIGTERM)
-        limit = time.monotonic() + _GRACE_S
-        for run in running.values():
-            run.end(limit)
 
 
 class _Run:
@@ -161,7 +146,7 @@ def _work(settings: str, log: str, threads: int) -> None:
     os.setsid()
     threading.Thread(target=_stop_with_caller, daemon=True).start()
     _redirect_output(Path(log))
-    for name in _LAUNCHERS:
+    for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     # The caller's choice and not the server's, which has one.
     os.environ |= {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
