@@ -7,24 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megagate.config.command import exit_code, positive, stoppable, unread_stdout
+from megagate.config.command import exit_code, exit_code_of, positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code: 0 done, 2 bad input, 128 + signal stopped."""
     options = _parser().parse_args(arguments)
-    from megagate.errors import MegagateError
-
-    with unread_stdout():
-        try:
-            with stoppable():
-                return _run(options)
-        except MegagateError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt as stop:
-            print(f"stopped; {options.output} may hold a part of the files, or those of an earlier analysis", file=sys.stderr)
-            return exit_code(stop)
+    said = f"stopped; {options.output} may hold a part of the files, or those of an earlier analysis"
+    return exit_code_of(lambda: _run(options), stopped=lambda stop: (said, exit_code(stop)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagate.config.command import NewFolder, positive, stoppable, unread_stdout
+from megagate.config.command import NewFolder, exit_code_of, positive
 
 if TYPE_CHECKING:
     from megagate.checkpoint.hf.adopt import Adopted
@@ -17,20 +17,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code: 0 done; 1 written, but not verified; 2 bad input, 128 + signal stopped: nothing was written."""
     options = _parser().parse_args(arguments)
-    from megagate.errors import MegagateError
-
-    made = NewFolder(options.output)
-    with unread_stdout():
-        try:
-            with stoppable():
-                return options.run(options)
-        except MegagateError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt as stop:
-            said, code = made.interrupted(stop)
-            print(said, file=sys.stderr)
-            return code
+    return exit_code_of(lambda: options.run(options), stopped=NewFolder(options.output).interrupted)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,22 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagate.config.command import unread_stdout
+from megagate.config.command import exit_code_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code: 0 fine, with and without events; 2 bad input."""
     options = _parser().parse_args(arguments)
-    from megagate.errors import MegagateError
-
-    with unread_stdout():
-        try:
-            return _run(options)
-        except MegagateError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt:
-            return 130
+    return exit_code_of(lambda: _run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,12 +2,13 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megagate.config.command import exit_code_of
 
 if TYPE_CHECKING:
     from megagate.data.inspection import Lengths, Opened, Sample
@@ -19,18 +20,7 @@ _TOKENS_PER_CHARACTER = 2  # read of a sample; a character rarely has more
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code: 0 fine; 1 --verify found damage; 2 bad input."""
     options = _parser().parse_args(arguments)
-    from megagate.errors import MegagateError
-
-    try:
-        return _run(options)
-    except MegagateError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1 if options.verify else error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush would complain
-        return 0
+    return exit_code_of(lambda: _run(options), failed=1 if options.verify else None)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagate.config.command import exit_code, positive, stoppable, unread_stdout
+from megagate.config.command import exit_code, exit_code_of, positive
 from megagate.errors import ConfigError, MegagateError
 
 if TYPE_CHECKING:
@@ -28,15 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_report(commands)
     _add_task(commands)
     options = parser.parse_args(arguments)
-    try:
-        with unread_stdout(), stoppable():
-            return options.run(options)
-    except MegagateError as error:
-        print(f"lr_stability.py: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as stop:
-        print("lr_stability.py: stopped; what was running is saved, and the same command goes on from there", file=sys.stderr)
-        return exit_code(stop)
+    said = "stopped; what was running is saved, and the same command goes on from there" if options.command in ("run", "task") else ""
+    return exit_code_of(lambda: options.run(options), stopped=lambda stop: (said, exit_code(stop)))
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:

@@ -1,15 +1,17 @@
-"""What the commands in tools/ share. It imports nothing but Python's own modules, so that their `--help` is instant."""
+"""What the commands in tools/ share. It imports next to nothing but Python's own modules: their `--help` is instant."""
 
 import io
 import os
 import signal
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
+
+from megagate.errors import MegagateError
 
 
 def positive(text: str) -> int:
@@ -70,6 +72,36 @@ def stoppable() -> Iterator[None]:
 def exit_code(stop: KeyboardInterrupt) -> int:
     """As shells count: 128 and the signal's number."""
     return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+def exit_code_of(
+    run: Callable[[], int],
+    *,
+    failed: int | None = None,
+    stopped: Callable[[KeyboardInterrupt], tuple[str, int]] = lambda stop: ("", exit_code(stop)),
+) -> int:
+    """Do the work of a command, in the main thread; what it raises is told on the standard error, and a reader that goes is no error.
+
+    Args:
+        run: Returns the exit code.
+        failed: The exit code after an error of ours; by default the error's.
+        stopped: What to say, where there is something to say, and the exit code, after Ctrl-C, SIGTERM or SIGHUP.
+
+    Returns:
+        int: The exit code.
+    """
+    with unread_stdout():
+        try:
+            with stoppable():
+                return run()
+        except MegagateError as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            return error.exit_code if failed is None else failed
+        except KeyboardInterrupt as stop:
+            said, code = stopped(stop)
+            if said:
+                sys.stderr.write(f"{said}\n")
+            return code
 
 
 class NewFolder:

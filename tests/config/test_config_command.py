@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import megagate
-from megagate.config.command import NewFolder, Stopped, above_zero, exit_code, positive, stoppable
+from megagate.config.command import NewFolder, Stopped, above_zero, exit_code, exit_code_of, positive, stoppable
+from megagate.errors import ConfigError
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # so that something is kept back
 ENVIRONMENT["PYTHONPATH"] = str(Path(megagate.__file__).parents[1])
@@ -68,6 +69,31 @@ def test_what_nohup_has_ignored_stays_ignored() -> None:
     except Stopped:
         pytest.fail("it was not ignored")
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def run() -> int:
+        raise error
+
+    return run
+
+
+def stopping() -> int:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return 0
+
+
+@pytest.mark.usefixtures("harmless")
+def test_how_a_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(lambda: 5) == 5 and capsys.readouterr().err == ""
+    assert exit_code_of(raising(ConfigError("a: must be b"))) == 2 and capsys.readouterr().err == "ConfigError: a: must be b\n"
+    assert exit_code_of(raising(ConfigError("a: must be b")), failed=1) == 1
+    capsys.readouterr()
+    assert exit_code_of(raising(KeyboardInterrupt())) == 130 and capsys.readouterr().err == ""
+    assert exit_code_of(stopping, stopped=lambda stop: (f"stopped by {stop}", exit_code(stop))) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+    with pytest.raises(ZeroDivisionError):  # a fault of ours is seen whole
+        exit_code_of(raising(ZeroDivisionError()))
 
 
 def test_whether_the_folder_was_made(tmp_path: Path) -> None:
