@@ -132,6 +132,7 @@ def gaps_csv(facts: Facts, statistics: Statistics) -> str:
         parts = [("gap", rung.lr, rung.gap) for rung in one.rungs] + [("log2_activation", rung.lr, rung.activation) for rung in one.rungs]
         parts += [("ladder_mean", "", one.ladder), ("gap_at_top", "", one.interaction.at_top), ("gap_at_best", "", one.interaction.at_best)]
         parts += [("interaction", "", one.interaction.gap), ("interaction_capped", "", one.interaction.capped)]
+        parts += [("gap_at_top_capped", "", one.interaction.capped_at_top)]
         for what, lr, paired in parts:
             rows.append([one.variant, one.reference, what, lr, *paired.values, *asdict(paired.interval).values()])
     for row in statistics.rows:

@@ -85,8 +85,9 @@ class Interaction:
         at_top: The first part, mean gap at the top rungs, of pairs that both finished.
         at_best: The second, the gap at the baseline's best rung.
         gap: Their difference, of pairs that both finished.
-        capped: With ln V for diverged runs.
-        lost: Seeds that have the second and not the first.
+        capped: The same difference with ln V for diverged runs.
+        capped_at_top: Its first part.
+        lost: Seeds that have `capped` and not `gap`.
     """
 
     best: tuple[float | None, ...]
@@ -94,6 +95,7 @@ class Interaction:
     at_best: Paired
     gap: Paired
     capped: Paired
+    capped_at_top: Paired
     lost: int
 
 
@@ -268,7 +270,7 @@ def interaction_of(grid: Grid, variant: str, reference: str) -> Interaction:
     capped = [_difference(*pair) for pair in zip(capped_top, capped_low, strict=True)]
     lost = sum(one is None and other is not None for one, other in zip(whole, capped, strict=True))
     rates = tuple(None if rung is None else facts.learning_rates[rung] for rung in best)
-    return Interaction(rates, Paired.of(top), Paired.of(low), Paired.of(whole), Paired.of(capped), lost)
+    return Interaction(rates, Paired.of(top), Paired.of(low), Paired.of(whole), Paired.of(capped), Paired.of(capped_top), lost)
 
 
 def _row(grid: Grid, variant: str, stable: Stable) -> Row:

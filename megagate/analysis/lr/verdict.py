@@ -12,7 +12,8 @@ Word = Literal["supported", "not separable", "contradicted"]
 RULE = (
     "supported: the 95 % t-interval of the interaction lies wholly below 0 (the variant loses less to high rates than the reference); "
     f"contradicted: wholly above 0; not separable: it holds 0, or there are fewer than {LEAST} seeds. Where a pair was lost to divergence, "
-    "the capped interaction decides, since the seeds that are left were chosen by what is to be shown"
+    "the capped interaction decides, since the seeds that are left were chosen by what is to be shown; the capped gap at the top must then "
+    "lie wholly on the same side, too: a pair that diverged on both sides counts as alike there, whatever its gap at lower rates"
 )
 
 
@@ -52,6 +53,8 @@ def verdict_of(facts: Facts, comparison: Comparison) -> Verdict:
     capped = found.lost > 0
     deciding = found.capped.interval if capped else found.gap.interval
     word = word_of(deciding)
+    if capped and word != word_of(found.capped_at_top.interval):
+        word = "not separable"
     top = " and ".join(f"{facts.learning_rates[rung]:g}" for rung in facts.top)
     best = ", ".join(f"{lr:g}" for lr in sorted({lr for lr in found.best if lr is not None})) or "unknown"
     line = (
@@ -61,7 +64,10 @@ def verdict_of(facts: Facts, comparison: Comparison) -> Verdict:
     if not capped and found.at_top.interval.mean is not None and found.at_best.interval.mean is not None:
         line += f" (the gaps themselves: {found.at_top.interval.mean:+.3f} and {found.at_best.interval.mean:+.3f})"
     if capped:
+        line += f" (at the top alone {found.capped_at_top.interval})"
         line += f"; {found.lost} of {found.lost + found.gap.interval.n} seeds lost a pair to divergence"
+        both = sum(comparison.rungs[rung].lost.both_diverged for rung in facts.top)
+        line += f", and {both} of the pairs at the top diverged on both sides, which tells neither from the other" if both else ""
     if word == "supported" and not capped and (found.at_top.interval.high is None or found.at_top.interval.high >= 0):
         low, high = found.at_top.interval.low, found.at_top.interval.high
         line += f"; at the top itself it is not shown to be better{f' [{low:+.3f}, {high:+.3f}]' if low is not None else ''}"

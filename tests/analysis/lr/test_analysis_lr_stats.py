@@ -248,6 +248,23 @@ def test_where_pairs_diverged_the_capped_interaction_decides() -> None:
     assert _pick(_statistics(of, runs), "headwise").interaction.capped.values[0] < -2
 
 
+def test_pairs_that_diverged_on_both_sides_show_nothing_by_their_gap_at_lower_rates() -> None:
+    of = facts(variants=("baseline", "headwise", "sandwich"))
+    runs = study(of, _planted(headwise=(-0.1,) * 5, sandwich=(0.1,) * 5), noise=0.01)
+    for run in runs:
+        if run["lr"] in RATES[3:]:
+            run.update(status="diverged", val_loss=None)
+    for verdict in verdicts_of(of, _statistics(of, runs)):
+        assert 0.0 not in (verdict.interval.low, verdict.interval.high) and verdict.interval.low * verdict.interval.high > 0
+        assert (verdict.word, verdict.basis) == ("not separable", "capped")
+        assert "(at the top alone +0.000 [+0.000, +0.000], n=5)" in verdict.line
+        assert verdict.line.endswith("and 10 of the pairs at the top diverged on both sides, which tells neither from the other.")
+    for run in runs:  # one that goes on where the other does not is told by it, whatever it was below
+        if run["lr"] in RATES[3:] and run["variant"] == "sandwich":
+            run.update(status="finished", val_loss=3.0 + 0.01 * run["seed"])
+    assert _words(of, runs) == {("headwise", "baseline"): "not separable", ("sandwich", "baseline"): "supported"}
+
+
 def test_fractions_and_the_largest_stable_rate() -> None:
     of = facts()
     runs = study(of, _planted(headwise=HIGH, sandwich=(0.5, 0.5, -0.3, -0.3, -0.3), half=(0.4,) * 5), common=0.0)
