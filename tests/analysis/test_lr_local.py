@@ -162,6 +162,15 @@ def test_the_command_runs_what_it_is_asked_for_and_shows_it(tmp_path: Path, capf
     assert f"| baseline | - - | - {runs[0]['val_loss']:.3f} |" in shown
     assert "2 of 8 runs are over (0 diverged), 0 begun, 6 to begin" in shown
 
+    outcome = out / "runs" / "baseline-lr0.008-s1" / "outcome.json"
+    whole = outcome.read_text()
+    outcome.write_text("{")
+    for word in ("run", "status", "report"):
+        assert command(word, spec, "--output", out) == 2
+        assert "outcome.json: cannot be read" in capfd.readouterr().err
+    assert not (out / "report").exists(), "no report of an old study.json"
+    outcome.write_text(whole)
+
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     write_spec(tmp_path, set=SMALL["set"] | {"optim.beta2": 0.5})
     assert command("run", spec, "--output", out) == 2

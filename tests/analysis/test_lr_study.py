@@ -134,6 +134,11 @@ def finish(study: Study) -> Path:
         ({"status": "running"}, "status 'running'"),
         ({"val_loss": None}, "status 'finished' with val_loss None"),
         ({"val_loss": "2.5"}, "val_loss '2.5'"),
+        ({"val_loss": float("nan")}, "val_loss nan"),
+        ({"peak_hidden": "7"}, "peak_hidden '7'"),
+        ({"seconds": None}, "seconds None"),
+        ({"steps": True}, "steps True"),
+        ({"seed": 0.5}, "it is that of baseline/0.004/0.5"),
         ({"more": 1}, "these differ: more"),
     ],
 )

@@ -215,14 +215,15 @@ class Study:
             return None
         content = _read_json(path)
         missing = sorted({field.name for field in fields(Outcome)} ^ set(content))
-        told = content.get("val_loss")
-        whole = content.get("status") == "diverged" or isinstance(told, int | float) and not isinstance(told, bool)
+        unfit = [field.name for field in fields(Outcome) if not missing and not _is_a(field.type, content[field.name])]
         if missing:
             wrong = f"it should have {', '.join(field.name for field in fields(Outcome))}, and these differ: {', '.join(missing)}"
         elif tuple(content[name] for name in key._fields) != tuple(key):
             wrong = "it is that of " + "/".join(str(content[name]) for name in key._fields)
-        elif content["status"] not in ("finished", "diverged") or not whole:
-            wrong = f"status {content['status']!r} with val_loss {told!r}"
+        elif (content["status"], content["val_loss"]) == ("finished", None) or content["status"] not in ("finished", "diverged"):
+            wrong = f"status {content['status']!r} with val_loss {content['val_loss']!r}"
+        elif unfit:
+            wrong = f"{unfit[0]} {content[unfit[0]]!r}"
         else:
             return Outcome(**content)
         raise RunError(f"{path}: is no outcome of this run ({wrong}); remove it, and run the study again")
@@ -322,6 +323,7 @@ class Study:
 
     def refresh_record(self) -> None:
         """study.json again, where runs were settled by others than who writes it; left alone where somebody runs the study, who does."""
+        self.outcomes()  # a damaged one is told: what is suppressed is another's lock
         with suppress(RunError), self.locked():
             self.write_record()
 
@@ -365,6 +367,13 @@ def _agrees(key: str, there: Any, here: Any) -> bool:
     if key in _GROWS and isinstance(there, list) and isinstance(here, list):
         return set(there) <= set(here)
     return there == here
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """Whether a value of a file is of a field's type, and finite."""
+    if isinstance(value, int):  # which also stands for a float
+        return not isinstance(value, bool) and (isinstance(value, kind) or isinstance(0.0, kind))
+    return isinstance(value, kind) and (not isinstance(value, float) or math.isfinite(value))
 
 
 def _read_json(path: Path, *, remedy: str = "remove it, and run the study again") -> dict[str, Any]:
