@@ -1,7 +1,7 @@
 """What a study knows of its runs, as statistics read it: the spec's few facts, and the entries of `study.json`."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -10,6 +10,30 @@ from megagate.errors import ConfigError, RunError
 Fate = Literal["finished", "diverged", "missing"]
 CONTROL = "half"
 """The variant that halves attention's output and learns no gate: without it an effect of initial scale is credited to the gate."""
+
+
+_LARGEST = 1e100
+"""Figures beyond it count as not finite: their squares are not."""
+
+
+def _is_number(value: object, *, above: float = -math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < math.inf
+
+
+def _is_whole(value: object, *, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+_READABLE: Mapping[str, Callable[[Any], bool]] = {
+    "name": lambda value: isinstance(value, str),
+    "learning_rates": lambda value: isinstance(value, list) and all(_is_number(one, above=0) for one in value),
+    "seeds": lambda value: isinstance(value, list) and all(_is_whole(one) for one in value),
+    "steps": lambda value: _is_whole(value, least=1),
+    "collapsed_above": lambda value: value is None or _is_number(value),
+    "top_rungs": lambda value: _is_whole(value, least=1),
+    "vocab_size": lambda value: _is_whole(value, least=2),
+}
+"""What `Facts.from_study` takes."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +88,15 @@ class Facts:
             decides = study["decides"]
             variants = tuple(dict.fromkeys(key.split(".")[1] for key in decides if key.startswith("variants.")))
             baseline = decides["baseline"]
-            return Facts(
-                name=decides["name"],
-                variants=(baseline, *(one for one in variants if one != baseline)),
-                learning_rates=tuple(decides["learning_rates"]),
-                seeds=tuple(decides["seeds"]),
-                steps=decides["steps"],
-                collapsed_above=decides["collapsed_above"],
-                top_rungs=decides["top_rungs"],
-                vocab_size=decides[f"variants.{baseline}.model.vocab_size"],
-            )
+            told = {name: decides[name] for name in ("name", "learning_rates", "seeds", "steps", "collapsed_above", "top_rungs")}
+            told["vocab_size"] = decides[f"variants.{baseline}.model.vocab_size"]
         except KeyError as error:
             raise RunError(f"study.json holds no {error.args[0]}, so nobody knows what its runs are; run the study again") from None
+        for name, value in told.items():
+            if not _READABLE[name](value):
+                raise RunError(f"study.json: decides: {name} ({value!r}) is none of a study; run the study again")
+        told |= {name: tuple(told[name]) for name in ("learning_rates", "seeds")}
+        return Facts(variants=(baseline, *(one for one in variants if one != baseline)), **told)
 
     @property
     def baseline(self) -> str:
@@ -149,7 +170,7 @@ class Run:
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> "Run":
-        """Reads an entry; numbers that are not finite become None, and a finished run whose held-out loss is not finite diverged.
+        """Reads an entry; numbers that are not finite, or above 1e100, become None, and a finished run whose held-out loss does diverged.
 
         Raises:
             RunError: A key is missing or of another type.
@@ -157,16 +178,18 @@ class Run:
         where = "/".join(str(entry.get(key)) for key in ("variant", "lr", "seed"))
         if entry.get("status") not in ("finished", "diverged"):
             raise RunError(f"run {where}: status ({entry.get('status')}) must be finished or diverged; run the study again")
+        if not (isinstance(entry.get("variant"), str) and _is_number(entry.get("lr"), above=0) and _is_whole(entry.get("seed"))):
+            raise RunError(f"run {where}: variant, lr and seed must be a name, a number and a whole number; run the study again")
         numbers = {}
         for field in fields(Run)[4:]:
             value = entry.get(field.name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise RunError(f"run {where}: {field.name} ({value!r}) must be a number or null; run the study again")
-            numbers[field.name] = value if value is not None and math.isfinite(value) else None
+            numbers[field.name] = value if value is not None and abs(value) < _LARGEST else None
         if entry["status"] == "finished" and entry.get("val_loss") is None:
             raise RunError(f"run {where}: finished, and val_loss is null; a finished run has one; run it again")
         status = entry["status"] if numbers["val_loss"] is not None else "diverged"
-        return Run(entry.get("variant", ""), entry.get("lr", math.nan), entry.get("seed", -1), status, **numbers)
+        return Run(entry["variant"], entry["lr"], entry["seed"], status, **numbers)
 
 
 class Grid:

@@ -165,6 +165,31 @@ def test_what_is_no_study_is_told(tmp_path: Path, content: str | None, words: st
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("name", 3),
+        ("learning_rates", 3),
+        ("learning_rates", ["a"]),
+        ("learning_rates", [-1.0, 4e-3]),
+        ("learning_rates", [[4e-3]]),
+        ("seeds", None),
+        ("seeds", [0.5]),
+        ("steps", "x"),
+        ("collapsed_above", "x"),
+        ("top_rungs", "x"),
+        ("variants.baseline.model.vocab_size", 0),
+    ],
+)
+def test_a_study_of_other_values_is_told(name: str, value: Any, tmp_path: Path) -> None:
+    content = _study()
+    content["decides"][name] = value
+    (tmp_path / "study.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=f"study.json: decides: {name.rpartition('.')[2]} .* is none of a study"):
+        report_study(tmp_path / "study.json", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="file"):

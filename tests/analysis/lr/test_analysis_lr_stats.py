@@ -407,6 +407,8 @@ def test_a_baseline_at_its_best_on_top_is_told() -> None:
 def test_a_number_that_is_not_finite_is_divergence() -> None:
     run = Run.from_json(entry("baseline", 4e-3, 0, math.inf, peak_hidden=math.nan))
     assert (run.status, run.val_loss, run.peak_hidden) == ("diverged", None, None)
+    run = Run.from_json(entry("baseline", 4e-3, 0, 1e308, spikes=10**400))  # of which no sum is
+    assert (run.status, run.val_loss, run.spikes) == ("diverged", None, None)
 
 
 @pytest.mark.parametrize(
@@ -415,6 +417,10 @@ def test_a_number_that_is_not_finite_is_divergence() -> None:
         ({"variant": "other"}, "run other/0.004/0 is not of the spec made_up"),
         ({"lr": 5e-3}, "is not of the spec"),
         ({"seed": 9}, "is not of the spec"),
+        ({"lr": None}, "run baseline/None/0: variant, lr and seed must be"),
+        ({"lr": "x"}, "variant, lr and seed must be"),
+        ({"seed": False}, "variant, lr and seed must be"),
+        ({"variant": None}, "variant, lr and seed must be"),
         ({"status": "running"}, r"status \(running\) must be finished or diverged"),
         ({"val_loss": None}, "finished, and val_loss is null"),
         ({"val_loss": "2.4"}, "val_loss .* must be a number or null"),
