@@ -160,7 +160,7 @@ def _keys_of_file(path: str) -> list[tuple[str, int]]:
     except UnicodeDecodeError:
         raise ConfigError(f"--config {path} is not text in UTF-8; give the path of a YAML file") from None
     except yaml.YAMLError as error:
-        raise ConfigError(_explain_yaml(path, error)) from None
+        raise ConfigError(explain_yaml(error, where=f"--config {path}")) from None
     if not isinstance(root, yaml.MappingNode) or not root.value:
         raise ConfigError(f"--config {path} holds no settings; write keys such as `train: {{steps: 100}}`")
     lines: dict[str, int] = {}
@@ -187,11 +187,12 @@ def _leaves_of_node(node: yaml.MappingNode, *, prefix: str, path: str) -> Iterat
             yield name, line
 
 
-def _explain_yaml(path: str, error: yaml.YAMLError) -> str:
+def explain_yaml(error: yaml.YAMLError, *, where: str) -> str:
+    """What is wrong with a file, and in which line."""
     mark = getattr(error, "problem_mark", None)
     place = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
     problem = getattr(error, "problem", None) or str(error)
-    return f"--config {path}{place} is not valid YAML: {problem}; mend that line"
+    return f"{where}{place} is not valid YAML: {problem}; mend that line"
 
 
 def _explain(message: str, origins: Origins) -> str:

@@ -88,6 +88,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a rung beyond all floats": ({"learning_rates": [10**400]}, "must be a number above 0"),
     "a bar beyond all floats": ({"collapsed_above": 10**400}, "collapsed_above .* must be a number"),
     "a variant twice": ({"variants": ["half", "half"]}, "variants names half twice; keep one"),
+    "a baseline that is not the first": ({"variants": ["half", "baseline"]}, "variants: baseline must be the first, .*; move it"),
     "a seed twice": ({"seeds": [0, 0]}, "seeds names 0 twice; keep one"),
     "no seeds": ({"seeds": []}, "seeds .* must be a list of at least one"),
     "no steps": ({"steps": None}, "lacks steps; add it"),
@@ -110,8 +111,28 @@ def test_bad_specs_are_refused(case: str, tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     spec = write_spec(tmp_path)
     spec.write_text(spec.read_text() + "steps: 24\n")
-    with pytest.raises(ConfigError, match="not valid YAML .'steps' stands twice"):
+    with pytest.raises(ConfigError, match=r"spec.yaml: line \d+, column 1 is not valid YAML: 'steps' stands twice; mend that line"):
         read_spec(spec)
+
+
+def test_where_a_spec_is_no_yaml_is_told(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("name: small\nseeds: [0, 1\nsteps: 12\n")
+    with pytest.raises(ConfigError, match=r"spec.yaml: line 3, column 6 is not valid YAML: expected ',' or ']'"):
+        read_spec(spec)
+    spec.write_bytes(b"name: \xff")
+    with pytest.raises(ConfigError, match="is not text in UTF-8"):
+        read_spec(spec)
+
+
+def test_a_warm_up_that_leaves_no_window_is_refused(tmp_path: Path) -> None:
+    for warmup in (9, 10):  # of 12 steps, with a window of 3
+        spec = read_spec(write_spec(tmp_path, set=SMALL["set"] | {"schedule.warmup_steps": warmup}))
+        if warmup == 9:
+            assert len(spec.configs_of(spec.runs(), tmp_path)) == 8
+            continue
+        with pytest.raises(ConfigError, match=r"baseline: schedule.warmup_steps \(10\) and stop.window \(3\) .* never looks; lower one"):
+            spec.configs_of(spec.runs(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import yaml
 
 from megagate.analysis.lr.cluster import layout_fits, other_sizes
 from megagate.analysis.lr.executor import Executor, read_executor
-from megagate.config.cli import parse
+from megagate.config.cli import explain_yaml, parse
 from megagate.config.keys import all_keys, flatten, unknown_key, wrong_type
 from megagate.config.rules import check
 from megagate.config.run import RunConfig
@@ -148,6 +148,7 @@ class Spec:
         """Of many runs."""
         bases = {name: self.base(name) for name in dict.fromkeys(key.variant for key in keys)}
         self._check_pairs(bases)
+        self._check_stop(bases)
         configs = {}
         for key in keys:
             base = bases[key.variant]
@@ -181,6 +182,16 @@ class Spec:
                         "same tokens in the same order; leave it out, or set it for all"
                     )
 
+    def _check_stop(self, bases: Mapping[str, RunConfig]) -> None:
+        """The rule for divergence looks at least once: a window behind warm-up ends before the run does."""
+        for name, base in bases.items():
+            warmup = base.schedule.warmup_steps
+            if self.steps - self.stop.window < warmup <= self.steps:
+                raise ConfigError(
+                    f"{self.name}: variants: {name}: schedule.warmup_steps ({warmup}) and stop.window ({self.stop.window}) must be at most "
+                    f"steps ({self.steps}) together, else the rule for divergence never looks; lower one of them"
+                )
+
     def decides(self) -> dict[str, Any]:
         """All that decides what runs compute and how they are judged, as plain values; not where they are done."""
         lr, seed = self.learning_rates[0], self.seeds[0]
@@ -204,9 +215,9 @@ class _OnceEach(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        twice = next((number for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} stands twice, from line {node.start_mark.line + 1} on")
+            raise yaml.constructor.ConstructorError(problem=f"{keys[twice]!r} stands twice", problem_mark=node.value[twice][0].start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -220,8 +231,10 @@ def read_spec(path: Path) -> Spec:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceEach)  # noqa: S506 - a safe loader
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a spec") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: is not valid YAML ({str(error).splitlines()[0]}); mend it") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not text in UTF-8; give the path of a spec") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(explain_yaml(error, where=f"{path}:")) from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: holds no settings; write keys such as `steps: 800`")
     known = list(Spec.__dataclass_fields__)
@@ -258,6 +271,8 @@ def _check_lists(spec: Spec, where: str) -> None:
         twice = [str(one) for one in dict.fromkeys(values) if list(values).count(one) > 1]
         if twice:
             raise ConfigError(f"{where}: {key} names {', '.join(twice)} twice; keep one")
+    if "baseline" in names[1:]:
+        raise ConfigError(f"{where}: variants: baseline must be the first, since that is what all others are compared with; move it")
     if 2 * spec.stop.window > spec.steps:
         raise ConfigError(
             f"{where}: stop.window ({spec.stop.window}) must be at most half of steps ({spec.steps}), else the rule for divergence never "

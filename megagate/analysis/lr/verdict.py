@@ -112,8 +112,10 @@ def cautions(facts: Facts, statistics: Statistics) -> tuple[str, ...]:
     if statistics.runs < statistics.planned:
         found.append(f"{statistics.planned - statistics.runs} of {statistics.planned} runs are missing: this is a part of the study.")
     if statistics.diverged:
-        found.append(f"{statistics.diverged} runs diverged; their pairs have no gap.")
-    if len(facts.seeds) < 5:
+        found.append(f"{statistics.diverged} run{'s' if statistics.diverged > 1 else ''} diverged; pairs with them have no gap.")
+    if len(facts.seeds) < 2:
+        found.append(f"1 seed: there are gaps and no intervals; a verdict other than not separable needs {LEAST}.")
+    elif len(facts.seeds) < 5:
         found.append(f"{len(facts.seeds)} seeds: t-intervals are wide and the bootstrap's too narrow.")
     best = statistics.baseline_best
     top = [facts.learning_rates[rung] for rung in facts.top]

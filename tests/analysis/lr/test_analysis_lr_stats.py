@@ -384,6 +384,10 @@ def test_a_study_that_has_begun_is_a_study() -> None:
     assert report_of(of, [])["statistics"]["runs"] == 0
     runs = [run for run in study(of, _planted(headwise=HIGH)) if run["seed"] == 0]
     found = _statistics(of, runs)
+    assert not any(line.startswith("1 seed") for line in cautions(of, found)), "others are to come"
+    alone = facts(seeds=(0,))
+    words = "1 seed: there are gaps and no intervals; a verdict other than not separable needs 3."
+    assert words in cautions(alone, _statistics(alone, runs))
     assert _pick(found, "headwise").interaction.gap.interval.mean == pytest.approx(-0.2)
     assert {one.word for one in verdicts_of(of, found)} == {"not separable"}
     assert next(row for row in found.rows if row.variant == "headwise").stable.lr is None
