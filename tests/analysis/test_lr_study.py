@@ -11,7 +11,7 @@ from lr_specs import SMALL, write_spec
 
 from megagate.analysis.lr.spec import Stop, read_spec
 from megagate.analysis.lr.status import status_lines
-from megagate.analysis.lr.study import Study, digest, diverged_at
+from megagate.analysis.lr.study import Study, digest, diverged_at, replace_file
 from megagate.errors import RunError
 
 STOP = Stop(above_initial=0.5, window=3)
@@ -172,6 +172,15 @@ def test_a_full_disk_is_told_and_what_was_there_is_kept(study: Study) -> None:
     (study.folder / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"), Study(study.spec, study.folder / "file" / "x").locked():
         pass
+
+
+def test_a_disk_that_is_full_in_the_middle_leaves_the_last_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_file(tmp_path / "file", "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        with pytest.raises(OSError, match="No space left"):
+            replace_file(tmp_path / "file", "second")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "first"
 
 
 def test_two_processes_do_not_run_one_study(study: Study) -> None:

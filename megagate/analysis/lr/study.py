@@ -4,8 +4,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +16,7 @@ from megagate.analysis.lr.spec import RunKey, Spec, Stop
 from megagate.config.cli import to_yaml
 from megagate.config.count import count_parameters
 from megagate.config.run import RunConfig
+from megagate.data.files import AtomicFile
 from megagate.data.sources import open_sources, prepare_sources
 from megagate.errors import DataError, RunError
 
@@ -389,9 +388,5 @@ def _read_json(path: Path, *, remedy: str = "remove it, and run the study again"
 def replace_file(path: Path, text: str) -> None:
     """At once: a stop leaves the last complete one. Several may do so at the same time, on several machines: the last one's stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    with part.open("x", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    with AtomicFile(path) as file:
+        file.write(text.encode())
