@@ -32,9 +32,11 @@ RULES: dict[str, str] = {
     "lowest of all variants of that seed; differences between variants are then those of their ladder means.",
     "activation": "log2 of the ratio of the largest absolute hidden state that any look at the run saw, "
     "variant over reference, paired by seed.",
-    "spikes": "loss spikes per 1,000 steps, of all runs that tell them, diverged ones up to where they stopped.",
-    "sink": "share of attention on the first token beside what it would be if each query attended alike to all its keys: no sink at or "
-    "below it.",
+    "spikes": "loss spikes (events of losses far above what the losses before let expect, by the rule of megagate/train/spikes.py) per "
+    "1,000 steps, of all runs that tell them, diverged ones up to where they stopped.",
+    "gate score": "mean score of the gate at the last look at a run, mean over finished runs.",
+    "sink": "share of attention on the first token at the last look, mean over finished runs, beside what it would be if each query "
+    "attended alike to all its keys: no sink at or below it.",
 }
 
 
