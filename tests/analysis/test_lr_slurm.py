@@ -12,8 +12,9 @@ import yaml
 from lr_specs import SMALL, write_spec
 from slurm_cluster import Cluster, temporary_slurm
 
+from megagate.analysis.lr.records import read_records
 from megagate.analysis.lr.spec import RunKey, read_spec
-from megagate.analysis.lr.study import Study, read_records
+from megagate.analysis.lr.study import Study
 
 ROOT = Path(__file__).parents[2]
 SIZE = ("--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=50")

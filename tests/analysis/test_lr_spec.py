@@ -125,6 +125,14 @@ def test_where_a_spec_is_no_yaml_is_told(tmp_path: Path) -> None:
         read_spec(spec)
 
 
+def test_no_data_is_refused_and_the_embedded_text_is_said(tmp_path: Path) -> None:
+    rest = {key: value for key, value in SMALL["set"].items() if key != "data.path"}
+    spec = read_spec(write_spec(tmp_path, set=rest))
+    with pytest.raises(ConfigError, match="small: variants: baseline: no data: data.path is set nowhere; set it, to embedded where"):
+        spec.decides()
+    assert read_spec(write_spec(tmp_path, set=rest | {"data.path": "embedded"})).decides()["variants.baseline.data.path"] == "embedded"
+
+
 def test_a_warm_up_that_leaves_no_window_is_refused(tmp_path: Path) -> None:
     for warmup in (9, 10):  # of 12 steps, with a window of 3
         spec = read_spec(write_spec(tmp_path, set=SMALL["set"] | {"schedule.warmup_steps": warmup}))

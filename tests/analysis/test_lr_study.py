@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from lr_specs import SMALL, write_spec
 
+from megagate.analysis.lr.entries import Facts
+from megagate.analysis.lr.records import diverged_at
 from megagate.analysis.lr.spec import Stop, read_spec
 from megagate.analysis.lr.status import status_lines
-from megagate.analysis.lr.study import Study, digest, diverged_at, replace_file
+from megagate.analysis.lr.study import Study, digest, replace_file
+from megagate.config.run import OptimConfig
 from megagate.errors import RunError
 
 STOP = Stop(above_initial=0.5, window=3)
@@ -110,6 +113,39 @@ def test_a_folder_of_another_study_is_refused_and_one_that_grows_is_not(study: S
         other(set=SMALL["set"] | {"optim.beta2": 0.5})
     with pytest.raises(RunError, match=r"collapsed_above: None there, 2.0 here"):
         other(collapsed_above=2.0)
+
+
+def test_a_folder_of_a_megagate_that_lacked_a_setting_goes_on_with_its_default(study: Study) -> None:
+    path, key = study.folder / "spec.json", "variants.elementwise.optim.beta2"
+    content = json.loads(path.read_text())
+    now = dict(content["decides"])
+    del content["decides"][key]
+    path.write_text(json.dumps(content))
+    study.require_same(now | {key: OptimConfig.beta2})
+    with pytest.raises(RunError, match=rf"(?s)another study:\n  {key}: {OptimConfig.beta2} there, 0.5 here\na folder"):
+        study.require_same(now | {key: 0.5})
+
+
+def test_what_a_study_began_with_is_kept_where_it_grows(study: Study, tmp_path: Path) -> None:
+    def began() -> tuple[Any, Any]:
+        told = json.loads((study.folder / "spec.json").read_text())["began_with"]
+        return told["learning_rates"], told["seeds"]
+
+    grown = study.spec.decides() | {"seeds": [0, 1, 2]}
+    study.claim(grown, "")
+    assert began() == ([4e-3, 8e-3], [0, 1, 2]), "no run had begun"
+    finish(study)
+    study.claim(grown | {"learning_rates": [2e-3, 4e-3, 8e-3]}, "")
+    study.claim(grown | {"learning_rates": [1e-3, 2e-3, 4e-3, 8e-3], "seeds": [0, 1, 2, 3]}, "")
+    assert began() == ([4e-3, 8e-3], [0, 1, 2])
+    study.write_record()
+    facts = Facts.from_study(json.loads((study.folder / "study.json").read_text()))
+    assert (facts.later_rates, facts.later_seeds) == ((1e-3, 2e-3), (3,))
+    content = json.loads((study.folder / "spec.json").read_text())
+    del content["began_with"]  # as an earlier megagate wrote it
+    (study.folder / "spec.json").write_text(json.dumps(content))
+    study.claim(grown, "")
+    assert began() == ([1e-3, 2e-3, 4e-3, 8e-3], [0, 1, 2, 3])
 
 
 def test_variants_that_are_missing_are_named_and_not_their_settings(study: Study, tmp_path: Path) -> None:

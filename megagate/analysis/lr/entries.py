@@ -34,6 +34,7 @@ _READABLE: Mapping[str, Callable[[Any], bool]] = {
     "vocab_size": lambda value: _is_whole(value, least=2),
 }
 """What `Facts.from_study` takes."""
+_GROWING = {"learning_rates": "later_rates", "seeds": "later_seeds"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Facts:
         collapsed_above: Held-out loss, nats, above which a finished run counts as collapsed; None for no bar.
         top_rungs: How many of the highest learning rates the interaction is about.
         vocab_size: Its logarithm caps losses.
+        later_rates: Those of the learning rates that were added when runs had begun.
+        later_seeds: And of the seeds.
 
     Raises:
         ConfigError: They do not make a study.
@@ -62,6 +65,8 @@ class Facts:
     collapsed_above: float | None
     top_rungs: int
     vocab_size: int
+    later_rates: tuple[float, ...] = ()
+    later_seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("variants", "learning_rates", "seeds"):
@@ -95,7 +100,12 @@ class Facts:
         for name, value in told.items():
             if not _READABLE[name](value):
                 raise RunError(f"study.json: decides: {name} ({value!r}) is none of a study; run the study again")
-        told |= {name: tuple(told[name]) for name in ("learning_rates", "seeds")}
+        began = study.get("began_with", told)
+        for name, later in _GROWING.items():
+            if not (isinstance(began, Mapping) and _READABLE[name](began.get(name))):
+                raise RunError(f"study.json: began_with ({began!r}) is none of a study; run the study again")
+            told[name] = tuple(told[name])
+            told[later] = tuple(one for one in told[name] if one not in began[name])
         return Facts(variants=(baseline, *(one for one in variants if one != baseline)), **told)
 
     @property
@@ -170,7 +180,7 @@ class Run:
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> "Run":
-        """Reads an entry; numbers that are not finite, or above 1e100, become None, and a finished run whose held-out loss does diverged.
+        """Reads an entry; numbers that are not finite, or above 1e100, become None; a finished run with such a held-out loss diverged.
 
         Raises:
             RunError: A key is missing or of another type.

@@ -16,7 +16,7 @@ from megagate.analysis.lr.executor import Executor, read_executor
 from megagate.config.cli import explain_yaml, parse
 from megagate.config.keys import all_keys, flatten, unknown_key, wrong_type
 from megagate.config.rules import check
-from megagate.config.run import RunConfig
+from megagate.config.run import DataConfig, RunConfig
 from megagate.errors import ConfigError
 
 _NO_GATE = {"model.attention.gate.position": "none"}
@@ -149,6 +149,7 @@ class Spec:
         bases = {name: self.base(name) for name in dict.fromkeys(key.variant for key in keys)}
         self._check_pairs(bases)
         self._check_stop(bases)
+        self._check_data(bases)
         configs = {}
         for key in keys:
             base = bases[key.variant]
@@ -190,6 +191,16 @@ class Spec:
                 raise ConfigError(
                     f"{self.name}: variants: {name}: schedule.warmup_steps ({warmup}) and stop.window ({self.stop.window}) must be at most "
                     f"steps ({self.steps}) together, else the rule for divergence never looks; lower one of them"
+                )
+
+    def _check_data(self, bases: Mapping[str, RunConfig]) -> None:
+        """The pretraining job's own default is a small text to begin with: a study says it where it means that."""
+        told = {name for one in self.variants for name in (*self.set, *one.set)}
+        for name, base in bases.items():
+            if base.data.path == DataConfig.path and "data.path" not in told:
+                raise ConfigError(
+                    f"{self.name}: variants: {name}: no data: data.path is set nowhere; set it, to {DataConfig.path} where the text that "
+                    "Python carries will do"
                 )
 
     def decides(self) -> dict[str, Any]:

@@ -12,19 +12,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megagate.analysis.lr.spec import RunKey, Spec, Stop
+from megagate.analysis.lr.records import diverged_at, read_records
+from megagate.analysis.lr.spec import RunKey, Spec
 from megagate.config.cli import to_yaml
 from megagate.config.count import count_parameters
+from megagate.config.keys import flatten
 from megagate.config.run import RunConfig
 from megagate.data.files import AtomicFile
 from megagate.data.sources import open_sources, prepare_sources
 from megagate.errors import DataError, RunError
 
 _GROWS = ("learning_rates", "seeds")  # more of them is the same study, grown
-_NUMBERS = (
-    "loss", "val_loss", "step_seconds", "hidden_max", "attention_logit_max", "gate_mean", "first_token_attention", "uniform_attention"
-)  # fmt: skip
 _SHOWN = 12  # differing keys of a refusal
+_RESTORE = "its digest, began_with and decides stand in study.json, too: restore it from there, or choose another folder"
 _LOG_LINES = 15  # of a failed run's log, shown with the error
 
 
@@ -67,49 +67,6 @@ class Outcome:
     steps: int
     seconds: float
     parameters: int
-
-
-def diverged_at(losses: Sequence[float | None], stop: Stop, *, warmup: int) -> tuple[int, str] | None:
-    """The first step, counted from 1, at which a run has diverged, and why; None where it has not.
-
-    It depends on the losses alone, so that it does not matter when somebody looks.
-
-    Args:
-        losses: Of the steps from 1 on, nats; None for one that is not finite.
-        stop: The rule.
-        warmup: Steps of warm-up: the rule's windows lie behind them.
-    """
-    total, first = 0.0, math.inf
-    for step, loss in enumerate(losses, start=1):
-        if loss is None or not math.isfinite(loss):
-            return step, "the loss or the gradient is not finite"
-        leaving = losses[step - 1 - stop.window] if step > stop.window else 0.0
-        total += loss - (leaving or 0.0)
-        if step == stop.window:
-            first = total / stop.window
-        if step >= stop.window + max(stop.window, warmup) and total / stop.window > first + stop.above_initial:
-            mean = total / stop.window
-            rise = f"{mean - first:.3f} nats above that of the first {stop.window}"
-            return step, f"the mean loss over {stop.window} steps, {mean:.3f}, is {rise}"
-    return None
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a run, from step 1 on without a gap; a last line half written is left out. None where there is no file."""
-    records: list[dict[str, Any]] = []
-    if not path.exists():
-        return records
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict) or record.get("step") != len(records) + 1:
-            break
-        if not all(isinstance(record.get(name, 0.0), int | float | None) for name in _NUMBERS):
-            break
-        records.append(record)
-    return records
 
 
 class Study:
@@ -172,17 +129,17 @@ class Study:
         path = self.folder / "spec.json"
         if not path.exists():
             if (self.folder / "runs").exists():
-                raise RunError(f"--output {self.folder}: holds runs but no spec.json, so no study; choose another folder")
+                raise RunError(f"--output {self.folder}: holds runs but no spec.json, so no study; {_RESTORE}")
             return
         there = held(self.folder)
+        names = [sorted({key.split(".")[1] for key in told if key.startswith("variants.")}) for told in (there, decides)]
+        # A setting that megagate got after that: what was there before is what its default does.
+        there = {key: _default(key) for key in decides if key not in there} | there
         differing = [key for key in {**there, **decides} if not _agrees(key, there.get(key), decides.get(key))]
+        if names[0] != names[1]:  # and not each setting of a variant that is missing
+            differing = ["variants", *(key for key in differing if not key.startswith(("variants.", "data/")))]
+            there, decides = ({"variants": names[side], **told} for side, told in enumerate((there, decides)))
         if differing:
-            names = {side: sorted({key.split(".")[1] for key in told if key.startswith("variants.")}) for side, told in
-                     (("there", there), ("here", decides))}  # fmt: skip
-            if names["there"] != names["here"]:  # and not each setting of a variant that is missing
-                differing = [key for key in differing if not key.startswith(("variants.", "data/"))]
-                there, decides = ({"variants": names[side], **told} for side, told in (("there", there), ("here", decides)))
-                differing = ["variants", *differing]
             lines = [f"  {key}: {there.get(key)} there, {decides.get(key)} here" for key in differing[:_SHOWN]]
             more = [f"  and {len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
             listed = "\n".join([*lines, *more])
@@ -192,14 +149,18 @@ class Study:
             )
 
     def claim(self, decides: Mapping[str, Any], source: str) -> None:
-        """Write which study this is.
+        """Write which study this is, and with which rungs and seeds it began.
 
         Args:
             decides: See `Spec.decides`, with the data.
             source: The spec's text.
         """
         replace_file(self.folder / "spec.yaml", source)
-        replace_file(self.folder / "spec.json", json.dumps({"digest": digest(decides), "decides": decides}, indent=1) + "\n")
+        began = {key: decides[key] for key in _GROWS}
+        if any((self.folder / "runs").glob("*")):
+            began = _held_file(self.folder).get("began_with", {key: held(self.folder)[key] for key in _GROWS})
+        content = {"digest": digest(decides), "began_with": began, "decides": decides}
+        replace_file(self.folder / "spec.json", json.dumps(content, indent=1) + "\n")
         for name in ("runs", "configs", "logs"):  # behind it: runs whose study nobody knows are refused
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -350,11 +311,14 @@ def held(folder: Path) -> dict[str, Any]:
     path = folder / "spec.json"
     if not path.exists():
         return {}
-    remedy = "its digest and decides stand in study.json, too: restore it from there, or choose another folder"
-    found = _read_json(path, remedy=remedy).get("decides")
+    found = _held_file(folder).get("decides")
     if not isinstance(found, dict):
-        raise RunError(f"{path}: holds no decides, so nobody knows whose runs these are; {remedy}")
+        raise RunError(f"{path}: holds no decides, so nobody knows whose runs these are; {_RESTORE}")
     return found
+
+
+def _held_file(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "spec.json", remedy=_RESTORE)
 
 
 def digest(decides: Mapping[str, Any]) -> str:
@@ -366,6 +330,13 @@ def _agrees(key: str, there: Any, here: Any) -> bool:
     if key in _GROWS and isinstance(there, list) and isinstance(here, list):
         return set(there) <= set(here)
     return there == here
+
+
+def _default(key: str) -> Any:
+    """Of the setting of a variant that a key of `Spec.decides` tells; None for another key."""
+    kind, _, rest = key.partition(".")
+    value = flatten(RunConfig()).get(rest.partition(".")[2]) if kind == "variants" else None
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_a(kind: Any, value: Any) -> bool:

@@ -117,6 +117,9 @@ def cautions(facts: Facts, statistics: Statistics) -> tuple[str, ...]:
         found.append(f"1 seed: there are gaps and no intervals; a verdict other than not separable needs {LEAST}.")
     elif len(facts.seeds) < 5:
         found.append(f"{len(facts.seeds)} seeds: t-intervals are wide and the bootstrap's too narrow.")
+    later = [f"rate {lr:g}" for lr in facts.later_rates] + [f"seed {seed}" for seed in facts.later_seeds]
+    if later:
+        found.append(f"{', '.join(later)}: added when runs had begun, so this ladder was not all fixed before anything was seen.")
     best = statistics.baseline_best
     top = [facts.learning_rates[rung] for rung in facts.top]
     if best is not None and best in top:

@@ -190,6 +190,13 @@ def test_a_study_of_other_values_is_told(name: str, value: Any, tmp_path: Path) 
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize("began", [3, {}, {"learning_rates": [4e-3]}, {"learning_rates": ["a"], "seeds": [0]}])
+def test_a_study_that_began_with_something_else_is_told(began: Any, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(json.dumps(_study() | {"began_with": began}))
+    with pytest.raises(RunError, match="began_with .* is none of a study"):
+        report_study(tmp_path / "study.json", tmp_path / "report")
+
+
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="file"):

@@ -402,6 +402,13 @@ def test_a_ladder_of_one_rung_has_no_interaction() -> None:
     assert {verdict.word for verdict in verdicts_of(of, found)} == {"not separable"}
 
 
+def test_what_was_added_later_is_told() -> None:
+    grown = facts(later_rates=RATES[:2], later_seeds=(4,))
+    words = f"rate {RATES[0]:g}, rate {RATES[1]:g}, seed 4: added when runs had begun, so this ladder was not all fixed"
+    assert any(line.startswith(words) for line in cautions(grown, _statistics(grown, [])))
+    assert not any("added when" in line for line in cautions(facts(), _statistics(facts(), [])))
+
+
 def test_a_baseline_at_its_best_on_top_is_told() -> None:
     of = facts()
     found = _statistics(of, study(of, lambda variant, rung: -2 * BASE[rung]))
