@@ -108,6 +108,18 @@ class Cluster:
         self.wait(lambda: true() or not self.going(job), f"job {job}")
         assert true(), log.read_text(errors="replace") if log.exists() else f"job {job} ended, and said nothing"
 
+    def stop(self, job: str, saved: Callable[[], object]) -> None:
+        """Have a job's script signalled, as at the end of its time, until its ranks have saved.
+
+        scancel was seen to signal again where Slurm said `try again later` though it had done it: 5 s later or more, when the job had been
+        queued again and ran.
+        """
+        with subprocess.Popen(["scancel", "--batch", "--signal=TERM", job], env=self.environment) as asking:
+            try:
+                self.wait(saved, f"job {job} to save")
+            finally:
+                asking.kill()
+
     def going(self, job: str) -> bool:
         """Whether a job, or any task of an array, waits or runs."""
         return bool({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"} & set(self.states(job).values()))

@@ -47,7 +47,10 @@ def test_ranks_know_each_other_and_a_failure_wins_over_a_stop(cluster: Cluster, 
             touch "there-$SLURM_STEP_ID-$RANK"
             while [[ $(ls there-"$SLURM_STEP_ID"-* | wc -l) -lt 2 ]]; do sleep 0.05; done
             exit "${@:2 + RANK:1}" ;;
-          waits) if (( RANK == 0 )); then sleep 0.5; exit "$2"; else sleep 60; fi ;;
+          waits) # one leaves by itself: the other, which is there, is signalled; exec, so that no sleep is left to hold the output open
+            if (( RANK == 1 )); then touch "waits-$SLURM_STEP_ID"; exec sleep 60; fi
+            until [[ -e "waits-$SLURM_STEP_ID" ]]; do sleep 0.05; done
+            exit "$2" ;;
         esac
         """,
     )
@@ -89,12 +92,13 @@ def test_ranks_know_each_other_and_a_failure_wins_over_a_stop(cluster: Cluster, 
     assert "--ntasks-per-node (2) must be the number of GPUs of a node (1)" in said
 
 
-# Slurm's signal ends the sleep, too, and sometimes before bash has it: hence the loop. A second one comes when another rank has left.
+# Slurm's signal ends the sleep, too, and sometimes before bash has it: hence the loop. A second one comes when another rank has left. No
+# sleep in the background: one that was begun between the two would be left, and hold the output open, for whose end Slurm waits.
 SAVING = """
     trap 'trap "" TERM; sleep 0.3; echo "saved" >> saved-$RANK; exit 143' TERM
     echo "begun" >> begun-$RANK
     if (( ${SLURM_RESTART_COUNT:-0} > 0 )); then echo "went on" >> went-on-$RANK; exit 0; fi
-    while true; do sleep 100 & wait; done
+    while true; do sleep 0.1; done
 """
 
 
@@ -111,7 +115,7 @@ def test_a_stopped_job_saves_and_is_queued_again_and_one_that_is_over_is_not(clu
     write_rank(root, SAVING)
     job = submit(cluster, root)
     started(cluster, root)
-    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    cluster.stop(job, lambda: lines(root, "saved") == [1, 1])
     assert cluster.wait_over(job) == {job: "COMPLETED"}
     assert (lines(root, "begun"), lines(root, "saved"), lines(root, "went-on")) == ([2, 2], [1, 1], [1, 1])
     assert cluster.restarts(job) == 1
@@ -144,9 +148,9 @@ def test_one_task_of_an_array_is_queued_again_alone(cluster: Cluster, root: Path
     write_rank(root, SAVING.replace("-$RANK", "-$SLURM_ARRAY_TASK_ID"))
     job = submit(cluster, root, options=("--array=0-1", "--nodes=1", f"--output={root}/out-%a.txt"))
     started(cluster, root)
-    cluster.run("scancel", "--batch", "--signal=TERM", f"{job}_1")
-    cluster.wait(lambda: lines(root, "went-on") == [0, 1], "the end of the one task")
-    assert cluster.states(job)[f"{job}_0"] == "RUNNING" and lines(root, "begun") == [1, 2]
+    cluster.stop(f"{job}_1", lambda: lines(root, "saved")[1])
+    cluster.wait(lambda: cluster.states(job).get(f"{job}_1") == "COMPLETED", "the end of the one task")
+    assert cluster.states(job)[f"{job}_0"] == "RUNNING" and (lines(root, "begun"), lines(root, "went-on")) == ([1, 2], [0, 1])
     assert cluster.restarts(f"{job}_0") == 0
     cluster.run("scancel", job)
     assert cluster.wait_over(job) == {f"{job}_0": "CANCELLED", f"{job}_1": "COMPLETED"}
