@@ -22,7 +22,7 @@ from megagate.analysis.lr.study import Study
 from megagate.config.command import Stopped, stoppable
 from megagate.errors import ConfigError, RunError
 
-LIMIT_S = 30
+LIMIT_S = 120
 KEY = RunKey("baseline", 4e-3, 0)
 
 # Its first words are those of the command; the last two are `--config FILE`. It knows its folder by the config, as a rank does.
