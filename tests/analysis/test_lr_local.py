@@ -91,7 +91,8 @@ def test_a_stop_saves_what_runs(tmp_path: Path) -> None:
 
     def stop(text: str) -> None:  # at the first run that is over, while the long one goes on
         assert "diverged" in text
-        while len(study.records(FIRST)) < 20:
+        until = time.monotonic() + LIMIT_S
+        while len(study.records(FIRST)) < 20 and time.monotonic() < until:
             time.sleep(0.01)
         raise KeyboardInterrupt
 
