@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SPECS = sorted((ROOT / "examples" / "lr_stability").glob("*.yaml"))
 CLUSTER = [path for path in SPECS if not path.name.startswith("cpu_")]
 OTHER = re.compile(r"^# \w+: +(\{kind: .*\})$", re.MULTILINE)
-RUNS = {"dense_1p7b_48l_400b": 10, "dense_1p7b_48l_1t": 4, "moe_15a2b": 12, "cpu_nano": 125, "cpu_nano_matched": 24, "cpu_nano_moe": 18}
+RUNS = {"dense_1p7b_48l_400b": 10, "dense_1p7b_48l_1t": 4, "moe_15a2b": 12, "cpu_nano": 175, "cpu_nano_matched": 24, "cpu_nano_moe": 18}
 
 
 def configs_of(spec: Spec) -> dict[str, RunConfig]:
