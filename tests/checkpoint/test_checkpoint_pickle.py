@@ -1,7 +1,7 @@
 """No file is ever unpickled: sources of the package, the tools and the examples are searched for every way to do it.
 
 What stays in memory is another thing: processes that one command has started send each other pickled objects, over pipes
-(`parallel/spawn.py`) and, small ones, over the process group (`parallel/comm.py`, `gather_objects`). Whoever can write there is already one
+(`parallel/spawn.py`, `rank.py`) and, small ones, over the process group (`parallel/comm.py`, `gather_objects`). Whoever can write there is already one
 of the run's own ranks. Neither touches a disk.
 """
 
@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 IN_MEMORY = {
+    "megagate/parallel/rank.py": {"import of pickle"},
     "megagate/parallel/spawn.py": {"import of pickle"},
     "megagate/parallel/comm.py": {"all_gather_object"},
 }
