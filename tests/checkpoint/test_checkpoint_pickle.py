@@ -1,8 +1,8 @@
 """No file is ever unpickled: sources of the package, the tools and the examples are searched for every way to do it.
 
 What stays in memory is another thing: processes that one command has started send each other pickled objects, over pipes
-(`parallel/spawn.py`, `rank.py`) and, small ones, over the process group (`parallel/comm.py`, `gather_objects`). Whoever can write there is already one
-of the run's own ranks. Neither touches a disk.
+(`parallel/spawn.py`, `parallel/rank.py`) and, small ones, over the process group (`parallel/comm.py`, `gather_objects`). Whoever can
+write there is already one of the run's own ranks. Neither touches a disk.
 """
 
 import ast
