@@ -48,7 +48,7 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "import-linter", "ruff", "megatron-core==0.16.1", "gigatoken", "lm-eval[hf]"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "import-linter", "ruff", "megatron-core==0.16.1", "gigatoken", "lm-eval[hf]"],
         "te": ["transformer-engine[pytorch]==2.20.2"],  # built from source: --no-build-isolation, see README.md
         "fast": ["gigatoken"],  # tokenizing for tools/preprocess_data.py; the tests hold its ids to those of tokenizers
         "eval": ["lm-eval[hf]"],  # examples/evaluate

@@ -45,6 +45,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if "ranks" in sys.modules:
         sys.modules["ranks"].POOL.close()
+    if hasattr(session.config, "workerinput"):  # one of several processes: the one that started them has all reports
+        return
     if unlisted_skips(session.config) and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
