@@ -1,4 +1,4 @@
-"""The session: one thread per process, the ranks' server, and no skip that is not on the list."""
+"""The session: two processes of one thread, the server of each one's ranks, and no skip that is not on the list."""
 
 import os
 import sys
@@ -24,6 +24,11 @@ if str(TESTS) not in sys.path:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-product", action="store_true", help="test_parity_matrix.py: all combinations, not all pairs")
     parser.addoption("--no-skips", action="store_true", help="whatever is skipped fails the session, listed or not")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes, also on many cores: each has up to four ranks of its own. Tests of a GPU have it for themselves."""
+    return 0 if config.option.markexpr == "gpu" else 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
     from megagate.analysis.lr.hosts import run_hosts  # noqa: PLC0415
     from megagate.analysis.lr.local import run_local  # noqa: PLC0415
     from megagate.analysis.lr.slurm import array_command, require_slurm, submit  # noqa: PLC0415
-    from megagate.analysis.lr.spec import read_spec  # noqa: PLC0415
+    from megagate.analysis.lr.spec_file import read_spec  # noqa: PLC0415
     from megagate.analysis.lr.study import Study, prepare_data  # noqa: PLC0415
 
     spec = read_spec(options.spec)
@@ -225,7 +225,7 @@ def _existing(options: argparse.Namespace) -> "Study":
         ConfigError: There is none.
         RunError: The folder is another spec's.
     """
-    from megagate.analysis.lr.spec import read_spec  # noqa: PLC0415
+    from megagate.analysis.lr.spec_file import read_spec  # noqa: PLC0415
     from megagate.analysis.lr.study import Study  # noqa: PLC0415
 
     spec = read_spec(options.spec)

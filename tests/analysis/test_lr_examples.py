@@ -9,7 +9,8 @@ import pytest
 import yaml
 from test_lr_local import command
 
-from megagate.analysis.lr.spec import Spec, read_spec
+from megagate.analysis.lr.spec import Spec
+from megagate.analysis.lr.spec_file import read_spec
 from megagate.config.count import count_parameters, flops_per_token
 from megagate.config.run import RunConfig
 from megagate.plan.memory import check_gpu, estimate

@@ -13,7 +13,8 @@ from lr_specs import SMALL, write_spec
 from test_lr_local import command
 
 from megagate.analysis.lr.hosts import run_hosts
-from megagate.analysis.lr.spec import RunKey, read_spec
+from megagate.analysis.lr.spec import RunKey
+from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
 from megagate.errors import RunError
 

@@ -17,7 +17,8 @@ import pytest
 from lr_specs import write_spec
 
 from megagate.analysis.lr.launched import run_launched
-from megagate.analysis.lr.spec import RunKey, read_spec
+from megagate.analysis.lr.spec import RunKey
+from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
 from megagate.config.command import Stopped, stoppable
 from megagate.errors import ConfigError, RunError

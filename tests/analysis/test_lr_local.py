@@ -19,7 +19,8 @@ import ranks
 from lr_specs import SMALL, write_spec
 
 from megagate.analysis.lr.local import run_local
-from megagate.analysis.lr.spec import RunKey, read_spec
+from megagate.analysis.lr.spec import RunKey
+from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
 from megagate.errors import RunError
 

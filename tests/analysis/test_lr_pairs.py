@@ -7,7 +7,8 @@ import pytest
 import torch
 from parity.sharded import BACKEND, CPU
 
-from megagate.analysis.lr.spec import RunKey, read_spec
+from megagate.analysis.lr.spec import RunKey
+from megagate.analysis.lr.spec_file import read_spec
 from megagate.config.run import RunConfig
 from megagate.data.loader import TrainLoader
 from megagate.data.synthetic import SyntheticSplit

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megagate.analysis.lr.spec import read_spec
+from megagate.analysis.lr.spec_file import read_spec
 
 ROOT = Path(__file__).parents[2]
 LAB = ROOT / "examples" / "lr_stability"

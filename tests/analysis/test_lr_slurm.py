@@ -13,7 +13,8 @@ from lr_specs import SMALL, write_spec
 from slurm_cluster import Cluster, temporary_slurm
 
 from megagate.analysis.lr.records import read_records
-from megagate.analysis.lr.spec import RunKey, read_spec
+from megagate.analysis.lr.spec import RunKey
+from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
 
 ROOT = Path(__file__).parents[2]

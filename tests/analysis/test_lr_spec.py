@@ -12,7 +12,8 @@ import yaml
 from lr_specs import SMALL, write_spec
 
 from megagate.analysis.lr.slurm import array_command
-from megagate.analysis.lr.spec import RunKey, read_spec
+from megagate.analysis.lr.spec import RunKey
+from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
 from megagate.config.keys import differences, flatten
 from megagate.errors import ConfigError

@@ -11,7 +11,8 @@ from lr_specs import SMALL, write_spec
 
 from megagate.analysis.lr.entries import Facts
 from megagate.analysis.lr.records import diverged_at
-from megagate.analysis.lr.spec import Stop, read_spec
+from megagate.analysis.lr.spec import Stop
+from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.status import status_lines
 from megagate.analysis.lr.study import Study, digest, replace_file
 from megagate.config.run import OptimConfig
