@@ -1,12 +1,16 @@
 """Programs of Debian packages that a few tests need: installed where that can be done, else the test is skipped with the reason."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
 _LIMIT_S = 180
+_LOCK = Path(tempfile.gettempdir(), "megagate-tests-apt-get.lock")
 
 
 def require(programs: dict[str, str]) -> None:
@@ -15,10 +19,18 @@ def require(programs: dict[str, str]) -> None:
     Args:
         programs: Each with its package.
     """
-    missing = sorted({package for program, package in programs.items() if not shutil.which(program)})
-    reason = _install(missing) if missing else ""
+    if not _missing(programs):
+        return
+    with _LOCK.open("w") as lock:  # the tests' other process may be installing, and apt-get does not wait for another
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = _missing(programs)
+        reason = _install(missing) if missing else ""
     if reason:
         pytest.skip(f"needs the Debian packages {', '.join(missing)}: {reason}")
+
+
+def _missing(programs: dict[str, str]) -> list[str]:
+    return sorted({package for program, package in programs.items() if not shutil.which(program)})
 
 
 def _install(packages: list[str]) -> str:
