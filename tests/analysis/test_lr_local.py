@@ -1,7 +1,6 @@
 """Runs in forked processes: killed, stopped and diverged ones, and the command around them."""
 
 import fcntl
-import importlib.util
 import json
 import os
 import shlex
@@ -10,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import ranks
+from commands import call
 from lr_specs import SMALL, write_spec
 
 from megagate.analysis.lr.local import run_local
@@ -24,6 +25,7 @@ from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
 from megagate.errors import RunError
 
+command = partial(call, "lr_stability")
 LIMIT_S = 240  # the first run waits for torch and DeepSpeed, a minute and more on a machine that is busy
 FIRST, OTHER = RunKey("baseline", 4e-3, 0), RunKey("elementwise", 4e-3, 0)
 LONG = {"steps": 300, "seeds": [0], "set": SMALL["set"] | {"checkpoint.every": 20}}
@@ -142,14 +144,6 @@ def test_a_run_that_fails_is_told_with_its_log(tmp_path: Path) -> None:
 
 
 # ---- the command
-
-
-def command(*arguments: object) -> int:
-    place = Path(__file__).parents[2] / "tools" / "lr_stability.py"
-    spec = importlib.util.spec_from_file_location("lr_stability_tool", place)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main([str(word) for word in arguments])
 
 
 def test_the_command_runs_what_it_is_asked_for_and_shows_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """`tools/inspect_checkpoint.py`: what it tells is what was saved; damage and differences are named under any layouts; exit codes."""
 
-import importlib.util
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_helpers import Layouts, save_layout
+from commands import TOOLS, call
 
 import megagate
 from megagate.checkpoint import inspection
@@ -24,7 +24,7 @@ from megagate.checkpoint.store import Checkpoint
 from megagate.config.keys import to_dict
 from megagate.config.run import RunConfig
 
-TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
+TOOL = TOOLS / "inspect_checkpoint.py"
 SHAPES = {"master/w": (12, 7), "exp_avg/w": (12, 7), "exp_avg_sq/w": (12, 7), "master/e": (6, 5, 4), "state/b": (3,), "master/s": ()}
 STATE = {name: torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, (name, shape) in enumerate(SHAPES.items())}
 STATE["state/b"] = torch.arange(3, dtype=torch.int32)
@@ -53,18 +53,15 @@ def saved(root: Path, *, world: int = 3, seed: int = 0, metadata: dict[str, Any]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """`run(*arguments)`: the exit code, and what was said on both streams."""
-    spec = importlib.util.spec_from_file_location("inspect_checkpoint", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
-    def call(*arguments: object) -> tuple[int, str]:
+    def call_and_hear(*arguments: object) -> tuple[int, str]:
         capsys.readouterr()
-        code = module.main([str(argument) for argument in arguments])
+        code = call("inspect_checkpoint", *arguments)
         said = capsys.readouterr()
         assert "Traceback" not in said.err
         return code, said.out if code == 0 or said.out else said.err
 
-    return call
+    return call_and_hear
 
 
 def test_it_tells_what_was_saved(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:

@@ -1,17 +1,17 @@
 """The command that analyzes checkpoints: its words, files and exit codes. What it measures: `tests/analysis`."""
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import exp
 from pathlib import Path
 
 import pytest
+from commands import TOOLS, call
 from parity.variants import DENSE, MOE
 from test_tools_convert import checkpoint
 
@@ -19,24 +19,9 @@ from megagate.analysis.gate.result import Analysis
 from megagate.analysis.gate.table import table_text
 from megagate.config.model import ModelConfig
 
-TOOL = Path(__file__).parents[2] / "tools" / "analyze.py"
+TOOL = TOOLS / "analyze.py"
+main = partial(call, "analyze")
 TEXT = "The gate decides what a head says; a head that says nothing need not look at the first token.\n" * 4
-
-
-@pytest.fixture
-def main() -> Callable[..., int]:
-    """`main(*arguments)`; argparse's way out counts as an exit code too."""
-    spec = importlib.util.spec_from_file_location("analyze_command", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments: object) -> int:
-        try:
-            return module.main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            return leaving.code
-
-    return call
 
 
 @pytest.fixture
@@ -50,9 +35,7 @@ def of_bytes(model: ModelConfig) -> ModelConfig:
     return replace(model, vocab_size=260)
 
 
-def test_it_prints_the_table_and_writes_all(
-    main: Callable[..., int], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_prints_the_table_and_writes_all(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [f"{name}={checkpoint(tmp_path / name, of_bytes(model))}" for name, model in (("dense", DENSE), ("mixture", MOE))]
     output = tmp_path / "out"
     options = ["--data", text, "--tokenizer", "bytes", "--seq-len", 16, "--num-samples", 2, "--map-tokens", 8, "--layers", 2]
@@ -95,7 +78,7 @@ def test_it_prints_the_table_and_writes_all(
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(
-    main: Callable[..., int], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     places = {"run": checkpoint(tmp_path / "run", of_bytes(DENSE)), "text": text, "out": tmp_path / "out"}
     assert main(*(argument.format(**places) for argument in arguments)) == 2
@@ -107,7 +90,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
 
 
 def test_an_interruption_leaves_no_part_of_a_file(
-    main: Callable[..., int], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted:
         """A bar during which somebody presses Ctrl-C: at the third of its passes."""

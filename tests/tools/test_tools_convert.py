@@ -1,16 +1,16 @@
 """The command that converts checkpoints: its words and exit codes, and that `--help` is instant. What it writes: `tests/checkpoint/hf`."""
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from commands import TOOLS, call
 from parity.engines import MOE, TIED_DENSE
 from parity.sharded import random
 from safetensors.torch import load_file
@@ -24,24 +24,9 @@ from megagate.config.model import GateConfig, ModelConfig
 from megagate.config.run import DataConfig, PrecisionConfig, RunConfig, TrainConfig
 from megagate.data.tokenizer import Tokenizer
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = TOOLS / "convert_checkpoint.py"
+main = partial(call, "convert_checkpoint")
 STEP = 7
-
-
-@pytest.fixture
-def main() -> Callable[..., int]:
-    """`main(*arguments)`; argparse's way out counts as an exit code too."""
-    spec = importlib.util.spec_from_file_location("convert_command", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments: object) -> int:
-        try:
-            return module.main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            return leaving.code
-
-    return call
 
 
 def checkpoint(run: Path, model: ModelConfig, *, dtype: str = "fp32", spoiled: str = "") -> Path:
@@ -61,9 +46,7 @@ def checkpoint(run: Path, model: ModelConfig, *, dtype: str = "fp32", spoiled: s
     return run
 
 
-def test_to_hf_says_what_it_wrote_for_which_class_and_how_to_load_it(
-    main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_to_hf_says_what_it_wrote_for_which_class_and_how_to_load_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM
 
     run, out = checkpoint(tmp_path / "run", MOE, dtype="bf16"), tmp_path / "hf"
@@ -92,7 +75,7 @@ def test_to_hf_says_what_it_wrote_for_which_class_and_how_to_load_it(
     assert all(torch.equal(model.state_dict()[name], tensor.float()) for name, tensor in held.items())
 
 
-def test_to_hf_of_what_bf16_holds_is_loaded_in_bf16(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_to_hf_of_what_bf16_holds_is_loaded_in_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Norms that are w itself, and numbers that are not finite, which are said aloud."""
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +91,7 @@ def test_to_hf_of_what_bf16_holds_is_loaded_in_bf16(main: Callable[..., int], tm
     assert theirs.dtype == theirs.model.norm.weight.dtype == torch.bfloat16 and type(theirs).__name__ == "Qwen3ForCausalLM"
 
 
-def test_to_hf_with_code_of_its_own(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_to_hf_with_code_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = replace(TIED_DENSE, attention=replace(TIED_DENSE.attention, gate=GateConfig("G2")))
     run = checkpoint(tmp_path / "run", model)
     assert main("to-hf", run, tmp_path / "hf", "--no-verify", "--keep-padding") == 0
@@ -123,7 +106,7 @@ def test_to_hf_with_code_of_its_own(main: Callable[..., int], tmp_path: Path, ca
     assert not (tmp_path / "stock").exists()
 
 
-def test_norms_that_fp32_rounds_are_said_aloud(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_norms_that_fp32_rounds_are_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = checkpoint(tmp_path / "run", MOE)
     with store.Checkpoint.open(run) as opened:
         config = opened.metadata
@@ -146,7 +129,6 @@ def test_norms_that_fp32_rounds_are_said_aloud(main: Callable[..., int], tmp_pat
     ],
 )
 def test_a_command_that_is_stopped_leaves_nothing(
-    main: Callable[..., int],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -177,7 +159,7 @@ def test_a_command_that_is_stopped_leaves_nothing(
 
 
 def test_a_command_that_is_stopped_when_it_has_written_says_so(
-    main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = checkpoint(tmp_path / "run", MOE), tmp_path / "hf"
     monkeypatch.setattr(targets, "explain", lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -186,14 +168,14 @@ def test_a_command_that_is_stopped_when_it_has_written_says_so(
     assert (out / "config.json").exists()
 
 
-def test_what_a_killed_command_left_is_named(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_killed_command_left_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, left = checkpoint(tmp_path / "run", MOE), tmp_path / ".hf.0123456789ab.megagate-export"
     left.mkdir()
     assert main("to-hf", run, tmp_path / "hf", "--no-verify") == 0
     assert f"{left} is of another export to the same place; unless that is at work, remove it\n" in capsys.readouterr().out
 
 
-def test_a_length_that_is_none(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_length_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("to-hf", tmp_path, tmp_path / "hf", "--max-position-embeddings", "0") == 2
     assert capsys.readouterr().err.endswith("argument --max-position-embeddings: 0 must be a whole number from 1 on\n")
 
@@ -212,9 +194,7 @@ def test_nobody_reads_what_it_says(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "") and (out / "config.json").exists()
 
 
-def test_there_and_back_keeps_the_tokenizer_and_the_type(
-    main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_there_and_back_keeps_the_tokenizer_and_the_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, back = tmp_path / "first", tmp_path / "back"
     assert main("to-hf", checkpoint(tmp_path / "run", replace(MOE, vocab_size=300), dtype="bf16"), first, "--no-verify") == 0
     Tokenizer.train(["a text to learn from, and another text"], vocab_size=270).save(first / "tokenizer.json")

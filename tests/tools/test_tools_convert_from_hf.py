@@ -1,13 +1,13 @@
 """`tools/convert_checkpoint.py from-hf`: its words and exit codes."""
 
-import importlib.util
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from checkpoint.hf.hf_dirs import USE, export_of, random_state, theirs_of, write_directory
 from checkpoint.hf.hf_released import released
+from commands import call
 from parity.variants import MOE
 from torch import Tensor
 
@@ -15,26 +15,10 @@ from megagate.checkpoint.hf import ops
 from megagate.checkpoint.hf.hf_config import hf_config
 from megagate.config.cli import parse
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+main = partial(call, "convert_checkpoint")
 
 
-@pytest.fixture
-def main() -> Callable[..., int]:
-    """`main(*arguments)`; argparse's way out counts as an exit code too."""
-    spec = importlib.util.spec_from_file_location("convert_command", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments: object) -> int:
-        try:
-            return module.main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            return leaving.code
-
-    return call
-
-
-def test_an_export_comes_back_verified(tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_comes_back_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = export_of(tmp_path / "hf", MOE, "qwen3_next", random_state(MOE)), tmp_path / "o u t"
     assert main("from-hf", source, out) == 0
     told = capsys.readouterr().out
@@ -46,13 +30,13 @@ def test_an_export_comes_back_verified(tmp_path: Path, main: Callable[..., int],
     assert parse(["--config", str(out / "config.yaml"), "--train.resume", str(out)], prog="test").model == MOE
 
 
-def test_without_verification(tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_verification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("from-hf", export_of(tmp_path / "hf", MOE, "remote-code", random_state(MOE)), tmp_path / "out", "--no-verify") == 0
     told = capsys.readouterr().out
     assert "go on with" in told and "verified" not in told and "logits" not in told and "1/2" not in told
 
 
-def test_what_is_refused_writes_nothing(tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = theirs_of(MOE, "qwen3_next", random_state(MOE))
     del theirs["model.layers.1.mlp.experts.3.down_proj.weight"]
     source = write_directory(tmp_path / "hf", hf_config(MOE, "qwen3_next", USE), theirs)
@@ -63,7 +47,7 @@ def test_what_is_refused_writes_nothing(tmp_path: Path, main: Callable[..., int]
 
 
 def test_a_failed_verification_removes_nothing_and_exits_1(
-    tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = export_of(tmp_path / "hf", MOE, "qwen3_next", random_state(MOE))
     right = ops.QueryAndGate.from_hf
@@ -78,9 +62,7 @@ def test_a_failed_verification_removes_nothing_and_exits_1(
     assert "but do not train on it" in captured.out and (tmp_path / "out" / "step-00000000").is_dir()
 
 
-def test_a_released_model_says_what_its_logits_were_compared_with(
-    tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_released_model_says_what_its_logits_were_compared_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = released(tmp_path / "hf", "headwise")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3"
     assert main("from-hf", folder, tmp_path / "out") == 0

@@ -1,6 +1,5 @@
 """The doctor's command: its words and exit codes, with and without a launcher, and that it always ends and leaves no process behind."""
 
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from types import ModuleType
 import psutil
 import pytest
 import ranks  # noqa: F401 - its server starts the ranks of `main` in this process
+from commands import load
 
 import megagate.engine.zero  # noqa: F401 - so that the server loads DeepSpeed's parts too
 from megagate.parallel.spawn import RankError
@@ -44,10 +44,7 @@ GONE_WITHIN_S = 20.0
 @pytest.fixture(scope="module")
 def command() -> ModuleType:
     """The command as a module."""
-    spec = importlib.util.spec_from_file_location("doctor_command", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("doctor")
 
 
 @pytest.fixture

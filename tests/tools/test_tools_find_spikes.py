@@ -1,7 +1,6 @@
 """The command that finds loss spikes: what it prints, what files it takes, and how it refuses the others."""
 
 import gzip
-import importlib.util
 import io
 import json
 import subprocess
@@ -13,27 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import TOOLS, call, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagate.train.curve import read_curve
 
-TOOL = Path(__file__).parents[2] / "tools" / "find_spikes.py"
+TOOL = TOOLS / "find_spikes.py"
 COUNT, AT = 300, 200  # records, and the index of the spike among them
 
 
-def tool() -> Any:
-    loaded = importlib.util.spec_from_file_location("find_spikes", TOOL)
-    assert loaded is not None and loaded.loader is not None
-    module = importlib.util.module_from_spec(loaded)
-    loaded.loader.exec_module(module)
-    return module
-
-
 def run(*arguments: object, expect: int = 0) -> tuple[str, str]:
-    module = tool()
     with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
-        code = module.main([str(word) for word in arguments])
+        code = call("find_spikes", *arguments)
     assert code == expect, complained.getvalue()
     return said.getvalue(), complained.getvalue()
 
@@ -174,7 +165,7 @@ def test_a_file_of_another_kind_is_told_what_to_be(file: Path, name: str) -> Non
 
 def test_no_name_is_no_file() -> None:
     with redirect_stderr(io.StringIO()) as complained, pytest.raises(SystemExit, match="2"):
-        tool().main(["--input", ""])
+        load("find_spikes").main(["--input", ""])
     assert "it is empty; name a run's metrics.jsonl" in complained.getvalue()
 
 

@@ -1,6 +1,5 @@
 """The command that looks at data: what it tells is what was written; damage is named; nothing it shows can steer a terminal."""
 
-import importlib.util
 import io
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import TOOLS, call
 
 from megagate.data import inspection, shards
 from megagate.data.byte_tokenizer import ByteTokenizer
@@ -21,17 +21,13 @@ from megagate.data.inspection import bars, chosen, lengths_of, octave_range, vis
 from megagate.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, write_manifest
 from megagate.data.shards import Shard, ShardWriter
 
-TOOL = Path(__file__).parents[2] / "tools" / "inspect_data.py"
+TOOL = TOOLS / "inspect_data.py"
 TEXTS = {"train": [["one", "two größe"], ["x" * 400, "a\x1b[31mred\u202e\n\tb"]], "valid": [["v"]], "test": [["t" * 5000]]}
 
 
 def run(*arguments: object, expect: int = 0) -> str:
-    loaded = importlib.util.spec_from_file_location("inspect_data", TOOL)
-    assert loaded is not None and loaded.loader is not None
-    module = importlib.util.module_from_spec(loaded)
-    loaded.loader.exec_module(module)
     with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
-        code = module.main([str(word) for word in arguments])
+        code = call("inspect_data", *arguments)
     out, err = said.getvalue(), complained.getvalue()
     assert code == expect and "Traceback" not in err, err
     return out if expect == 0 else err[err.index("DataError: ") :]

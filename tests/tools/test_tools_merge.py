@@ -1,6 +1,5 @@
 """The command that merges: linked, copied, cut, joined; killed at any moment, run twice at once, on a full disk, across disks."""
 
-import importlib.util
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import TOOLS, call
 
 from megagate.data.manifest import MANIFEST_NAME, open_shards, read_manifest, verify
 from megagate.data.merge.plan import cuts, make_merge, named_maker, publish_merge
@@ -26,7 +26,6 @@ from megagate.data.shards import Shard, ShardWriter
 from megagate.data.tokenizer import Tokenizer
 from megagate.errors import DataError
 
-TOOLS = Path(__file__).parents[2] / "tools"
 Tree = dict[str, bytes]
 EOD = 999
 OF_IDS = ("--vocab-size", EOD + 1, "--eod-id", EOD)
@@ -65,12 +64,8 @@ def start(*arguments: object, tool: str = "merge_data.py", limit: int | None = N
 def run(*arguments: object, tool: str = "merge_data.py", limit: int | None = None, expect: int = 0) -> str:
     """What it says: in this process where nothing speaks against it."""
     if tool == "merge_data.py" and limit is None:
-        loaded = importlib.util.spec_from_file_location("merge_data", TOOLS / tool)
-        assert loaded is not None and loaded.loader is not None
-        module = importlib.util.module_from_spec(loaded)
-        loaded.loader.exec_module(module)
         with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
-            code = module.main([str(word) for word in arguments])
+            code = call("merge_data", *arguments)
         out, err = said.getvalue(), complained.getvalue()
     else:
         process = start(*arguments, tool=tool, limit=limit)

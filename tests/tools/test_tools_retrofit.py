@@ -1,15 +1,15 @@
 """The command that retrofits a gate: its words and exit codes, and that a refusal writes nothing."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from commands import TOOLS, call
 from parity.engines import MOE
 from parity.sharded import random
 
@@ -20,24 +20,9 @@ from megagate.config.keys import to_dict
 from megagate.config.model import GateConfig
 from megagate.config.run import RunConfig, TrainConfig
 
-TOOL = Path(__file__).parents[2] / "tools" / "retrofit_gate.py"
+TOOL = TOOLS / "retrofit_gate.py"
+main = partial(call, "retrofit_gate")
 STEP = 7
-
-
-@pytest.fixture
-def main() -> Callable[..., int]:
-    """`main(*arguments)`; argparse's way out counts as an exit code too."""
-    spec = importlib.util.spec_from_file_location("retrofit_command", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments: object) -> int:
-        try:
-            return module.main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            return leaving.code
-
-    return call
 
 
 def checkpoint(run: Path, gate: GateConfig | None = None, *, steps: int = 10) -> Path:
@@ -50,7 +35,7 @@ def checkpoint(run: Path, gate: GateConfig | None = None, *, steps: int = 10) ->
     return run
 
 
-def test_it_says_what_it_did_and_how_to_go_on(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_what_it_did_and_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, c = checkpoint(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
     assert main("--checkpoint", a, "--gate", "elementwise", "--output", b) == 0
     said, err = capsys.readouterr()
@@ -76,7 +61,7 @@ def test_it_says_what_it_did_and_how_to_go_on(main: Callable[..., int], tmp_path
     assert all(torch.equal(first.read_whole(name), last.read_whole(name)) for name in first.tensors)
 
 
-def test_what_is_not_exact_is_said_aloud(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_exact_is_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = checkpoint(tmp_path / "a", GateConfig("G1", "headwise", score="parameter"), steps=STEP)
     assert main("--checkpoint", a, "--gate", "none", "--output", tmp_path / "b") == 0
     said = capsys.readouterr().out
@@ -101,9 +86,7 @@ def test_what_is_not_exact_is_said_aloud(main: Callable[..., int], tmp_path: Pat
     ],
     ids=lambda value: value.position if isinstance(value, GateConfig) else value.split()[0],
 )
-def test_refusals(
-    main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], gate: GateConfig, wanted: str, told: str
-) -> None:
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], gate: GateConfig, wanted: str, told: str) -> None:
     a = checkpoint(tmp_path / "a", gate)
     assert main("--checkpoint", a, "--gate", wanted, "--output", tmp_path / "b") == 2
     assert_refused(capsys, told)
@@ -115,7 +98,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], told: str) -> None:
     assert out == "" and told in err and err.count("\n") == 1 and err.startswith(("CheckpointError: ", "ConfigError: "))
 
 
-def test_folders_that_are_refused(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = checkpoint(tmp_path / "a")
     for source, output, told in (
         (tmp_path / "nowhere", tmp_path / "b", "nowhere does not exist"),
@@ -128,7 +111,7 @@ def test_folders_that_are_refused(main: Callable[..., int], tmp_path: Path, caps
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_all_three_options_are_needed(main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_three_options_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("--gate", "none") == 2
     assert "required: --checkpoint, --output" in capsys.readouterr().err
 

@@ -1,16 +1,17 @@
 """A run of the main job and its text, all the way: exported, used by transformers and by the evaluation harness, adopted, trained on."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sysconfig
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from commands import call
 from parity.sharded import BACKEND
 from torch import Tensor
 from train_jobs import ROOT, Jobs, metrics
@@ -24,6 +25,7 @@ from megagate.parallel.mesh import ParallelMesh
 
 pytestmark = pytest.mark.slow
 
+convert = partial(call, "convert_checkpoint")
 TINY = ROOT / "examples" / "configs" / "tiny.yaml"
 STEPS, PROMPT = 8, "The function returns"
 SMALL = (
@@ -53,13 +55,6 @@ def run(shared_jobs: Jobs) -> Run:
     shared_jobs.run("--train.output_dir", folder, *SMALL, *EVALUATION, config=TINY)
     assert convert("to-hf", folder, shared_jobs.folder / "out") == 0
     return Run(folder, shared_jobs.folder / "out")
-
-
-def convert(*arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location("convert_command", ROOT / "tools" / "convert_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

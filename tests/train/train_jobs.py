@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 NANO = ROOT / "examples" / "configs" / "nano.yaml"
 SCRIPT = ROOT / "examples" / "pretrain_moe.sh"
 DEEPSPEED = Path(sysconfig.get_path("scripts")) / "deepspeed"
-LIMIT_S = 90.0
+LIMIT_S = 240.0  # on a machine that is busy, as it is with the tests themselves
 MEASURED = {
     *("step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory_bytes"),
     *("checkpoint_stall_seconds", "observe_seconds"),
