@@ -123,7 +123,7 @@ def lone_barrier(context: RankContext, tp: int, name: str) -> float:
     axis = the_axis(tp, name)
     comm.barrier(axis)
     if context.rank == 0:
-        time.sleep(0.5)
+        time.sleep(2.0)
     start = time.monotonic()
     comm.barrier(axis)
     return time.monotonic() - start
@@ -223,8 +223,8 @@ def test_an_axis_of_size_1_returns_its_input_without_a_collective(world_size, tp
 
 def test_a_barrier_waits_for_the_ranks_of_its_axis_only():
     seconds = ranks.run_ranks(lone_barrier, 4, 2, "tp")
-    assert seconds[1] > 0.4
-    assert max(seconds[2], seconds[3]) < 0.4
+    assert seconds[1] > 1.5
+    assert max(seconds[2], seconds[3]) < 1.5
 
 
 @pytest.mark.parametrize("function", [comm.leave, comm.enter, comm.gather])
