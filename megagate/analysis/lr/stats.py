@@ -23,7 +23,8 @@ RULES: dict[str, str] = {
     "OTHER seeds, since a rung chosen by a seed's own luck has a gap that is too high there, which would look like stability (in one of "
     "seven studies of five seeds without any effect). Seeds share what chooses their rungs, which makes the interval a little too narrow: "
     "simulated, 3 to 3.5 % of such studies of 3 to 5 seeds are called supported where rungs are alike, 2.5 % where one is clearly best. "
-    "Capped: losses at most ln V, and a diverged run counts as ln V, so that its pair is not lost.",
+    "Capped: losses at most ln V, and a diverged run counts as ln V, so that its pair is not lost. A baseline at ln V at "
+    "all rungs below the top has no best one there, and no interaction.",
     "collapsed": "a finished run whose held-out loss is above collapsed_above, the spec's bar; a diverged run counts beside it. Largest "
     "stable learning rate: the highest rung all of whose seeds were run and none collapsed or diverged, whatever the rungs "
     "below it did; 'at least' where it is the top rung, or a rung above is well so far and lacks seeds. It is quantised by the ladder.",
@@ -184,7 +185,7 @@ class Statistics:
         runs: There, of `planned`.
         planned: What the spec asks for.
         diverged: Of the runs there.
-        baseline_best: The learning rate of the baseline's lowest mean capped loss over the whole ladder.
+        baseline_best: The learning rate of the baseline's lowest mean capped loss over the ladder; None where all of it is ln V or missing.
         rows: One a variant.
         comparisons: Of each variant with each reference.
     """
@@ -215,10 +216,10 @@ def statistics_of(grid: Grid) -> Statistics:
 
 
 def _best(grid: Grid, rungs: Sequence[int], seeds: Sequence[int]) -> int | None:
-    """The rung of the baseline's lowest mean capped loss over those seeds that have all of the rungs."""
+    """The rung of the baseline's lowest mean capped loss over those seeds that have all of the rungs; None where all of it is the cap."""
     losses = [[grid.capped(grid.facts.baseline, rung, seed) for rung in rungs] for seed in seeds]
     whole = [row for row in losses if None not in row]
-    if not whole or not rungs:
+    if all(loss == grid.facts.cap for row in whole for loss in row):  # also of none
         return None
     means = [fmean(loss for loss in column if loss is not None) for column in zip(*whole, strict=True)]
     return rungs[means.index(min(means))]

@@ -248,6 +248,26 @@ def test_where_pairs_diverged_the_capped_interaction_decides() -> None:
     assert _pick(_statistics(of, runs), "headwise").interaction.capped.values[0] < -2
 
 
+def test_a_baseline_that_diverged_everywhere_below_the_top_has_no_best_rung() -> None:
+    of = facts(variants=("baseline", "headwise"))
+    runs = study(of, _planted(), noise=0.01)
+    for run in runs:
+        if run["variant"] == "baseline":
+            run.update(status="diverged", val_loss=None)
+    found = _statistics(of, runs)
+    (verdict,) = verdicts_of(of, found)
+    assert found.baseline_best is None
+    assert (verdict.word, verdict.interval.n) == ("not separable", 0)
+    assert "minus gap at unknown (the baseline's best below): no seed has it" in verdict.line
+    told = "the baseline diverged in all runs below the top: no rung there is its best, so there is no interaction."
+    assert told in cautions(of, found)
+    _find(runs, "baseline", 1, 2).update(status="finished", val_loss=2.0)
+    found = _statistics(of, runs)
+    assert found.baseline_best == RATES[1]
+    assert told not in cautions(of, found)
+    assert _pick(found, "headwise").interaction.best == (RATES[1],) * 5
+
+
 def test_pairs_that_diverged_on_both_sides_show_nothing_by_their_gap_at_lower_rates() -> None:
     of = facts(variants=("baseline", "headwise", "sandwich"))
     runs = study(of, _planted(headwise=(-0.1,) * 5, sandwich=(0.1,) * 5), noise=0.01)
