@@ -67,6 +67,12 @@ def test_bad_clusters_are_refused_and_nothing_is_made(
     assert words in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_machine_with_few_slots_counts_where_a_run_needs_it(tmp_path: Path) -> None:
+    """The launcher takes the first machines of the file; the third one, which has one slot, is left alone."""
+    spec = spec_of(tmp_path, {"nodes": 2, "gpus_per_node": 2}, **LARGE)
+    assert command("run", spec, "--output", tmp_path / "out", "--dry-run") == 0
+
+
 def test_a_host_file_is_read_as_the_launcher_reads_it(tmp_path: Path) -> None:
     from deepspeed.launcher.runner import fetch_hostfile
 

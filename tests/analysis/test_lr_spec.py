@@ -57,6 +57,26 @@ def test_a_run_has_its_rate_floor_seed_and_folder(tmp_path: Path) -> None:
     assert {key: config[key] for key in wanted} == wanted
 
 
+def test_what_a_base_says_of_saving_and_looking_is_the_studys_own(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "train: {steps: 7, seed: 7, resume: never}\neval: {every: 5, min_gain_nats: 0.5, prompt: a}\nwandb: {mode: online}\n"
+        "optim: {lr: 7.0}\nschedule: {min_lr: 7.0}\ndata: {cache_dir: kept}\n"
+    )
+    config = flatten(read_spec(write_spec(tmp_path, configs=["a.yaml"])).config(RunKey("baseline", 8e-3, 1), tmp_path))
+    wanted = {"train.steps": 12, "train.seed": 1, "train.resume": "auto", "optim.lr": 8e-3, "schedule.min_lr": pytest.approx(8e-4)}
+    wanted |= {"eval.every": 0, "eval.min_gain_nats": 0.0, "eval.prompt": "", "wandb.mode": "disabled", "data.cache_dir": "kept"}
+    assert {key: config[key] for key in wanted} == wanted
+
+
+def test_a_variant_by_a_known_name_keeps_what_the_name_sets(tmp_path: Path) -> None:
+    own = [{"headwise": {"set": {"optim.beta1": 0.5}}}, {"half": {"set": {"model.attention.gate.constant": 0.25}}}]
+    spec = read_spec(write_spec(tmp_path, variants=["baseline", *own], stop={"above_initial": 0.25, "window": 6}))
+    headwise, half = (flatten(spec.base(name)) for name in ("headwise", "half"))
+    assert [headwise[f"model.attention.gate.{key}"] for key in ("position", "granularity")] == ["G1", "headwise"]
+    assert [half[f"model.attention.gate.{key}"] for key in ("position", "constant")] == ["G1", 0.25] and headwise["optim.beta1"] == 0.5
+    assert (spec.stop.above_initial, spec.stop.window) == (0.25, 6), "a window of half of the steps looks once"
+
+
 def test_files_lie_under_each_other_and_their_paths_start_at_the_spec(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("model: {norm_eps: 1.0e-3, init_std: 0.5}\noptim: {beta2: 0.5}\n")
     (tmp_path / "b.yaml").write_text("model: {init_std: 0.25}\n")
@@ -68,6 +88,16 @@ def test_files_lie_under_each_other_and_their_paths_start_at_the_spec(tmp_path: 
     assert [mine[key] for key in keys] == [1e-3, 0.25, 0.5, 0.5]
 
 
+def test_a_preset_lies_over_the_base_and_under_the_variants_own(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model: {num_layers: 3, moe: {top_k: 4}}\n")
+    own = {"mine": {"preset": "paper/table1/row05", "configs": ["a.yaml"], "set": {"model.moe.top_k": 2}}}
+    base, mine = (flatten(read_spec(write_spec(tmp_path, variants=["baseline", own])).base(name)) for name in ("baseline", "mine"))
+    keys = ("model.hidden_size", "model.moe.num_experts", "model.num_layers", "model.moe.top_k")
+    assert [base[key] for key in keys] == [16, 0, 1, 1] and [mine[key] for key in keys] == [2048, 128, 3, 2]
+    with pytest.raises(ConfigError, match=r"variants: mine: preset \(5\) must be text, as in paper/table1/row05; write it so"):
+        read_spec(write_spec(tmp_path, variants=["baseline", {"mine": {"preset": 5}}]))
+
+
 def test_what_decides_is_all_but_where_runs_are_done(tmp_path: Path) -> None:
     found = read_spec(write_spec(tmp_path)).decides()
     assert read_spec(write_spec(tmp_path, executor={"kind": "local", "jobs": 2})).decides() == found
@@ -75,8 +105,10 @@ def test_what_decides_is_all_but_where_runs_are_done(tmp_path: Path) -> None:
     assert {key for key in found if found[key] != other[key]} == {f"variants.{name}.optim.beta2" for name in ("baseline", "elementwise")}
     bar = read_spec(write_spec(tmp_path, collapsed_above=2.5)).decides()
     assert {key for key in found if found[key] != bar[key]} == {"collapsed_above"}
+    assert read_spec(write_spec(tmp_path, set=SMALL["set"] | {"log.every": 7, "data.cache_dir": "elsewhere"})).decides() == found
 
 
+SLURM = {"kind": "slurm", "nodes": 1, "gpus_per_node": 1, "script": "S"}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown key": ({"learning_rate": [1.0]}, "'learning_rate' is not a known key; did you mean learning_rates?"),
     "an unknown variant": ({"variants": ["baseline", "headwize"]}, "'headwize' is none of baseline, headwise, .* did you mean headwise?"),
@@ -98,6 +130,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an executor of several kinds": ({"executor": {"kind": ["local"]}}, r"executor.kind \(\['local'\]\) must be one of"),
     "an unknown executor": ({"executor": {"kind": "pbs"}}, r"executor.kind \('pbs'\) must be one of local, slurm, hosts"),
     "an unknown key of an executor": ({"executor": {"kind": "local", "job": 2}}, "executor.job .* did you mean jobs?"),
+    "no jobs at a time": ({"executor": {"kind": "local", "jobs": 0}}, r"executor.jobs \(0\) must be a whole number from 1 on"),
+    "an executor's number as text": ({"executor": {"kind": "local", "threads": "2"}}, r"executor.threads \('2'\) must be a whole number"),
+    "a file that is none": ({"executor": {**SLURM, "script": 3}}, r"executor.script \(3\) must be text; write the path of a file"),
+    "a file without a name": ({"executor": {**SLURM, "script": ""}}, r"executor.script \(''\) must be text"),
+    "options of sbatch as one text": ({"executor": {**SLURM, "sbatch": "--time=1"}}, r"executor.sbatch \('--time=1'\) must be a list of"),
+    "an option of sbatch that is no text": ({"executor": {**SLURM, "sbatch": [3]}}, r"executor.sbatch \(\[3\]\) must be a list of texts"),
+    "an array of one's own": ({"executor": {**SLURM, "sbatch": ["--array=0-3"]}}, "executor.sbatch: --array=0-3 is the tool's own to set"),
+    "a name of a job of one's own": ({"executor": {**SLURM, "sbatch": ["-J", "x"]}}, "executor.sbatch: -J is the tool's own to set"),
+    "a floor above the peak": ({"min_lr_share": 1.5}, r"min_lr_share \(1.5\) must be a number of at least 0 and at most 1; mend it"),
+    "a seed below 0": ({"seeds": [-1]}, r"seeds \(-1\) must be a whole number from 0 on"),
+    "an unknown rule": ({"stop": {"windows": 3}}, "stop: 'windows' is not a known key; did you mean window?"),
+    "an unknown key of a variant": ({"variants": ["baseline", {"x": {"sets": {}}}]}, "x: 'sets' is not a known key; did you mean"),
+    "a hyphen in a variant's name": ({"variants": ["baseline", {"a-b": {}}]}, r"variants: a-b \('a-b'\) must be of a-z, 0-9 and _; rename"),
     "a cluster without its size": ({"executor": {"kind": "hosts", "hostfile": "F"}}, "lacks nodes, gpus_per_node; add it"),
 }
 
@@ -107,6 +152,19 @@ def test_bad_specs_are_refused(case: str, tmp_path: Path) -> None:
     changes, words = BAD[case]
     with pytest.raises(ConfigError, match=words):
         read_spec(write_spec(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("train.output_dir", "x"), ("train.resume", "never"), ("train.steps", 7), ("train.seed", 7), ("optim.lr", 0.5)),
+        *(("schedule.min_lr", 0.5), ("wandb.mode", "online"), ("eval.every", 5)),
+    ],
+)
+def test_what_the_study_sets_is_not_a_variants_to_set(key: str, value: str | float, tmp_path: Path) -> None:
+    for changes in ({"set": {key: value}}, {"variants": ["baseline", {"own": {"set": {key: value}}}]}):
+        with pytest.raises(ConfigError, match=rf"set: {key} \({value!r}\) is the study's own to set; leave it out"):
+            read_spec(write_spec(tmp_path, **changes))
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
@@ -175,6 +233,10 @@ def test_commands_hold_the_cluster_and_the_config(tmp_path: Path) -> None:
     assert hosts.world_size == 16
     started = "bash examples/cluster/hosts.sh --hostfile F --nodes 2 --gpus 8 --stop-with-parent -- --config c"
     assert hosts.command(Path("c")) == started
+    local = read_spec(write_spec(tmp_path, executor={"kind": "local", "threads": 4})).executor
+    assert local.command(Path("c")) == "OMP_NUM_THREADS=4 python -m megagate.train.main --config c"
+    assert (local.jobs, slurm.executor.jobs) == (1, None), "as many as the cluster takes"
+    assert "--array=0-7" in array_command(study, study.keys, spec=tmp_path / "s", jobs=slurm.executor.jobs)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("cpu_*.yaml")), ids=lambda path: path.stem)

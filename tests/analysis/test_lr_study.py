@@ -71,6 +71,7 @@ def test_a_finished_run(study: Study) -> None:
     assert (outcome.status, outcome.val_loss, outcome.train_loss, outcome.spikes, outcome.seconds) == ("finished", 2.5, 3.0, 1, 6.0)
     assert (outcome.peak_hidden, outcome.gate_mean, outcome.attention_logit_max) == (7.0, 0.25, None)
     assert study.judge(key, config, not_finite=True) == outcome, "there is no step behind the last one"
+    assert not study.has_diverged(key, config), "it has to end by itself"
     assert study.outcomes() == {}
     study.settle(outcome)
     study.write_record()
@@ -101,6 +102,60 @@ def test_a_line_half_written_is_no_record(study: Study) -> None:
     assert "@3 -" in status_lines(study)[2]
 
 
+def test_records_end_where_a_step_is_missing(study: Study) -> None:
+    key = study.keys[0]
+    study.run_folder(key).mkdir(parents=True)
+    lines = records([5.0] * 12, val_loss=2.5).splitlines()
+    (study.run_folder(key) / "metrics.jsonl").write_text("\n".join([*lines[:5], *lines[6:], lines[11]]))
+    assert len(study.records(key)) == 5 and study.judge(key, study.configs([key])[key]) is None
+
+
+def test_a_held_out_loss_that_is_not_finite_is_divergence_at_the_end(study: Study) -> None:
+    key = study.keys[0]
+    study.run_folder(key).mkdir(parents=True)
+    (study.run_folder(key) / "metrics.jsonl").write_text(records([5.0] * 12, val_loss=None))
+    outcome = study.judge(key, study.configs([key])[key])
+    assert (outcome.status, outcome.step, outcome.reason) == ("diverged", 12, "the held-out loss is not finite")
+
+
+def test_status_tells_each_run_and_how_long_the_rest_takes(tmp_path: Path) -> None:
+    spec = read_spec(write_spec(tmp_path, collapsed_above=2.0, executor={"kind": "local", "jobs": 2}))
+    study = Study(spec, tmp_path / "out")
+    study.claim(spec.decides(), "")
+    made = [records([5.0] * 12, val_loss=2.5), records([5.0] * 12, val_loss=1.5), records([5.0] * 3 + [6.0] * 3), records([5.0] * 4)]
+    for key, text in zip(study.keys, made, strict=False):
+        study.run_folder(key).mkdir(parents=True)
+        (study.run_folder(key) / "metrics.jsonl").write_text(text.replace('"step_seconds": 0.5', '"step_seconds": 60.0'))
+        study.settle_if_over(key, study.configs([key])[key], tell=lambda text: None)
+    assert status_lines(study) == [
+        "| small | 0.004 | 0.008 |",
+        "|---|---|---|",
+        "| baseline | 2.500* - | diverged@6 - |",
+        "| elementwise | 1.500 - | @4 - |",
+        "",
+        "held-out loss in nats by seed; * above 2: collapsed; @N at step N of 12, - not begun",
+        "3 of 8 runs are over (1 diverged), 1 begun, 4 to begin",
+        # 12 steps a minute each: 8 of the one that has begun, and 4 runs, by twos
+        "a finished run took 720 s in steps; the rest takes some 0.47 h, 2 at a time",
+    ]
+
+
+def test_runs_that_nobody_knows_are_refused(study: Study) -> None:
+    (study.folder / "spec.json").unlink()
+    with pytest.raises(RunError, match="holds runs but no spec.json, so no study; its digest, .* restore it from there"):
+        study.require_same(study.spec.decides())
+
+
+def test_the_record_is_made_again_where_a_task_has_settled_a_run(study: Study) -> None:
+    study.write_record()
+    finish(study)
+    with study.locked():
+        study.refresh_record()
+        assert json.loads((study.folder / "study.json").read_text())["runs"] == [], "who runs the study writes it"
+    study.refresh_record()
+    assert [run["val_loss"] for run in json.loads((study.folder / "study.json").read_text())["runs"]] == [2.5]
+
+
 def test_a_folder_of_another_study_is_refused_and_one_that_grows_is_not(study: Study, tmp_path: Path) -> None:
     def other(**changes: Any) -> None:
         spec = read_spec(write_spec(tmp_path, **changes))
@@ -114,6 +169,9 @@ def test_a_folder_of_another_study_is_refused_and_one_that_grows_is_not(study: S
         other(set=SMALL["set"] | {"optim.beta2": 0.5})
     with pytest.raises(RunError, match=r"collapsed_above: None there, 2.0 here"):
         other(collapsed_above=2.0)
+    with pytest.raises(RunError, match=r"(?s)\n  data/11: None there, 11 here\n  and 3 more\na folder") as error:
+        study.require_same(study.spec.decides() | {f"data/{number:02}": number for number in range(15)})
+    assert "data/12" not in str(error.value)
 
 
 def test_a_folder_of_a_megagate_that_lacked_a_setting_goes_on_with_its_default(study: Study) -> None:

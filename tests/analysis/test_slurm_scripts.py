@@ -92,6 +92,16 @@ def test_ranks_know_each_other_and_a_failure_wins_over_a_stop(cluster: Cluster, 
     assert "--ntasks-per-node (2) must be the number of GPUs of a node (1)" in said
 
 
+def test_several_ranks_of_a_node_are_told_apart(cluster: Cluster, root: Path) -> None:
+    write_rank(root, 'echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_SIZE $LOCAL_WORLD_SIZE on $SLURMD_NODENAME"')
+    (root / "four.sbatch").write_text("#!/bin/bash\nbash examples/slurm/ranks.sh\n")
+    size = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=50")
+    job = cluster.run("sbatch", "--parsable", *size, f"--output={root}/out.txt", root / "four.sbatch", cwd=root)
+    assert cluster.wait_over(job) == {job: "COMPLETED"}
+    said = sorted((root / "out.txt").read_text().splitlines())
+    assert said == [f"rank {rank} of 4, {rank % 2} of 2 2 on n{rank // 2}" for rank in range(4)]
+
+
 # Slurm's signal ends the sleep, too, and sometimes before bash has it: hence the loop. A second one comes when another rank has left. No
 # sleep in the background: one that was begun between the two would be left, and hold the output open, for whose end Slurm waits.
 SAVING = """

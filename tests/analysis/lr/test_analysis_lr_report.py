@@ -60,6 +60,28 @@ def test_the_csv_holds_every_value(written: Path) -> None:
     assert float(levels[0]["val_loss"]) == report["statistics"]["rows"][0]["rungs"][0]["levels"]["val_loss"]
 
 
+def test_the_csv_holds_what_decides_of_pairs_that_diverged(written: Path) -> None:
+    """Of them the capped figures are others than those of the pairs that are left."""
+    comparisons = json.loads((written / "report.json").read_text())["statistics"]["comparisons"]
+    rows = list(csv.DictReader((written / "gaps.csv").open()))
+
+    def told(one: dict[str, Any], what: str, lr: object = "") -> list[float | None]:
+        keys = {"variant": one["variant"], "reference": one["reference"], "what": what, "lr": str(lr)}
+        (row,) = [row for row in rows if keys.items() <= row.items()]
+        return [float(row[f"seed_{seed}"]) if row[f"seed_{seed}"] else None for seed in range(5)]
+
+    for one in comparisons:
+        found = one["interaction"]
+        assert told(one, "interaction") == found["gap"]["values"] and told(one, "interaction_capped") == found["capped"]["values"]
+        assert told(one, "gap_at_top") == found["at_top"]["values"] and told(one, "gap_at_best") == found["at_best"]["values"]
+        assert told(one, "gap_at_top_capped") == found["capped_at_top"]["values"] and told(one, "ladder_mean") == one["ladder"]["values"]
+        for rung in one["rungs"]:
+            assert told(one, "log2_activation", rung["lr"]) == rung["activation"]["values"]
+    half = next(one for one in comparisons if one["variant"] == "half")
+    assert told(half, "interaction")[4] is None and told(half, "interaction_capped")[4] > 1
+    assert told(half, "gap_at_top")[4] is None and told(half, "gap_at_top_capped")[4] > 1
+
+
 def test_the_table_tells_verdicts_and_rules(written: Path) -> None:
     text = (written / "table.md").read_text()
     report = json.loads((written / "report.json").read_text())
@@ -119,6 +141,28 @@ def test_pictures_show_every_variant(written: Path, name: str) -> None:
         ink = np.round(np.array(matplotlib.colors.to_rgb(style.colour(index))) * 255)
         found = int((np.abs(pixels - ink).max(axis=2) <= 1).sum())
         assert found > 100, f"{facts().variants[index]} is not in {name}"
+
+
+def test_pictures_show_the_figures_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {}
+    monkeypatch.setattr(style, "save", lambda figure, path: figures.setdefault(path.name, figure) and path)
+    write_report(facts(), _runs(), tmp_path)
+    found = report_of(facts(), _runs())["statistics"]
+    (loss,), (activation,) = (
+        [axes for axes in figures[name].axes if axes.get_xscale() == "log"] for name in ("loss.png", "activation.png")
+    )
+    crosses = [line for line in loss.lines if line.get_marker() == "x"]
+    assert len(crosses) == 1 and crosses[0].get_xdata()[0] == pytest.approx(RATES[-1], rel=0.1)  # that of half
+    (line,) = [line for line in activation.lines if len(line.get_xdata()) == 5 and line.get_color() == style.colour(1)][-1:]
+    peaks = [rung["peaks"] for rung in found["rows"][1]["rungs"]]
+    assert list(line.get_ydata()) == pytest.approx([float(np.exp(np.mean(np.log(of_rung)))) for of_rung in peaks])
+    shown = [axes.containers for axes in figures["interaction.png"].axes if axes.containers]
+    for panel, reference in zip(shown, ("baseline", "half"), strict=True):
+        comparisons = [one for one in found["comparisons"] if one["reference"] == reference]
+        kinds = ["capped" if one["interaction"]["lost"] else "gap" for one in comparisons]
+        assert kinds == (["gap", "gap", "capped"] if reference == "baseline" else ["capped", "capped"])
+        means = [one["interaction"][kind]["interval"]["mean"] for one, kind in zip(comparisons, kinds, strict=True)]
+        assert [bars.lines[0].get_ydata()[0] for bars in panel] == pytest.approx(means)
 
 
 def test_a_study_without_runs_and_one_with_strange_names_are_written(tmp_path: Path) -> None:

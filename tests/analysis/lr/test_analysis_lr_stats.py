@@ -163,7 +163,10 @@ def test_noise_hides_an_effect() -> None:
 def test_too_few_seeds_support_nothing() -> None:
     for seeds, word in (((0, 1), "not separable"), ((0, 1, 2), "supported")):
         of = facts(seeds=seeds)
-        assert _words(of, study(of, _planted(headwise=HIGH), noise=1e-4))["headwise", "baseline"] == word
+        runs = study(of, _planted(headwise=HIGH), noise=1e-4)
+        assert _words(of, runs)["headwise", "baseline"] == word
+        lines = [one.line for one in verdicts_of(of, _statistics(of, runs))]
+        assert all(line.endswith("; fewer than 3 seeds say nothing.") == (len(seeds) < 3) for line in lines)
 
 
 def _reference_interaction(runs: list[dict[str, Any]], variant: str, reference: str, seed: int) -> float:
@@ -297,6 +300,9 @@ def test_fractions_and_the_largest_stable_rate() -> None:
     assert (found["headwise"].stable.lr, found["headwise"].stable.ratio) == (6.4e-2, "at least 4 x")
     assert (found["sandwich"].stable.lr, found["sandwich"].stable.at_least) == (6.4e-2, True)  # whatever lower rungs did
     assert (found["half"].stable.lr, found["half"].stable.ratio) == (None, "not defined: no rung of one of them is stable")
+    at_the_bar = facts(collapsed_above=BASE[4])
+    (base, *_) = _statistics(at_the_bar, study(at_the_bar, _planted(), common=0.0)).rows
+    assert base.rungs[4].collapsed == 0, "above it, and not at it"
     runs.remove(_find(runs, "headwise", 4, 0))
     found = {row.variant: row for row in _statistics(of, runs).rows}
     # A seed was not run, and the four others stand.
@@ -374,6 +380,8 @@ def test_activation_spikes_gates_and_sinks() -> None:
             run.update(peak_hidden=run["peak_hidden"] / 8, spikes=2, first_token_attention=0.084)
     _find(runs, "headwise", 1, 0).update(status="diverged", val_loss=None, step=200, spikes=6, peak_hidden=1e30, gate_mean=0.9)
     _find(runs, "headwise", 2, 0).update(spikes=None, peak_hidden=None)
+    for seed in of.seeds:
+        _find(runs, "sandwich", 0, seed).update(first_token_attention=0.042)
     found = _statistics(of, runs)
     one, row = _pick(found, "headwise"), next(row for row in found.rows if row.variant == "headwise")
     assert one.rungs[0].activation.values == pytest.approx([-3.0] * 5)
@@ -385,6 +393,7 @@ def test_activation_spikes_gates_and_sinks() -> None:
     assert row.rungs[1].levels["gate_mean"] == pytest.approx(0.4)
     assert found.rows[0].rungs[0].levels["gate_mean"] is None
     assert (row.rungs[0].sink, found.rows[0].rungs[0].sink) == ("2.00 x uniform", "no sink")
+    assert found.rows[2].rungs[0].sink == "no sink", "no more than uniform"
     assert not any("sinks" in line for line in cautions(of, found))
     assert any("sinks" in line for line in cautions(of, _statistics(of, study(of, _planted()))))
 
@@ -420,6 +429,13 @@ def test_a_ladder_of_one_rung_has_no_interaction() -> None:
     assert one.rungs[0].gap.values == pytest.approx([-0.2] * 5)
     assert (one.interaction.gap.values, one.interaction.best) == ((None,) * 5, (None,) * 5)
     assert {verdict.word for verdict in verdicts_of(of, found)} == {"not separable"}
+
+
+def test_a_study_whose_baseline_is_half_has_no_control() -> None:
+    of = facts(variants=("half", "headwise"))
+    found = _statistics(of, study(of, _planted(headwise=HIGH), noise=0.02))
+    assert [(one.variant, one.reference) for one in found.comparisons] == [("headwise", "half")]
+    assert attributions(of, verdicts_of(of, found)) == ()
 
 
 def test_what_was_added_later_is_told() -> None:
