@@ -18,7 +18,7 @@ from commands import call
 from lr_specs import write_spec
 
 from megagate.analysis.lr.launched import run_launched
-from megagate.analysis.lr.slurm import queue, queue_lines, submit
+from megagate.analysis.lr.slurm import queue
 from megagate.analysis.lr.spec import RunKey
 from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
@@ -267,78 +267,7 @@ def test_a_task_that_is_stopped_says_whether_it_is_to_go_on(array: Study, last: 
     assert ("the same command goes on from there" in capfd.readouterr().err) == (code == 143)
 
 
-# ---- what is submitted, by commands that stand for Slurm's; the real ones: test_lr_slurm.py
-
-SBATCH = """#!/bin/sh
-echo "$*" >> "${0%/*}/asked"
-cat "${0%/*}/answer"
-"""
-SQUEUE = """#!/bin/sh
-cat "${0%/*}/queue"
-"""
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of what is asked and answered."""
-    place = tmp_path / "bin"
-    place.mkdir()
-    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
-        (place / name).write_text(text)
-        (place / name).chmod(0o755)
-    (place / "answer").write_text("12\n")
-    (place / "queue").write_text("")
-    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
-    return place
-
-
-def of_slurm(folder: Path, **changes: Any) -> Study:
-    executor = {"kind": "slurm", "nodes": 1, "gpus_per_node": 1, "script": "S"}
-    study = Study(read_spec(write_spec(folder, seeds=[0], executor=executor, **changes)), folder / "out")
-    study.claim(study.spec.decides(), "")
-    return study
-
-
-def test_only_what_is_neither_over_nor_in_the_queue_is_submitted(slurm: Path, tmp_path: Path) -> None:
-    study = of_slurm(tmp_path)
-    assert queue_lines(study) == ["nothing was submitted yet"]
-    (slurm / "answer").write_text("12;cluster\n")
-    assert submit(study, study.keys, spec=tmp_path / "spec.yaml", jobs=None).startswith("submitted job 12: 4 runs; 0 are over; ")
-    assert all(study.config_file(key).exists() for key in study.keys)
-    # Of the same name there may be other jobs; a job's tasks that will not run again are shown for a while.
-    (slurm / "queue").write_text("12 0 RUNNING\n12 1 FAILED\n12 2 PREEMPTED\n12 3 CANCELLED\n7 3 PENDING\n")
-    assert queue(study) == {study.keys[0]: "RUNNING", study.keys[2]: "PREEMPTED"}
-    shown = queue_lines(study)
-    assert shown[0] == "in the queue: 1 PREEMPTED, 1 RUNNING (job 12)"
-    assert shown[1].startswith(f"2 runs are neither over nor in the queue, {study.keys[1]} first")
-    folder = study.run_folder(study.keys[3])
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 3.0, "val_loss": 2.0}) + "\n" for n in range(1, 13)))
-    assert study.settle_if_over(study.keys[3], study.configs([study.keys[3]])[study.keys[3]], tell=lambda text: None)
-    # A rung that is added gets new numbers, and leaves the others theirs.
-    grown = of_slurm(tmp_path, learning_rates=[2e-3, 4e-3, 8e-3])
-    (slurm / "answer").write_text("13\n")
-    said = submit(grown, grown.keys, spec=tmp_path / "spec.yaml", jobs=2)
-    assert said.startswith("submitted job 13: 3 runs; 1 are over, 2 in the queue before; ")
-    assert [line.split("--array=")[1].split()[0] for line in (slurm / "asked").read_text().splitlines()] == ["0-3", "1,4-5%2"]
-    held = json.loads((grown.folder / "slurm.json").read_text())
-    assert held["jobs"] == ["12", "13"] and held["runs"] == [str(key) for key in [*study.keys, *grown.keys[:2]]]
-    (slurm / "queue").write_text("".join(f"13 {number} PENDING\n" for number in (1, 4, 5)) + "12 0 RUNNING\n12 2 RUNNING\n")
-    assert submit(grown, grown.keys, spec=tmp_path / "spec.yaml", jobs=2) == "1 of 6 runs are over, 5 are in the queue: nothing to submit"
-    assert len((slurm / "asked").read_text().splitlines()) == 2
-
-
-def test_an_answer_that_is_no_number_of_a_job_is_told(slurm: Path, tmp_path: Path) -> None:
-    study = of_slurm(tmp_path)
-    (slurm / "answer").write_text("try again later\n")
-    with pytest.raises(RunError, match=r"sbatch said 'try again later\\n', which is no job's number; see squeue, and scancel"):
-        submit(study, study.keys, spec=tmp_path / "spec.yaml", jobs=None)
-    assert json.loads((study.folder / "slurm.json").read_text())["jobs"] == []
-    (slurm / "squeue").write_text("#!/bin/sh\necho no answer >&2\nexit 1\n")
-    (study.folder / "slurm.json").write_text(json.dumps({"runs": [str(key) for key in study.keys], "jobs": ["12"]}))
-    with pytest.raises(RunError, match="squeue --noheader .* failed: no answer; nothing was submitted"):
-        submit(study, study.keys, spec=tmp_path / "spec.yaml", jobs=None)
-    assert "the queue is not known: squeue" in queue_lines(study)[0]
-    (study.folder / "slurm.json").write_text("{")
+def test_numbers_of_runs_that_cannot_be_read_are_told(array: Study) -> None:
+    (array.folder / "slurm.json").write_text("{")
     with pytest.raises(RunError, match="slurm.json: cannot be read .*; cancel the study's jobs in the queue, remove it, and run"):
-        queue(study)
+        queue(array)

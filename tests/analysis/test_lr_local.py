@@ -1,26 +1,22 @@
-"""Runs in forked processes: killed, stopped and diverged ones, and the command around them."""
+"""Runs in forked processes: killed, stopped, failing and diverged ones. The command around them: test_lr_command.py."""
 
 import fcntl
 import json
 import multiprocessing
 import os
-import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import ranks
-from commands import call
 from lr_specs import SMALL, write_spec
 
 from megagate.analysis.lr import local
@@ -28,14 +24,10 @@ from megagate.analysis.lr.local import run_local
 from megagate.analysis.lr.spec import RunKey
 from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
-from megagate.data.manifest import Manifest, ShardEntry, SplitName, TokenizerIdentity, write_manifest
-from megagate.data.shards import ShardWriter
 from megagate.errors import RunError
 
-command = partial(call, "lr_stability")
 LIMIT_S = 240  # the first run waits for torch and DeepSpeed, a minute and more on a machine that is busy
 FIRST, OTHER = RunKey("baseline", 4e-3, 0), RunKey("elementwise", 4e-3, 0)
-HOSTS = {"kind": "hosts", "nodes": 1, "gpus_per_node": 1, "hostfile": "F"}
 LONG = {"steps": 300, "seeds": [0], "set": SMALL["set"] | {"checkpoint.every": 20}}
 
 
@@ -50,25 +42,23 @@ def made(folder: Path, name: str, **changes: Any) -> Study:
     return study
 
 
-def process_of(study: Study, key: RunKey) -> int:
-    """The process that writes the log of a run."""
-    log = str(study.log(key))
+def processes_of(study: Study, key: RunKey) -> list[int]:
+    """The processes that write the log of a run."""
+    log, found = str(study.log(key)), []
     for process in psutil.process_iter(["pid"]):
-        try:
+        with suppress(OSError):
             if os.readlink(f"/proc/{process.pid}/fd/1") == log:
-                return process.pid
-        except OSError:
-            continue
-    raise AssertionError(f"nobody writes {log}")
+                found.append(process.pid)
+    return found
 
 
 def kill_at(study: Study, key: RunKey, step: int) -> None:
     process = None
     until = time.monotonic() + LIMIT_S
     while (there := len(study.records(key))) < step and time.monotonic() < until:
-        process = process_of(study, key) if there and not process else process  # before the moment, for it takes a while
+        process = processes_of(study, key)[0] if there and not process else process  # before the moment, for it takes a while
         time.sleep(0.01)
-    os.kill(process or process_of(study, key), signal.SIGKILL)
+    os.kill(process or processes_of(study, key)[0], signal.SIGKILL)
 
 
 def test_a_killed_run_goes_on_and_leaves_the_others_alone_and_diverged_ones_are_told(tmp_path: Path) -> None:
@@ -151,117 +141,78 @@ def test_a_run_that_fails_is_told_with_its_log(tmp_path: Path) -> None:
     assert list(study.outcomes()) == [OTHER], "the others are done"
 
 
-# ---- the order of things, with processes that are none
+def test_a_run_that_is_killed_each_time_is_given_up_and_the_others_are_done(tmp_path: Path) -> None:
+    study, killed = made(tmp_path, "killed", learning_rates=[4e-3]), []
 
+    def kill() -> None:
+        until = time.monotonic() + LIMIT_S
+        while len(killed) < 3 and time.monotonic() < until:
+            for process in set(processes_of(study, FIRST)).difference(killed):
+                killed.append(process)
+                os.kill(process, signal.SIGKILL)
+            time.sleep(0.01)
 
-class Pretended:
-    """Stands for a run's process: `act` is asked for its exit code at each look. As a real one it is looked at often, but not for ever."""
-
-    act: Callable[[Study, RunKey], int | None]
-    begun: list[RunKey]
-    going: list[RunKey]
-    ended: list[RunKey]
-    most: int
-
-    def __init__(self, study: Study, key: RunKey, config: Any, *, threads: int):
-        assert len(self.begun) < 20, "begun again and again"
-        self.begun.append(key)
-        self.going.append(key)
-        type(self).most = max(self.most, len(self.going))
-        self.study, self.key, self.looks = study, key, 0
-        self.process = SimpleNamespace(sentinel=os.open(os.devnull, os.O_RDONLY))  # there is always something to read
-
-    def code(self) -> int | None:
-        self.looks += 1
-        assert self.looks < 20, "nobody stops it"
-        code = self.act(self.study, self.key)
-        if code is not None:
-            self.leave()
-        return code
-
-    def leave(self) -> None:
-        self.going.remove(self.key)
-        os.close(self.process.sentinel)
-
-    def is_due(self) -> bool:
-        return True
-
-    def tell(self, number: int) -> None:
-        pass
-
-    def end(self, limit: float) -> None:
-        self.ended.append(self.key)
-        self.leave()
-
-
-@pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
-    runs = type("Runs", (Pretended,), {"begun": [], "going": [], "ended": [], "most": 0})
-    monkeypatch.setattr(local, "_Run", runs)
-    monkeypatch.setattr(local, "_start_server", lambda: None)
-    return runs
-
-
-def small(folder: Path) -> Study:
-    study = Study(read_spec(write_spec(folder, seeds=[0])), folder / "out")
-    study.claim(study.spec.decides(), "")
-    return study
-
-
-def record(study: Study, key: RunKey, losses: list[float], **last: float) -> None:
-    lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
-    lines[-1] |= last
-    study.run_folder(key).mkdir(parents=True, exist_ok=True)
-    (study.run_folder(key) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def finish(study: Study, key: RunKey) -> int:
-    record(study, key, [3.0] * 12, val_loss=2.5)
-    return 0
-
-
-def test_a_run_that_is_killed_each_time_is_given_up_and_the_others_are_done(tmp_path: Path, pretended: type[Pretended]) -> None:
-    study = small(tmp_path)
-    pretended.act = lambda self, study, key: -signal.SIGKILL if key == FIRST else finish(study, key)
+    thread = threading.Thread(target=kill)
+    thread.start()
     with pytest.raises(RunError, match="baseline-lr0.004-s0 ended with exit code -9"):
-        run_local(study, study.configs(study.keys), jobs=1, threads=1)
-    assert pretended.begun == [FIRST] * 3 + study.keys[1:] and list(study.outcomes()) == study.keys[1:]
+        run_local(study, study.configs([FIRST, OTHER]), jobs=1, threads=1)
+    thread.join()
+    assert len(killed) == 3 and list(study.outcomes()) == [OTHER]
 
 
-def test_behind_three_failures_no_further_run_is_begun(tmp_path: Path, pretended: type[Pretended]) -> None:
-    study = small(tmp_path)
-    pretended.act = lambda self, study, key: 2
+def test_behind_three_failures_no_further_run_is_begun(tmp_path: Path) -> None:
+    study = made(tmp_path, "failing", seeds=[0, 1])
+    for key in study.keys:
+        study.run_folder(key).mkdir(parents=True)
+        (study.run_folder(key) / "checkpoints").write_text("no folder")
     with pytest.raises(RunError) as error:
         run_local(study, study.configs(study.keys), jobs=1, threads=1)
-    assert pretended.begun == study.keys[:3] and str(error.value).count("ended with exit code 2") == 3
+    assert str(error.value).count("ended with exit code") == 3
+    assert [study.log(key).exists() for key in study.keys] == [True] * 3 + [False] * 5
 
 
-def test_as_many_go_at_a_time_as_were_asked_for(tmp_path: Path, pretended: type[Pretended]) -> None:
-    study = small(tmp_path)
-    pretended.act = lambda self, study, key: finish(study, key) if self.looks > 3 else None
-    run_local(study, study.configs(study.keys), jobs=2, threads=1)
-    assert (pretended.most, pretended.begun, list(study.outcomes())) == (2, study.keys, study.keys)
+def going(study: Study) -> int:
+    """How many runs have a process, each of which holds its log."""
+    lines = Path("/proc/locks").read_text().splitlines()
+    logs = [f":{path.stat().st_ino} " for path in study.folder.glob("logs/*")]
+    return sum(" FLOCK " in line and "->" not in line and any(log in line for log in logs) for line in lines)
 
 
-def test_one_that_diverges_by_the_rule_is_stopped(tmp_path: Path, pretended: type[Pretended]) -> None:
-    study = small(tmp_path)
+def test_as_many_go_at_a_time_as_were_asked_for(tmp_path: Path) -> None:
+    study, seen, over = made(tmp_path, "shared", steps=100), [], threading.Event()
 
-    def act(self: Pretended, study: Study, key: RunKey) -> int | None:
-        return record(study, key, [3.0] * 3 + [9.0] * 3) if key == FIRST else finish(study, key)
+    def look() -> None:
+        while not over.wait(0.01):
+            seen.append(going(study))
 
-    pretended.act = act
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        run_local(study, study.configs(study.keys), jobs=2, threads=1)
+    finally:
+        over.set()
+        thread.join()
+    assert max(seen) == 2 and list(study.outcomes()) == study.keys
+
+
+def test_one_that_diverges_by_the_rule_is_stopped(tmp_path: Path) -> None:
+    rule = {"steps": 4000, "learning_rates": [0.5], "variants": ["baseline"], "stop": {"above_initial": 0.1, "window": 3}}
+    study = made(tmp_path, "diverging", **rule)
+    run_local(study, study.configs(study.keys), jobs=1, threads=1)
+    ((key, outcome),) = study.outcomes().items()
+    assert outcome.status == "diverged" and "nats above that of the first 3" in outcome.reason
+    assert outcome.step < len(study.records(key)) < 4000
+    assert [one["status"] for one in json.loads((study.folder / "study.json").read_text())["runs"]] == ["diverged"]
+
+
+def test_a_run_whose_end_nobody_noted_is_not_begun_again(tmp_path: Path) -> None:
+    study = made(tmp_path, "ended", steps=12)
+    run_local(study, study.configs([FIRST]), jobs=1, threads=1)
+    before = study.outcome(FIRST)
+    (study.run_folder(FIRST) / "outcome.json").unlink()
+    study.log(FIRST).unlink()
     run_local(study, study.configs([FIRST, OTHER]), jobs=1, threads=1)
-    assert pretended.ended == [FIRST] and [one.status for one in study.outcomes().values()] == ["diverged", "finished"]
-    told = json.loads((study.folder / "study.json").read_text())["runs"]
-    assert [one["status"] for one in told] == ["diverged", "finished"]
-
-
-def test_a_run_whose_end_nobody_noted_is_not_begun_again(tmp_path: Path, pretended: type[Pretended]) -> None:
-    study = small(tmp_path)
-    finish(study, FIRST)
-    pretended.act = lambda self, study, key: finish(study, key)
-    run_local(study, study.configs([FIRST, OTHER]), jobs=1, threads=1)
-    assert pretended.begun == [OTHER] and list(study.outcomes()) == [FIRST, OTHER]
+    assert list(study.outcomes()) == [FIRST, OTHER] and study.outcome(FIRST) == before and not study.log(FIRST).exists()
 
 
 # ---- the run's side, with a job that is none
@@ -332,132 +283,3 @@ def test_a_run_stops_with_a_caller_that_is_killed(job: Any, tmp_path: Path) -> N
             assert time.monotonic() < until, text
             time.sleep(0.01)
         then()
-
-
-# ---- the command
-
-
-def test_the_command_runs_what_it_is_asked_for_and_shows_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    spec, out = write_spec(tmp_path), tmp_path / "out"
-    assert command("run", spec, "--output", out, "--dry-run", "--only", "*/8e-3/1") == 0
-    lines = capfd.readouterr().out.splitlines()
-    assert [line.rpartition("/")[2] for line in lines] == ["baseline-lr0.008-s1.yaml", "elementwise-lr0.008-s1.yaml"] and not out.exists()
-    assert command("run", spec, "--output", out, "--only", "*/8e-3/1") == 0
-    runs = json.loads((out / "study.json").read_text())["runs"]
-    assert [(run["variant"], run["lr"], run["seed"]) for run in runs] == [("baseline", 8e-3, 1), ("elementwise", 8e-3, 1)]
-    capfd.readouterr()
-    assert command("status", spec, "--output", out) == 0
-    shown = capfd.readouterr().out
-    assert f"| baseline | - - | - {runs[0]['val_loss']:.3f} |" in shown
-    assert "2 of 8 runs are over (0 diverged), 0 begun, 6 to begin" in shown
-
-    outcome = out / "runs" / "baseline-lr0.008-s1" / "outcome.json"
-    whole = outcome.read_text()
-    outcome.write_text("{")
-    for word in ("run", "status", "report"):
-        assert command(word, spec, "--output", out) == 2
-        assert "outcome.json: cannot be read" in capfd.readouterr().err
-    assert not (out / "report").exists(), "no report of an old study.json"
-    outcome.write_text(whole)
-
-    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    write_spec(tmp_path, set=SMALL["set"] | {"optim.beta2": 0.5})
-    assert command("run", spec, "--output", out) == 2
-    assert "variants.baseline.optim.beta2: 0.95 there, 0.5 here" in capfd.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == kept
-
-
-def prepared(folder: Path, *splits: SplitName, first: int = 0) -> Path:
-    """A data set of 2,000 tokens a split."""
-    folder.mkdir()
-    entries = []
-    for split in splits:
-        with ShardWriter(folder / split, dtype=np.dtype(np.uint16)) as writer:
-            writer.add(np.arange(first, first + 2_000) % 258)
-        entries.append(ShardEntry.of(split, split=split, stats=writer.finish()))
-    identity = TokenizerIdentity(kind="none", file="", sha256="", vocab_size=258, eod_id=-1, pad_id=-1)
-    write_manifest(folder, Manifest(identity, "uint16", tuple(entries), {}))
-    return folder
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[RunKey], dict[str, Any]]]:
-    """What the command would have run, which nothing does."""
-    found: list[tuple[list[RunKey], dict[str, Any]]] = []
-    monkeypatch.setattr(local, "run_local", lambda study, configs, *, tell, **how: found.append((list(configs), how)))
-    return found
-
-
-def test_data_that_are_gone_or_others_leave_a_study_as_it_is(tmp_path: Path, asked: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
-    data, out = prepared(tmp_path / "data", "train", "valid"), tmp_path / "out"
-    spec = write_spec(tmp_path, set=SMALL["set"] | {"data.path": str(data)})
-    assert command("run", spec, "--output", out) == 0
-    finish(Study(read_spec(spec), out), FIRST)
-    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "lock"}
-    data.rename(tmp_path / "moved")
-    assert command("run", spec, "--output", out) == 2
-    assert str(data) in capfd.readouterr().err
-    prepared(data, "train", "valid", first=1)
-    assert command("run", spec, "--output", out) == 2
-    assert "holds another study:\n  data/baseline: " in capfd.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "lock"} == kept
-    assert len(asked) == 1, "nothing was run of what differs"
-
-
-def test_data_without_a_held_out_part_are_refused(tmp_path: Path, asked: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
-    spec = write_spec(tmp_path, set=SMALL["set"] | {"data.path": str(prepared(tmp_path / "data", "train"))})
-    assert command("run", spec, "--output", tmp_path / "out") == 2
-    assert "has no held-out tokens, which a study of losses needs; give another" in capfd.readouterr().err
-    assert not asked and not (tmp_path / "out").exists()
-
-
-def test_the_specs_jobs_and_threads_count_and_the_options_before_them(tmp_path: Path, asked: list[Any]) -> None:
-    spec, out = write_spec(tmp_path, executor={"kind": "local", "jobs": 2, "threads": 3}), tmp_path / "out"
-    assert command("run", spec, "--output", out) == command("run", spec, "--output", out, "--jobs", 5) == 0
-    assert [how for _, how in asked] == [{"jobs": 2, "threads": 3}, {"jobs": 5, "threads": 3}]
-
-
-def test_a_study_is_looked_at_by_its_own_spec_alone(tmp_path: Path, asked: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
-    spec, out = write_spec(tmp_path), tmp_path / "out"
-    for word in ("status", "report"):
-        assert command(word, spec, "--output", out) == 2
-        assert f"--output {out}: holds no study; `run` makes one" in capfd.readouterr().err and not out.exists()
-    assert command("run", spec, "--output", out) == 0
-    study = Study(read_spec(spec), out)
-    finish(study, FIRST)
-    study.settle_if_over(FIRST, study.configs([FIRST])[FIRST], tell=lambda text: None)
-    assert command("report", spec, "--output", out) == 0, "of a run that somebody else has settled, too"
-    assert json.loads((out / "report" / "report.json").read_text())["statistics"]["runs"] == 1
-    capfd.readouterr()
-    write_spec(tmp_path, collapsed_above=2.0)
-    for word in ("status", "report"):
-        assert command(word, spec, "--output", out) == 2
-        told = capfd.readouterr()
-        assert "holds another study:\n  collapsed_above: None there, 2.0 here" in told.err and not told.out
-
-
-def test_a_reader_that_goes_ends_it_quietly(tmp_path: Path) -> None:
-    spec = write_spec(tmp_path, seeds=list(range(200)))  # more than a pipe holds
-    tool = Path(__file__).parents[2] / "tools" / "lr_stability.py"
-    words = [sys.executable, str(tool), "run", str(spec), "--output", str(tmp_path / "out"), "--dry-run"]
-    shell = f"{shlex.join(words)} | head -n 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1) and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("changes", "arguments", "words"),
-    [
-        ({"set": SMALL["set"] | {"data.path": "nowhere"}}, [], "data.path"),
-        ({}, ["--only", "baseline/8e-3"], "--only baseline/8e-3: must be VARIANT/LR/SEED; write it as in baseline/0.004/0"),
-        ({}, ["--only", "half/*/*"], "--only half/*/*: names no run of small"),
-        ({"executor": HOSTS}, ["--jobs", "2"], "--jobs 2: executor.kind is hosts, which does one run after another; leave it out"),
-        ({"executor": {"kind": "slurm", "nodes": 3, "gpus_per_node": 1, "script": "S"}}, ["--dry-run"], "on 3 ranks"),
-    ],
-)
-def test_bad_input_leaves_nothing(
-    changes: Any, arguments: list[str], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    spec, out = write_spec(tmp_path, **changes), tmp_path / "out"
-    assert command("run", spec, "--output", out, *arguments) == 2
-    assert words in capfd.readouterr().err and not out.exists()
