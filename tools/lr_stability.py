@@ -5,8 +5,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from megagate.config.command import exit_code, exit_code_of, positive
 from megagate.errors import ConfigError, MegagateError
 
 if TYPE_CHECKING:
+    from megagate.analysis.lr.cluster import Require
     from megagate.analysis.lr.spec import RunKey, Spec
     from megagate.analysis.lr.study import Study
     from megagate.config.run import RunConfig
@@ -93,11 +93,12 @@ def _run(options: argparse.Namespace) -> int:
     if options.jobs and spec.executor.kind == "hosts":
         raise ConfigError(f"--jobs {options.jobs}: executor.kind is hosts, which does one run after another; leave it out")
     study = Study(spec, options.output)
-    configs = study.configs(study.keys)  # all are checked, also where few are asked for
-    _check_gpu(spec, configs)
+    configs = study.configs(study.keys, require=_gpu_rule(spec))  # all are checked, also where few are asked for
     check_files(spec.executor)
     chosen = _chosen(spec, options.only)
     jobs = options.jobs or spec.executor.jobs
+    decides = spec.decides()
+    study.require_same(decides | _kept_data(study))
     if options.dry_run:
         if spec.executor.kind == "slurm":
             print(shlex.join(array_command(study, chosen, spec=options.spec, jobs=jobs)))
@@ -105,12 +106,12 @@ def _run(options: argparse.Namespace) -> int:
             print(spec.executor.command(study.config_file(key)))
         ranks = spec.executor.world_size
         size = f"{ranks} rank{'s' if ranks > 1 else ''}{' of ' if spec.executor.gpu else ''}{spec.executor.gpu}"
-        print(f"# {len(chosen)} of {len(study.keys)} runs; every config fits {size}", file=sys.stderr)
+        over = sum(study.outcome(key) is not None for key in chosen)
+        counted = f"{len(chosen)} of {len(study.keys)} runs{f', {over} of them over' if over else ''}"
+        print(f"# {counted}; every config fits {size}; the data were not looked at", file=sys.stderr)
         return 0
     if spec.executor.kind == "slurm":
         require_slurm()
-    decides = spec.decides()
-    study.require_same(decides | _kept_data(study))
     made = not study.folder.exists()
     with study.locked():
         try:
@@ -132,32 +133,15 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_gpu(spec: "Spec", configs: "dict[RunKey, RunConfig]") -> None:
-    """Refuse runs that do not fit the GPU that the executor names.
+def _gpu_rule(spec: "Spec") -> "Require":
+    """That a run fits the GPU which the executor names."""
+    from megagate.plan.memory import check_gpu  # noqa: PLC0415 - --help at once
 
-    Raises:
-        ConfigError: With the nearest cluster sizes on which they fit.
-    """
-    from megagate.analysis.lr.cluster import other_sizes  # noqa: PLC0415 - --help at once
-    from megagate.plan.memory import check_gpu  # noqa: PLC0415
+    def require(config: "RunConfig", ranks: int) -> None:
+        if spec.executor.gpu:
+            check_gpu(config, world_size=ranks, gpu=spec.executor.gpu, key="executor.gpu")
 
-    executor = spec.executor
-    for name in [one.name for one in spec.variants] if executor.gpu else []:
-        key = _any(list(configs), name)
-        check = partial(check_gpu, configs[key], gpu=executor.gpu, key="executor.gpu")
-        try:
-            check(world_size=executor.world_size)
-        except ConfigError as error:
-            near = other_sizes(executor, lambda world_size, check=check: _passes(check, world_size))
-            raise ConfigError(f"{spec.name}: the run {key} on {executor.world_size} ranks: {error}{near}") from None
-
-
-def _passes(check: Callable[..., None], world_size: int) -> bool:
-    try:
-        check(world_size=world_size)
-    except ConfigError:
-        return False
-    return True
+    return require
 
 
 def _kept_data(study: "Study") -> dict[str, str]:
@@ -230,9 +214,9 @@ def _existing(options: argparse.Namespace) -> "Study":
 
     spec = read_spec(options.spec)
     study = Study(spec, options.output)
+    study.require_same(spec.decides() | _kept_data(study))
     if not (study.folder / "spec.json").exists():
         raise ConfigError(f"--output {study.folder}: holds no study; `run` makes one, on a disk that all machines share")
-    study.require_same(spec.decides() | _kept_data(study))
     return study
 
 

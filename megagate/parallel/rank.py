@@ -26,6 +26,8 @@ import torch.distributed as dist
 from megagate.parallel.init import LaunchEnv, init_process_group
 
 _SEED = 1234
+HELD_BACK = (signal.SIGTERM, signal.SIGHUP)
+"""By the server: what terminals and `timeout` send to a whole process group is the caller's to hand on. (SIGINT it ignores by itself.)"""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,16 @@ class Reply:
     moment: float = field(default_factory=time.monotonic)
 
 
-def serve(connection: Connection, output: Path, stacks: Path) -> None:
-    """The life of a rank: one task after the other, until the caller closes the connection or dies."""
+def leave_group() -> None:
+    """First thing in a process forked from the server: a session of its own, and signals again, which the server holds back."""
     with suppress(PermissionError):  # already a leader
         os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+
+
+def serve(connection: Connection, output: Path, stacks: Path) -> None:
+    """The life of a rank: one task after the other, until the caller closes the connection or dies."""
+    leave_group()
     threading.Thread(target=end_with_parent, args=(output.parent,), daemon=True).start()
     _redirect_output(output)
     dumps = stacks.open("w")

@@ -7,6 +7,7 @@ no port to choose, and no name service (a TCPStore looks 127.0.0.1 up for every 
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megagate.parallel.rank import RankContext, Reply, Task, end_with_parent, serve, set_environ
+from megagate.parallel.rank import HELD_BACK, RankContext, Reply, Task, end_with_parent, serve, set_environ
 
 _OUTPUT_LINES = 20  # of a failed rank's output, shown with its error
 _GRACE_S = 0.2  # between the first failure that is seen and the report: the cause may arrive after its consequences
@@ -49,16 +50,28 @@ class RankTimeoutError(RankError):
 def start_server(*, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
     """Start the process that ranks are forked from; where it runs already, nothing happens.
 
-    Returns at once: the server loads its modules while the caller goes on.
+    Returns at once: the server loads its modules while the caller goes on. It ends with the caller and not by a signal to its group: by it
+    alone the caller knows how a process ended. What is forked from it calls `rank.leave_group` first.
 
     Args:
         preload: Modules to load beside torch. Only what is safe to fork (no threads, no CUDA context).
         environment: Set for the server alone, for modules that read the environment when they are loaded.
     """
     multiprocessing.set_forkserver_preload(["torch", *preload])
+    multiprocessing.resource_tracker.ensure_running()  # else the server's start does it, and takes signals again behind it
     # One OpenMP thread must be asked for before torch and numpy are loaded: a pool of threads would not survive the fork.
-    with _environ({"OMP_NUM_THREADS": "1", **(environment or {})}):
+    with _environ({"OMP_NUM_THREADS": "1", **(environment or {})}), _held_back(HELD_BACK):
         multiprocessing.forkserver.ensure_running()
+
+
+@contextmanager
+def _held_back(signals: Sequence[int]) -> Iterator[None]:
+    """What is started in the block gets none of these; this process gets them behind it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float) -> list[Any]:

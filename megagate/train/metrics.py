@@ -33,6 +33,9 @@ class Sink(Protocol):
     def write(self, record: Record) -> None:
         """Take one step's record."""
 
+    def sync(self) -> None:
+        """See that all that was written outlives a machine that goes down."""
+
     def close(self) -> None:
         """No more records come."""
 
@@ -62,6 +65,16 @@ class MetricsFile:
                 self._file = self.path.open("a", encoding="utf-8")
             self._file.write(json.dumps(clean) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def sync(self) -> None:
+        """Wait until the records are on the disk."""
+        if self._file is None:
+            return
+        try:
+            os.fsync(self._file.fileno())
+            sync_folder(self.path.parent)
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -139,6 +152,9 @@ class WandbSink:
         if not self._started:
             self._start()
         self._try(lambda run: run.log(record, step=record["step"]))
+
+    def sync(self) -> None:
+        """Its service sees to that."""
 
     def close(self) -> None:
         """Finish the run."""

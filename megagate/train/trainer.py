@@ -237,6 +237,8 @@ class Trainer:
         return last or position.is_best or self._due(every, position.step)
 
     def _save(self, position: Position, *, last: bool) -> None:
+        # A run that goes on from here has its records up to here, also behind a machine that went down.
+        everywhere(self.world, lambda: [sink.sync() for sink in self.sinks])
         best = position.is_best
         self.saver.save(self.engine, step=position.step, best_val_loss=position.best_val_loss, best=best, last=last)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from lr_specs import SMALL, write_spec
-from test_lr_local import command
+from test_lr_command import command
 
 from megagate.analysis.lr.cluster import other_sizes, read_hosts
 from megagate.analysis.lr.executor import Executor

@@ -1,9 +1,12 @@
 """The command of a study on this machine: what it runs, shows and refuses."""
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,14 @@ from commands import TOOLS, call
 from lr_specs import SMALL, write_spec
 
 from megagate.analysis.lr import local
+from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
+from megagate.checkpoint.folders import read_pointer
 from megagate.data.manifest import Manifest, ShardEntry, SplitName, TokenizerIdentity, write_manifest
 from megagate.data.shards import ShardWriter
 
 command = partial(call, "lr_stability")
+LIMIT_S = 240  # the first run waits for torch and DeepSpeed, a minute and more on a machine that is busy
 HOSTS = {"kind": "hosts", "nodes": 1, "gpus_per_node": 1, "hostfile": "F"}
 
 
@@ -51,10 +57,14 @@ def test_the_command_runs_what_it_is_asked_for_and_shows_it(tmp_path: Path, capf
     assert not (out / "report").exists(), "no report of an old study.json"
     outcome.write_text(whole)
 
+    assert command("run", spec, "--output", out, "--dry-run") == 0
+    assert "# 8 of 8 runs, 2 of them over; every config fits 1 rank; the data were not looked at" in capfd.readouterr().err
+
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     write_spec(tmp_path, set=SMALL["set"] | {"optim.beta2": 0.5})
-    assert command("run", spec, "--output", out) == 2
-    assert "variants.baseline.optim.beta2: 0.95 there, 0.5 here" in capfd.readouterr().err
+    for options in ((), ("--dry-run",)):
+        assert command("run", spec, "--output", out, *options) == 2
+        assert "variants.baseline.optim.beta2: 0.95 there, 0.5 here" in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == kept
 
 
@@ -83,6 +93,14 @@ def test_data_that_are_gone_or_others_leave_a_study_as_it_is(tmp_path: Path, cap
     assert command("run", spec, "--output", out) == 2
     assert "holds another study:\n  data/baseline: " in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "lock"} == kept
+
+
+def test_data_too_short_for_what_runs_read_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = SMALL["set"] | {"data.path": str(prepared(tmp_path / "data", "train", "valid")), "train.seq_len": 2_000}
+    spec, out = write_spec(tmp_path, set=settings), tmp_path / "out"
+    assert command("run", spec, "--output", out) == 2
+    assert "no shard of it holds one window of 2001 (train.seq_len + 1); lower train.seq_len" in capfd.readouterr().err
+    assert not out.exists(), "so that the corrected spec is no other study"
 
 
 def test_data_without_a_held_out_part_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +139,34 @@ def test_a_study_is_looked_at_by_its_own_spec_alone(tmp_path: Path, capfd: pytes
         assert command(word, spec, "--output", out) == 2
         told = capfd.readouterr()
         assert "holds another study:\n  collapsed_above: None there, 2.0 here" in told.err and not told.out
+
+
+def test_a_study_that_lost_its_spec_json_is_told_alike_by_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    spec, out = write_spec(tmp_path), tmp_path / "out"
+    assert command("run", spec, "--output", out, "--only", "baseline/4e-3/0") == 0
+    (out / "spec.json").unlink()
+    for word in ("run", "status", "report"):
+        assert command(word, spec, "--output", out) == 2
+        assert "holds runs but no spec.json, so no study; its digest" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_the_whole_process_group_saves_what_runs(tmp_path: Path, signal_name: str) -> None:
+    """As of a terminal that closes, of `timeout`, or of a service manager."""
+    spec = write_spec(tmp_path, steps=100_000, seeds=[0], set=SMALL["set"] | {"checkpoint.every": 0})
+    study, number = Study(read_spec(spec), tmp_path / "out"), getattr(signal, signal_name)
+    words = [sys.executable, str(TOOLS / "lr_stability.py"), "run", str(spec), "--output", str(study.folder), "--jobs", "2"]
+    with subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + LIMIT_S
+        while min(len(study.records(key)) for key in study.keys[:2]) < 10 and time.monotonic() < until:
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=LIMIT_S)[1]
+    assert process.returncode == 128 + number and "what was running is saved" in said
+    for key in study.keys[:2]:
+        steps = len(study.records(key))
+        assert f"at step {steps}; saved" in study.log(key).read_text() and not study.gap(key)
+        assert read_pointer(study.run_folder(key) / "checkpoints", "latest") == steps
 
 
 def test_a_reader_that_goes_ends_it_quietly(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_lr_local import command
+from test_lr_command import command
 
 from megagate.analysis.lr.spec import Spec
 from megagate.analysis.lr.spec_file import read_spec

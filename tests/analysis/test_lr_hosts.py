@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from lr_specs import SMALL, write_spec
-from test_lr_local import command
+from test_lr_command import command
 
 from megagate.analysis.lr.hosts import run_hosts
 from megagate.analysis.lr.spec import RunKey

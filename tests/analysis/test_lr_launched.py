@@ -22,6 +22,7 @@ from megagate.analysis.lr.slurm import queue
 from megagate.analysis.lr.spec import RunKey
 from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
+from megagate.checkpoint.folders import INDEX_NAME
 from megagate.config.command import Stopped, stoppable
 from megagate.errors import ConfigError, RunError
 
@@ -217,6 +218,15 @@ def test_a_signal_while_the_command_starts_leaves_nothing_behind(study: Study) -
     with pytest.raises(Stopped), stoppable():
         run(study, text)
     assert study.log(KEY).read_text() == "told to stop\n"
+
+
+def test_one_whose_records_end_before_its_checkpoint_is_not_started(study: Study) -> None:
+    checkpoint = study.run_folder(KEY) / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / INDEX_NAME).write_text("{}")
+    with pytest.raises(RunError, match="would go on from its checkpoint of step 3, but .* has the steps up to 0 only"):
+        run(study, "step(3.0)")
+    assert not study.records(KEY)
 
 
 # ---- as a task of Slurm's array

@@ -171,6 +171,31 @@ def test_behind_three_failures_no_further_run_is_begun(tmp_path: Path) -> None:
     assert [study.log(key).exists() for key in study.keys] == [True] * 3 + [False] * 5
 
 
+def test_a_run_whose_records_end_before_its_checkpoint_is_refused_before_it_trains(tmp_path: Path) -> None:
+    """As a machine that goes down may leave it: what such a run came to could never be told, however long it went on."""
+    study = made(tmp_path, "torn", learning_rates=[4e-3])
+    kill_at_40 = threading.Thread(target=kill_at, args=(study, FIRST, 40))
+    kill_at_40.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_local(study, study.configs([FIRST]), jobs=1, threads=1, tell=stop_at_the_first)
+    kill_at_40.join()
+    records = study.run_folder(FIRST) / "metrics.jsonl"
+    whole, log = records.read_text(), study.log(FIRST).read_text()
+    assert not study.gap(FIRST)
+    records.write_text("".join(whole.splitlines(keepends=True)[:10]) + '{"step": 11, "lo')
+    said = r"baseline-lr0.004-s0 would go on from its checkpoint of step \d+, but .*metrics.jsonl has the steps up to 10 only, .*; restore"
+    with pytest.raises(RunError, match=said):
+        run_local(study, study.configs([FIRST, OTHER]), jobs=1, threads=1)
+    assert study.log(FIRST).read_text() == log and list(study.outcomes()) == [OTHER], "nothing was trained of it; the other is done"
+    records.write_text(whole)
+    run_local(study, study.configs([FIRST]), jobs=1, threads=1)
+    assert study.outcome(FIRST).status == "finished"
+
+
+def stop_at_the_first(text: str) -> None:
+    raise KeyboardInterrupt
+
+
 def going(study: Study) -> int:
     """How many runs have a process, each of which holds its log."""
     lines = Path("/proc/locks").read_text().splitlines()

@@ -4,6 +4,8 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from megagate.analysis.lr.spec import RunKey
 from megagate.analysis.lr.spec_file import read_spec
 from megagate.analysis.lr.study import Study
 from megagate.config.keys import differences, flatten
+from megagate.config.run import RunConfig
 from megagate.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "lr_stability"
@@ -216,6 +219,29 @@ def test_a_cluster_that_no_layout_fits_is_refused(tmp_path: Path) -> None:
     spec = read_spec(write_spec(tmp_path, executor=cluster))
     with pytest.raises(ConfigError, match="small: the run baseline-lr0.004-s0 on 3 ranks: .*global_batch_size"):
         spec.configs_of(spec.runs(), tmp_path)
+
+
+def test_the_sizes_that_are_named_instead_fit_all_runs_in_all_they_need(tmp_path: Path) -> None:
+    cluster = {"kind": "slurm", "nodes": 3, "gpus_per_node": 1, "script": "s.sbatch"}
+    batch = {"train.global_batch_size": 16, "train.micro_batch_size": 1}
+    wide = {"wide": {"set": {"model.attention.num_heads": 4, "parallel.tp": 2}}}
+    spec = read_spec(write_spec(tmp_path, executor=cluster, set=SMALL["set"] | batch, variants=["baseline", "elementwise", wide]))
+
+    def require(needed: int, config: RunConfig, ranks: int) -> None:
+        if config.model.attention.gate.position == "G1" and ranks < needed:
+            raise ConfigError(f"{ranks} are too few")
+
+    # The baseline goes on 1, 2 and 4, `wide`, with an axis of its own, on 2, 4 and 8, and the gated one where `require` lets it.
+    for needed, nodes, words in ((0, 3, "2 x 1 and 4 x 1"), (4, 3, "4 x 1"), (8, 4, "8 x 1"), (0, 1, "2 x 1")):
+        sized = replace(spec, executor=replace(spec.executor, nodes=nodes))
+        with pytest.raises(ConfigError, match=f"^small: the run .* on {nodes} ranks: .* the nearest that fit: {words}$"):
+            sized.configs_of(spec.runs(), tmp_path, require=partial(require, needed))
+
+
+def test_what_is_wrong_with_a_file_names_the_variant(tmp_path: Path) -> None:
+    spec = read_spec(write_spec(tmp_path, variants=["baseline", {"own": {"preset": "nope"}}]))
+    with pytest.raises(ConfigError, match="^small: variants: own: .*nope"):
+        spec.base("own")
 
 
 def test_commands_hold_the_cluster_and_the_config(tmp_path: Path) -> None:

@@ -128,6 +128,17 @@ def test_a_record_is_on_the_disk_at_once(tmp_path: Path) -> None:
     file.close()
 
 
+def test_records_are_waited_for_where_a_checkpoint_is_to_follow(tmp_path: Path) -> None:
+    file, synced = MetricsFile(tmp_path / "metrics.jsonl", last_step=0), []
+    with patch.object(os, "fsync", lambda descriptor: synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)):
+        file.sync()
+        assert synced == [], "there is nothing"
+        file.write({"step": 1})
+        file.sync()
+    file.close()
+    assert synced == ["metrics.jsonl", tmp_path.name]
+
+
 @pytest.mark.parametrize("tail", ["", "\n", '{"step": 3, "lo', '{"step": 3}\n{"step": 4}\n{"st', "\x00\x00\x00", "[]\n", '{"loss": 1}\n'])
 def test_each_step_stands_there_once(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -452,7 +463,7 @@ class Steps:
         self.signal_at, self.val_losses, self.bug_at = signal_at, list(val_losses), bug_at
         self.signal_in_batch, self.signal_in_save, self.batches, self.finished, self.abandoned = signal_in_batch, signal_in_save, 0, 0, 0
         self.mesh, self.model = ParallelMesh.single(), SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
-        self.taken, self.saved, self.records, self.waited_for = 0, [], [], []
+        self.taken, self.saved, self.records, self.waited_for, self.on_disk = 0, [], [], [], 0
         self.told: list[bool] = []  # whether each step was to tell more
 
     def step(self, index: int) -> SimpleNamespace:
@@ -497,6 +508,7 @@ class Steps:
         return {}
 
     def save(self, engine: object, *, step: int, best_val_loss: float | None, best: bool, last: bool) -> None:
+        assert self.on_disk == len(self.records), "the records of a checkpoint's steps are on the disk before it"
         self.saved.append((step, best_val_loss, best))
         self.waited_for.append(last)
         if len(self.saved) == self.signal_in_save:
@@ -504,6 +516,9 @@ class Steps:
 
     def write(self, record: dict[str, Any]) -> None:
         self.records.append((record["step"], record["loss"], record.get("val_loss")))
+
+    def sync(self) -> None:
+        self.on_disk = len(self.records)
 
     def run(self, config: RunConfig, first: Position = Position()) -> tuple[Position, int]:  # noqa: B008
         folder = RunFolder(Path("nowhere"))

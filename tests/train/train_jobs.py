@@ -25,6 +25,7 @@ import psutil
 import ranks
 
 import megagate.engine.zero  # noqa: F401  so that the server of the ranks loads DeepSpeed's parts before the first job
+from megagate.parallel.rank import leave_group
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "examples" / "configs" / "nano.yaml"
@@ -192,7 +193,7 @@ def _fork(argv: list[str], rank: int, world_size: int, *, port: int, folder: Pat
 
 def _rank(argv: list[str], environment: dict[str, str], folder: Path, output: Path) -> None:
     """In the forked process: one rank of a job."""
-    os.setsid()
+    leave_group()
     os.chdir(folder)
     for name in LAUNCHER_SETS:
         os.environ.pop(name, None)

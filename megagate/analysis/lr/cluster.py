@@ -1,7 +1,7 @@
 """Whether a cluster can do what a spec asks: the files that its commands name, machines of a host file, and other sizes that fit."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megagate.analysis.lr.executor import Executor
@@ -13,6 +13,8 @@ _HOST = re.compile(r"(\S+)\s+slots=(\d+)")
 
 Fits = Callable[[int], bool]
 """Whether all runs fit that many ranks."""
+Require = Callable[[RunConfig, int], None]
+"""Raises ConfigError where a run cannot be done on that many ranks."""
 
 
 def check_files(executor: Executor) -> None:
@@ -61,18 +63,36 @@ def _check_hosts(executor: Executor) -> None:
         raise ConfigError(f"{size} must be at most the slots of each machine in {path}, which has {', '.join(few)}; lower it")
 
 
-def layout_fits(configs: Sequence[RunConfig]) -> Fits:
-    """Whether the rules between a config and its number of ranks hold for all of these."""
+def check_size(executor: Executor, runs: Mapping[str, RunConfig], *, require: Require) -> None:
+    """Refuse a number of ranks on which one of these runs cannot be done.
+
+    Args:
+        executor: Says how many ranks there are.
+        runs: By name; they differ in what decides that.
+        require: What else they need.
+
+    Raises:
+        ConfigError: With the run, and the nearest sizes on which all of them can.
+    """
+
+    def require_one(config: RunConfig, world_size: int) -> None:
+        check(config, world_size=world_size)
+        require(config, world_size)
 
     def fits(world_size: int) -> bool:
         try:
-            for config in configs:
-                check(config, world_size=world_size)
+            for config in runs.values():
+                require_one(config, world_size)
         except ConfigError:
             return False
         return True
 
-    return fits
+    for name, config in runs.items():
+        try:
+            require_one(config, executor.world_size)
+        except ConfigError as error:
+            near = other_sizes(executor, fits) if executor.kind != "local" else ""
+            raise ConfigError(f"the run {name} on {executor.world_size} ranks: {error}{near}") from None
 
 
 def other_sizes(executor: Executor, fits: Fits) -> str:

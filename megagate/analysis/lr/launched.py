@@ -52,12 +52,14 @@ def run_launched(
 
     Raises:
         ConfigError: There is no such command.
-        RunError: The command failed; the end of the log is in the message.
+        RunError: The command failed, with the end of the log; or the run was begun and cannot go on.
     """
     if study.outcome(key) is not None:
         return True
     if study.settle_if_over(key, config, tell=tell):  # over, but the caller was killed before it said so
         return True
+    if gap := study.gap(key):
+        raise RunError(gap)
     words = [*command, "--config", str(study.write_config(key, config))]
     code = None
     try:

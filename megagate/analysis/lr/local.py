@@ -61,6 +61,9 @@ def run_local(
         while running or (waiting and len(failures) < _FAILURES):
             while waiting and len(running) < jobs and len(failures) < _FAILURES:
                 key = waiting.pop(0)
+                if gap := study.gap(key):
+                    failures.append(gap)
+                    continue
                 attempts[key] += 1
                 running[key] = _Run(study, key, configs[key], threads=threads)
             multiprocessing.connection.wait([run.process.sentinel for run in running.values()], timeout=_POLL_S)
@@ -143,14 +146,16 @@ class _Run:
 
 def _work(settings: str, log: str, threads: int) -> None:
     """The job in a forked process, as a world of one."""
-    os.setsid()
+    from megagate.parallel.rank import leave_group  # noqa: PLC0415 - torch, loaded by the server
+
+    leave_group()
     threading.Thread(target=_stop_with_caller, daemon=True).start()
     _redirect_output(Path(log))
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     # The caller's choice and not the server's, which has one.
     os.environ |= {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    import torch  # noqa: PLC0415 - loaded by the server
+    import torch  # noqa: PLC0415
 
     torch.set_num_threads(threads)
     sys.exit(importlib.import_module(_JOB).main(["--config", settings]))

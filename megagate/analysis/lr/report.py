@@ -60,13 +60,15 @@ def report_study(path: Path, output: Path) -> list[Path]:
     """
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-        entries = study["runs"]
-        if not isinstance(study.get("decides", {}), dict) or not all(isinstance(entry, dict) for entry in entries):
-            raise TypeError("decides must be an object, and runs a list of objects")
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror}); run the study first") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: holds no study ({type(error).__name__}: {error}); run the study again") from None
+    except ValueError as error:
+        raise RunError(f"{path}: is no JSON ({error}); run the study again") from None
+    decides, entries = (study.get("decides", {}), study.get("runs")) if isinstance(study, dict) else (None, None)
+    if not (isinstance(decides, dict) and isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+        raise RunError(
+            f"{path}: holds no study, which is an object whose decides is an object, and whose runs is a list of objects; run it again"
+        )
     return write_report(Facts.from_study(study), entries, output)
 
 

@@ -1,18 +1,18 @@
 """The spec of a study: base configs, variants, a ladder of learning rates, seeds, and the rules that are fixed before the first run."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from megagate.analysis.lr.cluster import layout_fits, other_sizes
+from megagate.analysis.lr.cluster import Require, check_size
 from megagate.analysis.lr.executor import Executor
 from megagate.config.cli import parse
 from megagate.config.keys import flatten
-from megagate.config.rules import check
 from megagate.config.run import DataConfig, RunConfig
 from megagate.errors import ConfigError
 
@@ -109,7 +109,7 @@ class Spec:
             ConfigError: A file is missing or broken, or a setting is unknown or of the wrong type.
         """
         variant = next(one for one in self.variants if one.name == name)
-        with tempfile.TemporaryDirectory(prefix="megagate-spec-") as folder:
+        with _naming(f"{self.name}: variants: {name}"), tempfile.TemporaryDirectory(prefix="megagate-spec-") as folder:
             arguments = [f"--config={path}" for path in self.configs]
             arguments += _as_file(self.set, Path(folder) / "set.yaml")
             arguments += [f"--preset={variant.preset}"] if variant.preset else []
@@ -125,8 +125,8 @@ class Spec:
         """
         return self.configs_of([key], output)[key]
 
-    def configs_of(self, keys: Sequence[RunKey], output: Path) -> dict[RunKey, RunConfig]:
-        """Of many runs."""
+    def configs_of(self, keys: Sequence[RunKey], output: Path, *, require: Require = lambda config, ranks: None) -> dict[RunKey, RunConfig]:
+        """Of many runs. `require`: what else, of which this floor knows nothing, a run needs of the executor's ranks."""
         bases = {name: self.base(name) for name in dict.fromkeys(key.variant for key in keys)}
         self._check_pairs(bases)
         self._check_stop(bases)
@@ -145,11 +145,8 @@ class Spec:
                 # No run learns in its own validations which of its checkpoints is best: the held-out loss is that of the end.
                 eval=replace(base.eval, every=0, min_gain_nats=0.0, prompt=""),
             )
-            try:
-                check(configs[key], world_size=self.executor.world_size)
-            except ConfigError as error:
-                near = other_sizes(self.executor, layout_fits([configs[key]])) if self.executor.kind != "local" else ""
-                raise ConfigError(f"{self.name}: the run {key} on {self.executor.world_size} ranks: {error}{near}") from None
+        with _naming(self.name):
+            check_size(self.executor, {str(key): config for key, config in configs.items()}, require=require)
         return configs
 
     def _check_pairs(self, bases: Mapping[str, RunConfig]) -> None:
@@ -200,6 +197,15 @@ class Spec:
         judged = {"collapsed_above": self.collapsed_above, "top_rungs": self.top_rungs}
         ladder = {"learning_rates": list(self.learning_rates), "seeds": list(self.seeds)}
         return {**rest, **rules, **judged, **ladder, **found}
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Says of an error where it stands."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _as_file(settings: Mapping[str, Any], path: Path) -> list[str]:

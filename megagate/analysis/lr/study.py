@@ -14,11 +14,13 @@ from typing import Any
 
 from megagate.analysis.lr.records import diverged_at, read_records
 from megagate.analysis.lr.spec import RunKey, Spec
+from megagate.checkpoint.folders import complete_steps, read_pointer
 from megagate.config.cli import to_yaml
 from megagate.config.count import count_parameters
 from megagate.config.keys import flatten
 from megagate.config.run import RunConfig
 from megagate.data.files import AtomicFile
+from megagate.data.loader import TrainLoader, ValidLoader
 from megagate.data.sources import open_sources, prepare_sources
 from megagate.errors import DataError, RunError
 
@@ -81,9 +83,9 @@ class Study:
         self.spec, self.folder = spec, folder.absolute()
         self.keys = spec.runs()
 
-    def configs(self, keys: Sequence[RunKey]) -> dict[RunKey, RunConfig]:
-        """The complete config of each run."""
-        return self.spec.configs_of(keys, self.folder)
+    def configs(self, keys: Sequence[RunKey], **settings: Any) -> dict[RunKey, RunConfig]:
+        """The complete config of each run, see `Spec.configs_of`."""
+        return self.spec.configs_of(keys, self.folder, **settings)
 
     def run_folder(self, key: RunKey) -> Path:
         """Of one run."""
@@ -269,6 +271,23 @@ class Study:
         replace_file(self.config_file(key), to_yaml(config))
         return self.config_file(key)
 
+    def gap(self, key: RunKey) -> str:
+        """Why a run that was begun cannot go on, a sentence; empty where it can.
+
+        Its records end before its checkpoint: what it came to could never be told.
+        """
+        folder = self.run_folder(key)
+        root = folder / "checkpoints"
+        # Before the records, which its process, where one still saves, has written by then.
+        step = read_pointer(root, "latest") or max(complete_steps(root), default=0)
+        there = len(self.records(key))
+        if step <= there:
+            return ""
+        return (
+            f"the run {key} would go on from its checkpoint of step {step}, but {folder / 'metrics.jsonl'} has the steps up to {there} "
+            f"only, so that nobody could tell what it came to; restore that file, or remove {folder}, and it begins again"
+        )
+
     def log_tail(self, key: RunKey) -> str:
         """The end of what a run said."""
         path = self.log(key)
@@ -292,13 +311,18 @@ def prepare_data(config: RunConfig) -> str:
     """Prepare what all runs read; its fingerprint.
 
     Raises:
-        DataError: It cannot be opened, or has no validation set.
+        DataError: It cannot be opened, has no validation set, or is too short for what the runs read.
     """
     place = {"vocab_size": config.model.vocab_size, "directory": Path(config.data.cache_dir)}
     prepare_sources(config.data.path, config.data.valid, **place)
     sources = open_sources(config.data.path, config.data.valid, **place)
     if not sources.valid:
         raise DataError(f"data.path ({config.data.path}) has no held-out tokens, which a study of losses needs; give another data set")
+    sources.document_end(config.data.attention)
+    read = {"seq_len": config.train.seq_len, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
+    TrainLoader(sources.train, **read, global_batch_size=config.train.global_batch_size, seed=config.train.seed)
+    for split in sources.valid.values():
+        ValidLoader(split, **read, batches=config.eval.batches)
     return sources.fingerprint
 
 

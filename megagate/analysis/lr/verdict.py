@@ -93,14 +93,14 @@ def attributions(facts: Facts, verdicts: tuple[Verdict, ...]) -> tuple[str, ...]
         if over.word != "supported":
             said = f"no stability shown over {facts.baseline}"
         elif beyond.word == "supported":
-            said = f"more stable than {facts.baseline} and than {facts.control}: more than an effect of the smaller attention branch"
+            said = f"more stable than {facts.baseline} and than {facts.control}: more than halving the attention branch does"
         elif beyond.interval.n < LEAST:
             said = f"more stable than {facts.baseline}; too few seeds yet to tell it from {facts.control}"
         else:
             told = "is more stable than it" if beyond.word == "contradicted" else "cannot be told from it"
             said = (
                 f"more stable than {facts.baseline}, and {facts.control} {told} ({facts.control} over {facts.baseline}: {control.word}): "
-                "not shown to be more than an effect of the smaller attention branch"
+                "not shown to be more than halving the attention branch does"
             )
         lines.append(f"{variant}: {said}.")
     return tuple(lines)

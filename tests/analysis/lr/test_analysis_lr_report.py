@@ -191,7 +191,7 @@ def test_a_study_tells_its_own_facts(written: Path, tmp_path: Path) -> None:
     ("content", "words"),
     [
         (None, "study.json: cannot be read .*; run the study first"),
-        ("{", "holds no study"),
+        ("{", "is no JSON .*; run the study again"),
         ("[]", "holds no study"),
         ('{"runs": []}', "holds no decides"),
         ('{"runs": [], "decides": []}', "holds no study"),

@@ -126,7 +126,7 @@ def test_an_effect_of_the_control_is_not_credited_to_the_gate() -> None:
     assert (words["headwise", "baseline"], words["headwise", "half"]) == ("supported", "not separable")
     headwise, elementwise = attributions(of, verdicts)
     assert headwise.startswith("headwise: more stable than baseline, and half cannot be told from it")
-    assert headwise.endswith("(half over baseline: supported): not shown to be more than an effect of the smaller attention branch.")
+    assert headwise.endswith("(half over baseline: supported): not shown to be more than halving the attention branch does.")
     assert elementwise.startswith("elementwise: more stable than baseline and than half")
 
 
