@@ -41,7 +41,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         "(diverged ones too) or submitted, 2 bad input or a run that failed, 128 + signal when stopped.",
     )
     _add_study(run)
-    run.add_argument("--dry-run", action="store_true", help="check every config against the number of ranks, and print the commands")
+    run.add_argument("--dry-run", action="store_true", help="check every config against the cluster, and print the commands")
     run.add_argument("--jobs", type=positive, metavar="K", help="runs at a time, instead of the spec's; not for the hosts executor")
     run.add_argument("--only", nargs="+", default=[], metavar="VARIANT/LR/SEED", help="these alone; * stands for all of a part")
     run.set_defaults(run=_run)
@@ -100,13 +100,13 @@ def _run(options: argparse.Namespace) -> int:
     decides = spec.decides()
     study.require_same(decides | _kept_data(study))
     if options.dry_run:
+        over = sum(study.outcome(key) is not None for key in chosen)
         if spec.executor.kind == "slurm":
             print(shlex.join(array_command(study, chosen, spec=options.spec, jobs=jobs)))
         for key in chosen:
             print(spec.executor.command(study.config_file(key)))
         ranks = spec.executor.world_size
         size = f"{ranks} rank{'s' if ranks > 1 else ''}{' of ' if spec.executor.gpu else ''}{spec.executor.gpu}"
-        over = sum(study.outcome(key) is not None for key in chosen)
         counted = f"{len(chosen)} of {len(study.keys)} runs{f', {over} of them over' if over else ''}"
         print(f"# {counted}; every config fits {size}; the data were not looked at", file=sys.stderr)
         return 0

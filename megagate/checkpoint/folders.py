@@ -111,6 +111,12 @@ def read_pointer(root: Path, name: PointerName) -> int | None:
     return int(match[1]) if match and _folder(root, int(match[1])) else None
 
 
+def newest_step(root: Path) -> int | None:
+    """The step from which a run goes on: the one that `latest` names, else the newest complete one; None where there is none."""
+    latest = read_pointer(root, "latest")
+    return latest if latest is not None else max(complete_steps(root), default=None)
+
+
 def resolve(path: Path) -> Path:
     """The step folder that `path` means: itself, or, of a root or a run around it, the one `latest` names, else the newest.
 
@@ -137,8 +143,7 @@ def _meant(path: Path) -> Path | None:
     if _is_complete(path) and path.suffix not in (".tmp", ".trash"):
         return path
     root = path / ROOT_NAME if (path / ROOT_NAME).is_dir() else path
-    latest = read_pointer(root, "latest")
-    step = latest if latest is not None else max(complete_steps(root), default=None)
+    step = newest_step(root)
     return None if step is None else _folder(root, step)
 
 

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from megagate.parallel.init import LaunchEnv, init_process_group
 
 _SEED = 1234
-HELD_BACK = (signal.SIGTERM, signal.SIGHUP)
-"""By the server: what terminals and `timeout` send to a whole process group is the caller's to hand on. (SIGINT it ignores by itself.)"""
+HELD_BACK = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+"""By the server: what terminals and `timeout` send to a whole process group is the caller's to hand on."""
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,17 @@ def test_a_signal_to_the_whole_process_group_saves_what_runs(tmp_path: Path, sig
     spec = write_spec(tmp_path, steps=100_000, seeds=[0], set=SMALL["set"] | {"checkpoint.every": 0})
     study, number = Study(read_spec(spec), tmp_path / "out"), getattr(signal, signal_name)
     words = [sys.executable, str(TOOLS / "lr_stability.py"), "run", str(spec), "--output", str(study.folder), "--jobs", "2"]
-    with subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+    heed = partial(signal.signal, number, signal.SIG_DFL)  # also where these tests run under nohup
+    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    try:
         until = time.monotonic() + LIMIT_S
         while min(len(study.records(key)) for key in study.keys[:2]) < 10 and time.monotonic() < until:
             time.sleep(0.05)
         os.killpg(process.pid, number)
         said = process.communicate(timeout=LIMIT_S)[1]
+    finally:
+        process.kill()  # its runs end with it
+        process.wait()
     assert process.returncode == 128 + number and "what was running is saved" in said
     for key in study.keys[:2]:
         steps = len(study.records(key))

@@ -68,7 +68,7 @@ def check_size(executor: Executor, runs: Mapping[str, RunConfig], *, require: Re
 
     Args:
         executor: Says how many ranks there are.
-        runs: By name; they differ in what decides that.
+        runs: By name.
         require: What else they need.
 
     Raises:

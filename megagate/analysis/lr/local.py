@@ -54,16 +54,14 @@ def run_local(
     waiting, attempts, failures = [key for key in configs if study.outcome(key) is None], dict.fromkeys(configs, 0), []
     for key in [key for key in waiting if _settled(study, key, configs[key], tell)]:  # over, but the caller was killed before it said so
         waiting.remove(key)
-    if not waiting:
-        return
-    _start_server()
+    torn = {key: gap for key in waiting if (gap := study.gap(key))}  # theirs alone, so they do not count as failures
+    waiting = [key for key in waiting if key not in torn]
+    if waiting:
+        _start_server()
     with running_processes() as running:
         while running or (waiting and len(failures) < _FAILURES):
             while waiting and len(running) < jobs and len(failures) < _FAILURES:
                 key = waiting.pop(0)
-                if gap := study.gap(key):
-                    failures.append(gap)
-                    continue
                 attempts[key] += 1
                 running[key] = _Run(study, key, configs[key], threads=threads)
             multiprocessing.connection.wait([run.process.sentinel for run in running.values()], timeout=_POLL_S)
@@ -83,8 +81,8 @@ def run_local(
                     waiting.insert(0, key)
                 else:
                     failures.append(f"the run {key} ended with exit code {code}; the end of {study.log(key)}:\n{study.log_tail(key)}")
-    if failures:
-        raise RunError("\n".join(failures))
+    if torn or failures:
+        raise RunError("\n".join([*torn.values(), *failures]))
 
 
 def _settled(study: Study, key: RunKey, config: RunConfig, tell: Callable[[str], None], *, not_finite: bool = False) -> bool:

@@ -217,21 +217,26 @@ def statistics_of(grid: Grid) -> Statistics:
 
 def _best(grid: Grid, rungs: Sequence[int], seeds: Sequence[int]) -> int | None:
     """The rung of the baseline's lowest mean capped loss over those seeds that have all of the rungs; None where all of it is the cap."""
-    losses = [[grid.capped(grid.facts.baseline, rung, seed) for rung in rungs] for seed in seeds]
-    whole = [row for row in losses if None not in row]
-    if all(loss == grid.facts.cap for row in whole for loss in row):  # also of none
+    whole = [losses for seed in seeds if (losses := _ladder(grid, rungs, seed))]
+    if all(loss == grid.facts.cap for losses in whole for loss in losses):  # also of none
         return None
-    means = [fmean(loss for loss in column if loss is not None) for column in zip(*whole, strict=True)]
+    means = [fmean(column) for column in zip(*whole, strict=True)]
     return rungs[means.index(min(means))]
 
 
+def _ladder(grid: Grid, rungs: Sequence[int], seed: int) -> list[float]:
+    """The baseline's capped losses of a seed at these rungs; nothing where one is missing."""
+    losses = [grid.capped(grid.facts.baseline, rung, seed) for rung in rungs]
+    return [] if None in losses else [loss for loss in losses if loss is not None]
+
+
 def best_rungs(grid: Grid) -> list[int | None]:
-    """For each seed, the baseline's best rung below the top ones as the other seeds tell it; as it tells itself where there is no other."""
+    """For each seed, the baseline's best rung below the top ones as the other seeds tell it; as it tells itself where no other has them."""
     facts = grid.facts
     found = []
     for seed in facts.seeds:
-        others = _best(grid, facts.lower, [other for other in facts.seeds if other != seed])
-        found.append(_best(grid, facts.lower, [seed]) if others is None else others)
+        others = [other for other in facts.seeds if other != seed and _ladder(grid, facts.lower, other)]
+        found.append(_best(grid, facts.lower, others or [seed]))
     return found
 
 

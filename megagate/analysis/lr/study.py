@@ -14,7 +14,7 @@ from typing import Any
 
 from megagate.analysis.lr.records import diverged_at, read_records
 from megagate.analysis.lr.spec import RunKey, Spec
-from megagate.checkpoint.folders import complete_steps, read_pointer
+from megagate.checkpoint.folders import newest_step
 from megagate.config.cli import to_yaml
 from megagate.config.count import count_parameters
 from megagate.config.keys import flatten
@@ -277,9 +277,8 @@ class Study:
         Its records end before its checkpoint: what it came to could never be told.
         """
         folder = self.run_folder(key)
-        root = folder / "checkpoints"
         # Before the records, which its process, where one still saves, has written by then.
-        step = read_pointer(root, "latest") or max(complete_steps(root), default=0)
+        step = newest_step(folder / "checkpoints") or 0
         there = len(self.records(key))
         if step <= there:
             return ""

@@ -125,8 +125,8 @@ def cautions(facts: Facts, statistics: Statistics) -> tuple[str, ...]:
     if best is not None and best in top:
         found.append(f"the baseline is best at {best:g}, a top rung: not past its optimum, so the interaction is not about stability.")
     lower = [statistics.rows[0].rungs[rung] for rung in facts.lower]
-    if lower and all(0 < rung.runs == rung.diverged for rung in lower):
-        found.append("the baseline diverged in all runs below the top: no rung there is its best, so there is no interaction.")
+    if lower and all(rung.runs and all(loss is None or loss >= facts.cap for loss in rung.losses) for rung in lower):
+        found.append("the baseline diverged, or is at ln V, in all runs below the top: no rung is its best, so there is no interaction.")
     if best is not None and best == facts.learning_rates[0]:
         found.append(f"the baseline is best at {best:g}, the lowest rung: its optimum may lie below the ladder.")
     if facts.collapsed_above is None:

@@ -262,13 +262,15 @@ def test_a_baseline_that_diverged_everywhere_below_the_top_has_no_best_rung() ->
     assert found.baseline_best is None
     assert (verdict.word, verdict.interval.n) == ("not separable", 0)
     assert "minus gap at unknown (the baseline's best below): no seed has it" in verdict.line
-    told = "the baseline diverged in all runs below the top: no rung there is its best, so there is no interaction."
+    told = "the baseline diverged, or is at ln V, in all runs below the top: no rung is its best, so there is no interaction."
     assert told in cautions(of, found)
+    _find(runs, "baseline", 0, 3).update(status="finished", val_loss=9.0)
+    assert told in cautions(of, _statistics(of, runs)), "it finished, and knows nothing"
     _find(runs, "baseline", 1, 2).update(status="finished", val_loss=2.0)
     found = _statistics(of, runs)
     assert found.baseline_best == RATES[1]
     assert told not in cautions(of, found)
-    assert _pick(found, "headwise").interaction.best == (RATES[1],) * 5
+    assert _pick(found, "headwise").interaction.best == tuple(None if seed == 2 else RATES[1] for seed in of.seeds), "not by its own luck"
 
 
 def test_pairs_that_diverged_on_both_sides_show_nothing_by_their_gap_at_lower_rates() -> None:
