@@ -27,13 +27,22 @@ def test_the_library_prints_nothing() -> None:
 
 
 def test_links_of_the_readmes_lead_somewhere() -> None:
-    broken = []
-    for readme in (ROOT / "README.md", ROOT / "megagate" / "README.md"):
-        text = readme.read_text(encoding="utf-8")
-        headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), flags=re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}  # as GitHub names them
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            path, _, anchor = link.partition("#")
-            if "://" not in link and not ((readme.parent / path).exists() and (not anchor or anchor in anchors)):
-                broken.append(f"{readme.name}: {link}")
+    readmes = [ROOT / "README.md", *(path for top in ("megagate", "tools", "examples") for path in (ROOT / top).rglob("README.md"))]
+    assert len(readmes) == 5
+    broken = [
+        f"{readme.relative_to(ROOT)}: {link}"
+        for readme in readmes
+        for link in re.findall(r"\]\(([^)\s]+)\)", readme.read_text(encoding="utf-8"))
+        if "://" not in link and not _leads_somewhere(readme, link)
+    ]
     assert broken == []
+
+
+def _leads_somewhere(readme: Path, link: str) -> bool:
+    path, _, anchor = link.partition("#")
+    target = readme.parent / path if path else readme
+    if not (target.exists() and anchor):
+        return target.exists()
+    text = re.sub(r"^```.*?^```", "", target.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}  # as GitHub names them
