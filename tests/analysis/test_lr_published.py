@@ -29,7 +29,7 @@ def test_a_record_is_of_its_spec_and_its_table_is_the_reports(folder: Path, tmp_
     assert (folder / "table.md").read_text(encoding="utf-8") == table
     lines = table.splitlines()
     said = _block((ROOT / "README.md").read_text(encoding="utf-8"), folder.name)
-    assert len(said) >= 4 and [line for line in said if line not in lines] == []
+    assert said != [] and [line for line in said if line not in lines] == []
 
 
 def _block(readme: str, name: str) -> list[str]:
