@@ -28,7 +28,7 @@ def test_the_library_prints_nothing() -> None:
 
 def test_links_of_the_readmes_lead_somewhere() -> None:
     readmes = [ROOT / "README.md", *(path for top in ("megagate", "tools", "examples") for path in (ROOT / top).rglob("README.md"))]
-    assert len(readmes) == 6
+    assert ROOT / "tools" / "README.md" in readmes
     broken = [
         f"{readme.relative_to(ROOT)}: {link}"
         for readme in readmes

@@ -226,8 +226,8 @@ def _best(grid: Grid, rungs: Sequence[int], seeds: Sequence[int]) -> int | None:
 
 def _ladder(grid: Grid, rungs: Sequence[int], seed: int) -> list[float]:
     """The baseline's capped losses of a seed at these rungs; nothing where one is missing."""
-    losses = [grid.capped(grid.facts.baseline, rung, seed) for rung in rungs]
-    return [] if None in losses else [loss for loss in losses if loss is not None]
+    losses = [loss for rung in rungs if (loss := grid.capped(grid.facts.baseline, rung, seed)) is not None]
+    return losses if len(losses) == len(rungs) else []
 
 
 def best_rungs(grid: Grid) -> list[int | None]:
