@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from lr_specs import SMALL, write_spec
+from processes import gone
 from test_lr_command import command
 
 from megagate.analysis.lr.hosts import run_hosts
@@ -65,7 +66,7 @@ def test_a_ladder_over_a_host_file_is_stopped_and_goes_on(
     assert 10 <= steps < 500 and list(study.outcomes()) == [FIRST]
     assert f"stopped by signal {int(signal.SIGTERM)} at step {steps}; saved" in study.log(SECOND).read_text()
     assert seen["MEGAGATE_SEEN"] == "two words" and seen["WORLD_SIZE"] == "1" and seen["OMP_NUM_THREADS"] == "1"
-    assert not [one.pid for one in psutil.process_iter(["cmdline"]) if str(out) in " ".join(one.info["cmdline"] or [])], "nothing is left"
+    assert gone(one.pid for one in psutil.process_iter(["cmdline"]) if str(out) in " ".join(one.info["cmdline"] or []))
 
     before = (study.run_folder(FIRST) / "outcome.json").stat().st_mtime_ns
     assert command("run", spec, "--output", out) == 0

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from commands import call
 from lr_specs import write_spec
+from processes import gone
 
 from megagate.analysis.lr.launched import run_launched
 from megagate.analysis.lr.slurm import queue
@@ -197,15 +198,8 @@ def test_one_that_does_not_stop_is_killed_with_all_that_it_started(study: Study)
     """
     assert run(study, text, grace_s=0.5) and study.outcome(KEY).status == "diverged"
     child = int((study.run_folder(KEY) / "child").read_text())
-    wait_for(lambda: is_gone(child))
+    assert gone([child])
     assert not (study.run_folder(KEY) / "left").exists(), "it did not end by itself"
-
-
-def is_gone(process: int) -> bool:
-    try:
-        return "\nState:\tZ" in Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return True
 
 
 def test_a_signal_while_the_command_starts_leaves_nothing_behind(study: Study) -> None:

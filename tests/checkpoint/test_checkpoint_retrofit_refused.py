@@ -2,9 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -13,10 +10,10 @@ import crash_writer
 import pytest
 import torch
 from checkpoint_helpers import contents
+from own_memory import growth, in_fresh_process
 from retrofits import LAYERS, STEPS, assert_same, loaded, masters, refused, save, save_whole, tensors, trained
 from torch import Tensor
 
-import megagate
 from megagate.checkpoint import store
 from megagate.checkpoint.rankfile import PieceFile
 from megagate.checkpoint.retrofit import add_gate, remove_gate
@@ -241,38 +238,10 @@ def test_no_more_than_a_tensor_is_held(tmp_path: Path) -> None:
     model = ModelConfig(vocab_size=128, hidden_size=512, num_layers=8, ffn_size=16, attention=attention)
     state = {f"master/{name}": torch.ones(()).expand(shape) for name, shape in parameter_shapes(model).items()}
     save_whole(tmp_path / "a", state, {"config": to_dict(RunConfig(model=model))})
-    paths = [str(Path(megagate.__file__).parents[1]), *sys.path]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {__name__} as here; here.tell_growth({str(tmp_path)!r})"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MALLOC_MMAP_THRESHOLD_": "65536"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert 8e6 < int(done.stdout) < 32e6, "one projection, what scales it, and what is on its way to the disk"
+    assert 8e6 < in_fresh_process(growth_of_one, tmp_path) < 32e6, "one projection, what scales it, and what is on its way to the disk"
 
 
-def tell_growth(folder: str) -> None:
-    """In a process of its own: print by how many bytes its memory grows while it adds a gate."""
+def growth_of_one(folder: str) -> int:
+    """While it adds a gate."""
     add_gate(Path(folder) / "a", Path(folder) / "warm", "headwise")
-    peak, ended = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.wait(0.001):
-            peak = max(peak, own_memory())
-
-    before, watcher = own_memory(), threading.Thread(target=watch)
-    watcher.start()
-    add_gate(Path(folder) / "a", Path(folder) / "b", "elementwise")
-    ended.set()
-    watcher.join()
-    sys.stdout.write(str(peak - before))
-
-
-def own_memory() -> int:
-    """Bytes, without mapped files."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) << 10
+    return growth(lambda: add_gate(Path(folder) / "a", Path(folder) / "b", "elementwise"))

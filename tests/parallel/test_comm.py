@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
@@ -118,15 +119,18 @@ def alone(context: RankContext, tp: int, name: str) -> bool:
     return all(out is x for out in outs)
 
 
-def lone_barrier(context: RankContext, tp: int, name: str) -> float:
-    """Seconds spent in a barrier that rank 0 reaches late."""
-    axis = the_axis(tp, name)
-    comm.barrier(axis)
+def lone_barrier(context: RankContext, tp: int, name: str, folder: Path) -> bool:
+    """Rank 0 comes to it once ranks 2 and 3, on another axis, are through. -> Whether it had come when this rank was through."""
+    axis, until = the_axis(tp, name), time.monotonic() + 30
+    while context.rank == 0 and not all((folder / other).exists() for other in "23"):
+        assert time.monotonic() < until, "the others wait, too"
+        time.sleep(0.01)
     if context.rank == 0:
-        time.sleep(2.0)
-    start = time.monotonic()
+        (folder / "0").touch()
     comm.barrier(axis)
-    return time.monotonic() - start
+    come = (folder / "0").exists()
+    (folder / str(context.rank)).touch()
+    return come
 
 
 # ---- tests
@@ -221,10 +225,8 @@ def test_an_axis_of_size_1_returns_its_input_without_a_collective(world_size, tp
     assert all(ranks.run_ranks(alone, world_size, tp, name))
 
 
-def test_a_barrier_waits_for_the_ranks_of_its_axis_only():
-    seconds = ranks.run_ranks(lone_barrier, 4, 2, "tp")
-    assert seconds[1] > 1.5
-    assert max(seconds[2], seconds[3]) < 1.5
+def test_a_barrier_waits_for_the_ranks_of_its_axis_only(tmp_path):
+    assert ranks.run_ranks(lone_barrier, 4, 2, "tp", tmp_path) == [True, True, False, False]
 
 
 @pytest.mark.parametrize("function", [comm.leave, comm.enter, comm.gather])

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from processes import gone
 
 from megagate.parallel.spawn import RankContext, RankError, RankPool, RankTimeoutError, run_ranks
 
@@ -117,22 +118,6 @@ def unpicklable(context: RankContext) -> object:
 # ---- tests
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and waits to be reaped, by whoever adopted it, does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def gone(pids: list[int]) -> bool:
-    """Whether the processes end, the server that forked them last, in reasonable time on a busy machine."""
-    limit = time.monotonic() + LIMIT_S / 2
-    while any(map(alive, pids)) and time.monotonic() < limit:
-        time.sleep(0.01)
-    return not any(map(alive, pids))
-
-
 @pytest.fixture
 def pool():
     with RankPool() as made:
@@ -148,9 +133,9 @@ def test_results_come_in_rank_order_and_no_process_remains(world_size):
         assert torch.equal(value, torch.full((2,), float(rank)))
     pids = [result[3] for result in results]
     assert len(set(pids)) == world_size
+    assert gone(pids)
     after = psutil.Process().children(recursive=True)
     names = [" ".join(child.cmdline()) for child in after if child.pid not in before]
-    assert gone(pids)
     assert all("forkserver" in name or "resource_tracker" in name for name in names), names
 
 

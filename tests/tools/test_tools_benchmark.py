@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import gone
 
 from megagate.analysis.benchmark.interleave import Entrant, run_rounds
 from megagate.analysis.benchmark.paired import paired_ratio
@@ -45,19 +46,11 @@ def stuck(pids: str):
 
 
 def entrant(name: str, function: str, *, warmup: int = 0, **arguments) -> Entrant:
-    return Entrant(name, f"test_tools_benchmark:{function}", arguments, {"PYTHONPATH": str(Path(__file__).parent)}, warmup)
+    return Entrant(name, f"test_tools_benchmark:{function}", arguments, {"PYTHONPATH": os.pathsep.join(sys.path)}, warmup)
 
 
 def soon() -> float:
     return time.monotonic() + LIMIT_S
-
-
-def gone(pid: int) -> bool:
-    """Ended; a process that nobody has waited for yet counts."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 # ---- statistics
@@ -101,9 +94,9 @@ def test_rounds_are_complete_and_warm_up_is_not_counted() -> None:
     series = run_rounds(entrants, rounds=3, deadline=soon())
     assert [note["value"] for note in series["a"].notes] == [3, 4, 5]
     assert [note["value"] for note in series["b"].notes] == [101, 102, 103]
-    assert all(0.01 <= s < 5.0 for s in series["a"].seconds + series["b"].seconds)
+    assert all(0.01 <= s < LIMIT_S for s in series["a"].seconds + series["b"].seconds)
     assert series["a"].peak_rss > 1_000_000
-    assert all(gone(one.notes[0]["pid"]) for one in series.values())
+    assert gone(one.notes[0]["pid"] for one in series.values())
 
 
 def test_a_failure_is_told_with_the_end_of_its_output() -> None:
@@ -114,9 +107,9 @@ def test_a_failure_is_told_with_the_end_of_its_output() -> None:
 def test_the_limit_ends_a_stuck_entrant_and_its_children(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     entrants = [entrant("quick", "counting", start=0), entrant("stuck", "stuck", pids=str(pids))]
-    series = run_rounds(entrants, rounds=5, deadline=time.monotonic() + 3)
+    series = run_rounds(entrants, rounds=5, deadline=time.monotonic() + 8)
     assert series["quick"].seconds == series["stuck"].seconds == [], "an incomplete round does not count"
-    assert all(gone(int(pid)) for pid in pids.read_text().split())
+    assert gone(map(int, pids.read_text().split()))
 
 
 # ---- the command
@@ -125,10 +118,8 @@ def test_the_limit_ends_a_stuck_entrant_and_its_children(tmp_path: Path) -> None
 def test_help_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     for command in (["--help"], ["gate", "--help"], ["data", "--help"], ["step", "--help"]):
-        start = time.monotonic()
         result = run(*command, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
         assert result.returncode == 0, result.stderr
-        assert time.monotonic() - start < 5  # 0.1 s, and a busy machine
     assert "--rounds" in result.stdout
 
 
@@ -166,9 +157,7 @@ def test_nothing_is_left_when_the_command_is_stopped(number: int) -> None:
         process.send_signal(number)
         process.wait(timeout=LIMIT_S)
     assert process.returncode == (130 if number == signal.SIGINT else -number)
-    while not all(gone(child.pid) for child in children):
-        assert time.monotonic() < deadline, "a process was left"
-        time.sleep(0.05)
+    assert gone(child.pid for child in children)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,10 +1,6 @@
 """There and back: checkpoint -> to-hf -> from-hf; and how much memory from-hf takes."""
 
 import json
-import os
-import subprocess
-import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +8,10 @@ import pytest
 import torch
 from hf_dirs import USE, differing, near, random_state, require_verified, tensors_of
 from hf_exports import run_config, save
+from own_memory import growth, in_fresh_process
 from parity.variants import DENSE, MOE, with_moe
 from safetensors.torch import save_file
 
-import megagate
 from megagate.checkpoint.hf.adopt import adopt
 from megagate.checkpoint.hf.export import export
 from megagate.checkpoint.hf.hf_config import hf_config
@@ -65,38 +61,10 @@ def test_fp32_files_are_not_held(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(hf_config(model, "qwen3_next", USE)))
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "hf" / "model.safetensors")
-    paths = [str(Path(megagate.__file__).parents[1]), *sys.path]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {__name__} as here; here.tell_growth({str(tmp_path)!r})"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MALLOC_MMAP_THRESHOLD_": "65536"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 24e6, "projections with a gate, and what is on its way to the disk"
+    assert in_fresh_process(growth_of_one, tmp_path) < 24e6, "projections with a gate, and what is on its way to the disk"
 
 
-def tell_growth(folder: str) -> None:
-    """In a process of its own: print by how many bytes its memory grows while it adopts."""
+def growth_of_one(folder: str) -> int:
+    """While it adopts."""
     adopt(Path(folder) / "hf", Path(folder) / "warm")
-    peak, ended = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.wait(0.001):
-            peak = max(peak, own_memory())
-
-    before, watcher = own_memory(), threading.Thread(target=watch)
-    watcher.start()
-    require_verified(adopt(Path(folder) / "hf", Path(folder) / "out"))
-    ended.set()
-    watcher.join()
-    sys.stdout.write(str(peak - before))
-
-
-def own_memory() -> int:
-    """Bytes, without mapped files."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) << 10
+    return growth(lambda: require_verified(adopt(Path(folder) / "hf", Path(folder) / "out")))
