@@ -4,11 +4,12 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_tools_benchmark import LIMIT_S, ROOT, run
+from test_tools_benchmark import LIMIT_S, run
 
 from megagate.analysis.benchmark.gate import BASE, GATES, MIN_PAIRS, SESSION, TWIN, Line, Record, cycle, lines, study, widest_half
 from megagate.analysis.benchmark.paired import paired_shift
@@ -23,7 +24,7 @@ CONDITIONS = {"shape": "S", "threads": 1, "machine": "one"}
 @pytest.fixture(autouse=True)
 def _this_file_is_importable(monkeypatch) -> None:
     """By the processes of a study."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(ROOT)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
 
 def synthetic(shape: str, gates: dict[str, str | None], first: int):
