@@ -45,6 +45,10 @@ def stuck(pids: str):
     return lambda: time.sleep(60)
 
 
+def run_stuck(pids: str) -> None:
+    run_rounds([entrant("stuck", "stuck", pids=pids)], rounds=1, deadline=soon())
+
+
 def entrant(name: str, function: str, *, warmup: int = 0, **arguments) -> Entrant:
     return Entrant(name, f"test_tools_benchmark:{function}", arguments, {"PYTHONPATH": os.pathsep.join(sys.path)}, warmup)
 
@@ -109,6 +113,18 @@ def test_the_limit_ends_a_stuck_entrant_and_its_children(tmp_path: Path) -> None
     entrants = [entrant("quick", "counting", start=0), entrant("stuck", "stuck", pids=str(pids))]
     series = run_rounds(entrants, rounds=5, deadline=time.monotonic() + 8)
     assert series["quick"].seconds == series["stuck"].seconds == [], "an incomplete round does not count"
+    assert gone(map(int, pids.read_text().split()))
+
+
+def test_a_stuck_entrant_and_its_children_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    command = [sys.executable, "-c", f"import {__name__} as here; here.run_stuck({str(pids)!r})"]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as caller:
+        deadline = soon()
+        while not (pids.exists() and pids.read_text()):
+            assert time.monotonic() < deadline and caller.poll() is None
+            time.sleep(0.05)
+        caller.kill()
     assert gone(map(int, pids.read_text().split()))
 
 
